@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Output of the demo; any writable folder.
+OUT ?= demo-output
+
+.PHONY: install demo test check wheel clean
+
+install: $(STAMP)
+
+# torch goes in first and alone, pinned, so that nothing later resolves it to a build with CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hf,plot,dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/attnres-fx demo --output $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The wheel must import where nothing of this checkout can be seen.
+wheel: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel-site dist/*.whl
+	mkdir -p build/empty
+	cd build/empty && PYTHONPATH=../wheel-site ../../$(BIN)/python -P -c "import attnres_fx, pathlib; where = pathlib.Path(attnres_fx.__file__).resolve(); assert 'wheel-site' in str(where), where; print('imported', attnres_fx.__version__, 'from the wheel')"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

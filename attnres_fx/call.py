@@ -1,0 +1,154 @@
+"""How a captured program is called: arguments bound, checked and flattened."""
+
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from attnres_fx.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """The arguments a model was captured with, in the order in which its own `forward` names them.
+
+    positional: names that may be given by position. args, kwargs: the captured arguments by name; `args`
+        in order. constants: captured values that are no tensors (by name); a call may leave them out or
+        repeat them, not change them. bound: those of them that were bound by the capture itself.
+    """
+
+    positional: tuple[str, ...]
+    args: tuple[str, ...]
+    kwargs: tuple[str, ...]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    bound: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        names = [n for n in (*self.args, *self.kwargs) if n not in self.bound]
+        return f"({', '.join(names)})"
+
+    def to_inspect(self) -> inspect.Signature:
+        """As Python shows it: arguments that cannot be given by position are keyword-only."""
+        captured = (*self.args, *self.kwargs)
+        leading = list(itertools.takewhile(captured.__contains__, self.positional))
+        empty = inspect.Parameter.empty
+        ordered = [*leading, *(n for n in captured if n not in leading)]
+        # Python wants arguments without a default first; one after a default is keyword-only here.
+        parameters, optional = [], False
+        for name in ordered:
+            default = self.constants.get(name, empty)
+            optional = optional or default is not empty
+            by_position = name in leading and (not optional or default is not empty)
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if by_position else inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, kind, default=default))
+        return inspect.Signature(sorted(parameters, key=lambda p: p.kind))
+
+    @property
+    def bound_values(self) -> dict[str, Any]:
+        return {n: self.constants[n] for n in self.bound}
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call in the captured structure. Raises ArgumentError naming what does not fit."""
+        given = dict(kwargs)
+        if len(args) > len(self.positional):
+            raise ArgumentError(
+                f"got {len(args)} positional arguments; the model was captured with {self}. "
+                f"Convert again with the arguments you want to pass."
+            )
+        for name, value in zip(self.positional, args, strict=False):
+            if name in given:
+                raise ArgumentError(f"argument {name!r} was given twice, by position and by keyword.")
+            given[name] = value
+        for name in given:
+            if name not in self.args and name not in self.kwargs:
+                raise ArgumentError(
+                    f"unexpected argument {name!r}: the model was captured with {self}. "
+                    f"Convert again with {name!r} among the example arguments."
+                )
+        return tuple(self._one(n, given) for n in self.args), {n: self._one(n, given) for n in self.kwargs}
+
+    def _one(self, name: str, given: Mapping[str, Any]) -> Any:
+        if name not in self.constants:
+            if name not in given:
+                raise ArgumentError(f"missing argument {name!r}: the model was captured with {self}.")
+            return given[name]
+        captured = self.constants[name]
+        if name in given and not _same(given[name], captured):
+            raise ArgumentError(
+                f"argument {name!r} is {given[name]!r}; the model was captured with {name}={captured!r}, which "
+                f"is part of its graph. Convert again with the value you want."
+            )
+        return captured
+
+
+def _same(value: Any, captured: Any) -> bool:
+    if value is captured:
+        return True
+    return not isinstance(value, torch.Tensor) and type(value) is type(captured) and bool(value == captured)
+
+
+def signature_of(
+    forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any], bound: Sequence[str] = ()
+) -> CallSignature:
+    """Signature of a model captured with `args` and `kwargs`, named as its `forward` names them."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    ordered = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in ordered]
+    extra = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "args")
+    names += [f"{extra}_{i}" for i in range(len(names), len(args))]
+    taken = tuple(names[: len(args)])
+    values = {**dict(zip(taken, args, strict=True)), **kwargs}
+    constants = {n: v for n, v in values.items() if _is_constant(v)}
+    return CallSignature(tuple(names), taken, tuple(kwargs), constants, tuple(bound))
+
+
+def _is_constant(value: Any) -> bool:
+    return not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """Sizes a tensor argument may have: a number where it is fixed, a symbol's name where it is free."""
+
+    name: str
+    sizes: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}[{', '.join(map(str, self.sizes))}]"
+
+
+def check_shapes(
+    expected: Sequence[InputShape | None], leaves: Sequence[Any], ranges: Mapping[str, tuple[int, int | None]]
+) -> None:
+    """Raise ArgumentError where a tensor has a shape that the captured graph was not made for."""
+    seen: dict[str, tuple[Any, str]] = {}
+    for shape, leaf in zip(expected, leaves, strict=True):
+        if shape is None or not isinstance(leaf, torch.Tensor):
+            continue
+        if leaf.dim() != len(shape.sizes):
+            raise ArgumentError(f"argument {shape.name!r} has {leaf.dim()} dimensions; it was captured as {shape}.")
+        for i, (size, wanted) in enumerate(zip(leaf.shape, shape.sizes, strict=True)):
+            if isinstance(wanted, int):
+                if size != wanted:
+                    raise ArgumentError(
+                        f"argument {shape.name!r} has size {size} in dimension {i}; the graph was captured with "
+                        f"{wanted} fixed there. Convert again with dynamic_shapes that leave it free, or with an "
+                        f"example of this size."
+                    )
+                continue
+            low, high = ranges.get(wanted, (0, None))
+            if size < low or (high is not None and size > high):
+                raise ArgumentError(
+                    f"argument {shape.name!r} has size {size} in dimension {i}; the graph holds for sizes from "
+                    f"{low} to {high if high is not None else 'any'}. Convert again with an example of this size."
+                )
+            first = seen.setdefault(wanted, (size, f"dimension {i} of {shape.name!r}"))
+            if first[0] != size:
+                raise ArgumentError(
+                    f"argument {shape.name!r} has size {size} in dimension {i}, but {first[1]} is {first[0]}: "
+                    f"they were captured as one size."
+                )

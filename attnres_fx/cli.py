@@ -1,0 +1,175 @@
+"""`attnres-fx inspect | convert | demo`."""
+
+import argparse
+import importlib
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attnres_fx._version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code: 0, or 2 after an error, which is one paragraph."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if options.verbose:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(textwrap.fill(f"attnres-fx: {text}", 100), file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="attnres-fx", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"attnres-fx {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    look = commands.add_parser("inspect", help="show the residual streams of a model")
+    _add_model(look)
+    look.set_defaults(run=_inspect)
+
+    convert = commands.add_parser("convert", help="convert a model, check it, and save it if asked to")
+    _add_model(convert)
+    convert.add_argument("--variant", default="block", choices=("full", "block", "local"))
+    convert.add_argument("--num-blocks", type=int)
+    convert.add_argument("--block-size", type=int)
+    convert.add_argument("--boundaries", type=lambda text: [int(t) for t in text.split(",")])
+    convert.add_argument("--output-mode", dest="output", default="sum", choices=("sum", "mean"))
+    convert.add_argument("--eps", type=float, default=1e-6)
+    convert.add_argument("--streams", default="main", help="main, all, or names with commas between them")
+    convert.add_argument("--no-check", action="store_true", help="skip the comparison with the original")
+    convert.add_argument("--save", type=Path, metavar="FILE")
+    convert.set_defaults(run=_convert)
+
+    demo = commands.add_parser("demo", help="train a small GPT, convert it three ways, train on")
+    demo.add_argument("--steps", type=int, help="training steps before the conversion")
+    demo.add_argument("--more-steps", type=int, help="training steps after it, for each model")
+    demo.add_argument("--size", default="small", choices=("tiny", "small", "medium"))
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="FOLDER")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="module.path:factory, a Hugging Face folder, or a config.json")
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="NAME=DTYPE[DIMS]", help="e.g. input_ids=int64[2,16]"
+    )
+    parser.add_argument("--reads", action="store_true", help="one line for each read")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    import attnres_fx as ax
+
+    model, args, kwargs = _load(options)
+    report = ax.inspect(model, args, kwargs)
+    print(report)
+    if options.reads:
+        print(f"\n{report.reads_table()}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    import attnres_fx as ax
+
+    streams = options.streams if options.streams in ("main", "all") else options.streams.split(",")
+    config = ax.AttnResConfig(
+        variant=options.variant,
+        num_blocks=options.num_blocks,
+        block_size=options.block_size,
+        boundaries=options.boundaries,
+        output=options.output,
+        eps=options.eps,
+        streams=streams,
+    )
+    model, args, kwargs = _load(options)
+    converted = ax.convert(model, args, kwargs, config=config, check=not options.no_check)
+    print(converted.report)
+    if options.reads:
+        print(f"\n{converted.report.reads_table()}")
+    if options.save is not None:
+        converted.save(options.save)
+        print(f"\nsaved to {options.save}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from attnres_fx.demo import run_demo
+
+    return run_demo(
+        steps=options.steps,
+        more_steps=options.more_steps,
+        size=options.size,
+        seed=options.seed,
+        output=options.output,
+    )
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The model an argument names, and example arguments for it."""
+    given = dict(_parse_input(text) for text in options.input)
+    path = Path(options.model)
+    if path.exists():
+        model, kwargs = _from_hugging_face(path)
+        return model, (), given or kwargs
+    module, colon, factory = options.model.partition(":")
+    if not colon:
+        raise ValueError(
+            f"{options.model!r} is no folder, no config.json and no module.path:factory. "
+            f"Write the factory after a colon, e.g. mypackage.models:tiny."
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    made = getattr(importlib.import_module(module), factory)()
+    if not isinstance(made, tuple):
+        return made, (), given
+    model, example = made
+    if given:
+        return model, (), given
+    return (model, (), dict(example)) if isinstance(example, dict) else (model, tuple(example), {})
+
+
+def _parse_input(text: str) -> tuple[str, Any]:
+    import torch
+
+    name, _, spec = text.partition("=")
+    kind, _, dims = spec.rstrip("]").partition("[")
+    dtype = getattr(torch, kind, None)
+    if not name or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"--input {text!r} should look like input_ids=int64[2,16].")
+    sizes = [int(d) for d in dims.split(",") if d]
+    if dtype.is_floating_point:
+        return name, torch.randn(sizes, dtype=dtype)
+    return name, torch.ones(sizes, dtype=dtype)
+
+
+def _from_hugging_face(path: Path) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("a Hugging Face model needs transformers: pip install 'attnres-fx[hf]'.") from error
+    folder = path if path.is_dir() else path.parent
+    config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
+    name = (config.architectures or ["AutoModel"])[0]
+    kind = getattr(transformers, name)
+    weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    if weights:
+        model = kind.from_pretrained(str(folder), local_files_only=True)
+    else:
+        print(f"{path} has no weights beside it: {name} gets random ones.")
+        model = kind(config) if name != "AutoModel" else kind.from_config(config)
+    ids = torch.randint(0, max(getattr(config, "vocab_size", 2) - 1, 1), (2, 16))
+    kwargs = {"input_ids": ids} if model.main_input_name == "input_ids" else dict(model.dummy_inputs)
+    if config.is_encoder_decoder:
+        kwargs["decoder_input_ids"] = ids
+    return model.eval(), kwargs

@@ -1,0 +1,187 @@
+"""The module a conversion returns: the original's parameters, the new ones, and one program a mode."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
+
+from attnres_fx.call import CallSignature, InputShape, check_shapes
+from attnres_fx.capture import CapturedGraph, Mode
+from attnres_fx.errors import ArgumentError, ModeError
+from attnres_fx.parameters import AttnResParameters
+from attnres_fx.passes.depth_attention import Replacement
+from attnres_fx.passes.inline_regions import getattr_path
+from attnres_fx.report import ConversionReport
+
+CONSTANTS = "_captured"
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """One mode's graph, run on whatever module holds its attributes.
+
+    call: generated code, `call(root, *flat_inputs)`. replacements: the reads that were put in.
+    """
+
+    graph: Graph
+    call: Callable[..., Any]
+    out_spec: Any
+    shapes: tuple[InputShape | None, ...]
+    ranges: Mapping[str, tuple[int, int | None]]
+    replacements: tuple[Replacement, ...]
+
+    def __deepcopy__(self, memo: Any) -> "Program":
+        return self  # holds no tensors of a model; attributes are found on the root of the call
+
+
+class ConvertedModel(nn.Module):
+    """A model whose residual streams are read by attention over depth.
+
+    Call it with the arguments it was captured with, by position or keyword; it returns what the original
+    returns. `attnres` holds the added parameters, `report` what was found and changed.
+    """
+
+    attnres: AttnResParameters
+    report: ConversionReport
+
+    def __init__(
+        self,
+        root: nn.Module,
+        attnres: AttnResParameters,
+        graphs: Mapping[Mode, tuple[CapturedGraph, tuple[Replacement, ...]]],
+        failures: Mapping[Mode, str],
+        signature: CallSignature,
+        in_spec: Any,
+        report: ConversionReport,
+    ) -> None:
+        super().__init__()
+        for store in ("_parameters", "_buffers", "_modules"):
+            getattr(self, store).update(getattr(root, store))
+        self._non_persistent_buffers_set |= root._non_persistent_buffers_set
+        self.attnres = attnres
+        self.report = report
+        self.signature = signature
+        self.in_spec = in_spec
+        self.failures = dict(failures)
+        made: dict[int, Program] = {}
+        programs = {}
+        for mode, (graph, replacements) in graphs.items():
+            if id(graph) not in made:
+                made[id(graph)] = self._program(mode, graph, replacements)
+            programs[mode] = made[id(graph)]
+        self.programs: dict[Mode, Program] = programs
+        self.__class__ = _with_signature(signature)
+
+    def _program(self, mode: Mode, captured: CapturedGraph, replacements: tuple[Replacement, ...]) -> Program:
+        gm = captured.gm
+        for node in gm.graph.nodes:
+            if node.op in ("get_attr", "call_module"):
+                node.target = self._adopt(gm, str(node.target), mode)
+        call = type(GraphModule(self, gm.graph)).forward
+        _forget_tensors(gm.graph)
+        return Program(gm.graph, call, captured.out_spec, captured.shapes, captured.ranges, replacements)
+
+    def _adopt(self, gm: GraphModule, target: str, mode: Mode) -> str:
+        """Where this module keeps an attribute of a captured graph; constants get a place of their own."""
+        value = getattr_path(gm, target)
+        try:
+            own = getattr_path(self, target)
+        except AttributeError:
+            own = None
+        if own is value or (isinstance(own, nn.Module) and isinstance(value, nn.Module)):
+            return target
+        if CONSTANTS not in self._modules:
+            self.add_module(CONSTANTS, nn.Module())
+        store = self._modules[CONSTANTS]
+        assert store is not None
+        name = f"{mode}_{target.replace('.', '_')}"
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            store.register_buffer(name, value, persistent=False)
+        else:
+            setattr(store, name, value)
+        return f"{CONSTANTS}.{name}"
+
+    @property
+    def mode(self) -> Mode:
+        return "train" if self.training else "eval"
+
+    def train(self, mode: bool = True) -> Self:
+        """Choose the train or the eval program. Raises ModeError where that one was not captured."""
+        wanted: Mode = "train" if mode else "eval"
+        if wanted not in self.programs:
+            raise ModeError(
+                f"this model has no {wanted} graph: {self.failures.get(wanted, 'it was not captured')}. "
+                f"It stays in {self.mode} mode."
+            )
+        return super().train(mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        program = self.programs["train" if self.training else "eval"]
+        leaves = self.flatten_arguments(*args, **kwargs)
+        outputs = program.call(self, *leaves)
+        if program.out_spec is None:
+            return outputs
+        return pytree.tree_unflatten(outputs, program.out_spec)
+
+    def flatten_arguments(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The arguments of a call as the flat inputs of the current program; raises ArgumentError."""
+        program = self.programs["train" if self.training else "eval"]
+        bound_args, bound_kwargs = self.signature.bind(args, kwargs)
+        if self.in_spec is None:
+            return list(bound_args)
+        leaves, spec = pytree.tree_flatten((bound_args, bound_kwargs))
+        if len(leaves) != len(program.shapes) or spec != self.in_spec:
+            raise ArgumentError(
+                f"the arguments have another structure than the captured ones: {spec} against {self.in_spec}."
+            )
+        check_shapes(program.shapes, leaves, program.ranges)
+        return leaves
+
+    def graph_module(self, mode: Mode | None = None) -> GraphModule:
+        """The program of a mode as a `torch.fx.GraphModule` on this model's own tensors; flat inputs."""
+        mode = mode or self.mode
+        if mode not in self.programs:
+            raise ModeError(f"this model has no {mode} graph: {self.failures.get(mode, 'it was not captured')}.")
+        program = self.programs[mode]
+        return GraphModule(self, copy.deepcopy(program.graph))
+
+    def replacements(self, mode: Mode | None = None) -> tuple[Replacement, ...]:
+        """The depth-attention nodes of a mode's graph, in execution order."""
+        return self.programs[mode or self.mode].replacements
+
+    def save(self, path: Any) -> None:
+        """Write programs of both modes, weights, config and report to a file for `attnres_fx.load`."""
+        from attnres_fx.storage import save
+
+        save(self, path)
+
+    def extra_repr(self) -> str:
+        return f"{self.signature}, modes={'/'.join(self.programs)}"
+
+
+def _with_signature(signature: CallSignature) -> type[ConvertedModel]:
+    """ConvertedModel whose `forward` shows the captured arguments to whoever inspects it (export, trainers)."""
+
+    def forward(self: ConvertedModel, *args: Any, **kwargs: Any) -> Any:
+        return ConvertedModel.forward(self, *args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    shown = signature.to_inspect()
+    forward.__signature__ = shown.replace(parameters=[own, *shown.parameters.values()])  # type: ignore[attr-defined]
+    forward.__doc__ = f"The original's forward, with the arguments it was captured with: {signature}."
+    return type("ConvertedModel", (ConvertedModel,), {"forward": forward, "__module__": __name__})
+
+
+def _forget_tensors(graph: Graph) -> None:
+    """Let go of the tensors a graph was made on, so that a copy of the model does not hold the original's."""
+    graph.owning_module = None
+    for node in graph.nodes:
+        if node.op == "get_attr" and not isinstance(node.meta.get("val"), FakeTensor):
+            node.meta.pop("val", None)

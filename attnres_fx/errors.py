@@ -1,0 +1,69 @@
+"""What the library raises.
+
+Every error says what was wrong with which node or argument, what was expected, and which option or
+call to change. All of them derive from `AttnResError`, so one `except` catches the library.
+"""
+
+
+class AttnResError(Exception):
+    """Base of everything attnres_fx raises on purpose."""
+
+
+class ConfigError(AttnResError, ValueError):
+    """An option of `AttnResConfig`, or a combination of options, that means nothing."""
+
+
+class ScheduleError(ConfigError):
+    """Blocks that do not fit the number of sublayers the model has."""
+
+
+class OperatorError(AttnResError, ValueError):
+    """`depth_attention` was given sources, a query or a gain it is not defined for."""
+
+
+class CaptureError(AttnResError, RuntimeError):
+    """The model could not be traced, in any of the ways that were tried."""
+
+
+class ModeError(AttnResError, RuntimeError):
+    """A mode (train or eval) was asked for that has no captured graph."""
+
+
+class StreamError(AttnResError, ValueError):
+    """Something about the residual streams of a model stops the conversion."""
+
+
+class NoStreamError(StreamError):
+    """No residual stream was found."""
+
+
+class StreamNameError(StreamError):
+    """A stream was named that the model does not have."""
+
+
+class NotAdditiveError(StreamError):
+    """A stream is carried by something other than addition: hyper-connections, gated carries."""
+
+
+class StreamWidthError(StreamError):
+    """The last dimension of a stream changes on the way."""
+
+
+class AlreadyConvertedError(StreamError):
+    """The model already reads its streams through depth attention."""
+
+
+class ArgumentError(AttnResError, TypeError):
+    """A converted model was called with arguments, or shapes, it was not captured with."""
+
+
+class CheckError(AttnResError, RuntimeError):
+    """The self-check found a converted model that does not compute what the original computes."""
+
+
+class RewriteError(AttnResError, RuntimeError):
+    """A graph could not be rewritten; nothing was changed."""
+
+
+class SaveError(AttnResError, RuntimeError):
+    """A converted model could not be written to, or read from, a file."""

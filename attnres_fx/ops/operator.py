@@ -1,0 +1,100 @@
+"""`torch.ops.attnres_fx.depth_attention`: depth attention as one node in every graph.
+
+It is composite: whatever looks below autograd (Inductor, vmap, forward mode, functionalization) meets
+the aten operations of the definition, while `torch.export` and Dynamo keep the single node that passes
+look for.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attnres_fx.errors import OperatorError
+from attnres_fx.ops.reference import RecomputedDepthAttention, definition
+
+SCHEMA = "depth_attention(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain) -> Tensor"
+
+_library = torch.library.Library("attnres_fx", "FRAGMENT")
+_library.define(SCHEMA)
+
+
+def depth_attention(
+    sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, *, eps: float = 1e-6, gain: float = 1.0
+) -> Tensor:
+    """Softmax mixture of `sources` over depth, one weight per token and source.
+
+    sources: S >= 1 floating tensors [..., D] of one shape and device; dtypes are promoted as `+` would.
+    query, key_weight: [D]. Only their product enters the logits.
+    eps: added to the mean square of a source; gain: multiplies the mixture.
+    Returns [..., D] in the promoted dtype; arithmetic is float32, float64 for float64 sources. With one
+    source the result is exactly `gain * source` and the query's gradient exactly zero.
+
+    Raises OperatorError for an empty list, integer sources, sources that differ in shape or device, and
+    a query or key_weight that is not [D].
+    Source: arXiv 2603.15031, section 3.1.
+    """
+    sources = list(sources)
+    _check(sources, query, key_weight)
+    mixed: Tensor = torch.ops.attnres_fx.depth_attention.default(sources, query, key_weight, float(eps), float(gain))
+    return mixed
+
+
+def _check(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor) -> None:
+    if not sources:
+        raise OperatorError("depth_attention got an empty list of sources: it needs at least one.")
+    first = sources[0]
+    for i, source in enumerate(sources):
+        if not source.is_floating_point():
+            raise OperatorError(f"depth_attention: source {i} is {source.dtype}; sources must be floating point.")
+        if source.dim() < 1:
+            raise OperatorError(f"depth_attention: source {i} has no dimensions; sources are [..., D].")
+        if source.shape != first.shape:
+            raise OperatorError(
+                f"depth_attention: source {i} has shape {tuple(source.shape)} and source 0 "
+                f"{tuple(first.shape)}: all sources of a read have one shape."
+            )
+        if source.device != first.device:
+            raise OperatorError(
+                f"depth_attention: source {i} is on {source.device} and source 0 on {first.device}: "
+                f"move the sources to one device."
+            )
+    for name, weight in (("query", query), ("key_weight", key_weight)):
+        if not weight.is_floating_point() or weight.dim() != 1 or weight.shape[0] != first.shape[-1]:
+            raise OperatorError(
+                f"depth_attention: {name} is {weight.dtype} {tuple(weight.shape)}; "
+                f"for sources {tuple(first.shape)} it must be floating point ({first.shape[-1]},)."
+            )
+        if weight.device != first.device:
+            raise OperatorError(
+                f"depth_attention: {name} is on {weight.device} and the sources on {first.device}: "
+                f"move the model with its attnres parameters."
+            )
+
+
+def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, eps: float, gain: float) -> Tensor:
+    _check(sources, query, key_weight)
+    if _runs_in_plain_eager(sources):
+        mixed: Tensor = RecomputedDepthAttention.apply(query, key_weight, eps, gain, *sources)
+        return mixed
+    return definition(sources, query, key_weight, eps, gain)
+
+
+def _runs_in_plain_eager(sources: Sequence[Tensor]) -> bool:
+    """Whether no tracer and no transform is looking, so that saving only row statistics is ours to do."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(s) is not Tensor and type(s) is not torch.nn.Parameter for s in sources)
+    )
+
+
+_library.impl("depth_attention", _depth_attention, "CompositeImplicitAutograd")
+# Without this second registration vmap meets the composite kernel above its batching rules and fails.
+_library.impl("depth_attention", _depth_attention, "FuncTorchBatched")
+
+#: What stands in a graph: `DEPTH_ATTENTION(sources, query, key_weight, eps, gain)`.
+DEPTH_ATTENTION = torch.ops.attnres_fx.depth_attention.default

@@ -1,0 +1,166 @@
+"""What every pass needs of a graph: values, places in the user's source, and one way to insert nodes."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.proxy import _COPY_META_FIELDS
+
+_KEPT_META = {*_COPY_META_FIELDS, "stack_trace", "nn_module_stack", "source_fn_stack"}
+
+
+def value_of(node: Node) -> Any:
+    """What is known of a node's value: a fake tensor, a tuple of them, a symbolic number, or None."""
+    meta = node.meta
+    return meta["val"] if "val" in meta else meta.get("example_value")
+
+
+def tensor_of(node: Node) -> torch.Tensor | None:
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    value = tensor_of(node)
+    return tuple(value.shape) if value is not None else ()
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    left, right = tensor_of(a), tensor_of(b)
+    return left is not None and right is not None and shapes_agree(tuple(left.shape), tuple(right.shape))
+
+
+def shapes_agree(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return len(left) == len(right) and all(sizes_agree(x, y) for x, y in zip(left, right, strict=True))
+
+
+def sizes_agree(x: Any, y: Any) -> bool:
+    """Whether two sizes are known to be equal, without making a guard of it."""
+    if isinstance(x, int) and isinstance(y, int):
+        return x == y
+    if isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt) and x.node.expr == y.node.expr:
+        return True
+    return bool(statically_known_true(x == y))
+
+
+def numel_of_row_is_kept(before: Node, after: Node) -> bool:
+    x, y = shape_of(before), shape_of(after)
+    return bool(x) and bool(y) and sizes_agree(x[-1], y[-1])
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the module whose code made a node, as `named_modules` spells it; `""` for the root."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))
+    return clean_path(path[0] if isinstance(path, tuple | list) else str(path))
+
+
+def clean_path(path: str) -> str:
+    """Strip what tracers put around a module path."""
+    path = re.sub(r"@\d+", "", path)
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
+    path = re.sub(r"^(L__self__|L\.self|self)(\.|___|$)", "", path)
+    return path.replace("._modules.", ".").removeprefix("_modules.").strip(".")
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def source_line(node: Node) -> str:
+    """`file:line` of the user's code that made a node; `""` where the tracer kept no stack."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def describe(node: Node) -> str:
+    """A node as errors and reports name it: its name, module path and source line."""
+    path, line = module_path(node), source_line(node)
+    return f"{node.name}" + (f" in {path}" if path else "") + (f" ({line})" if line else "")
+
+
+def copy_meta(target: Node, like: Node) -> None:
+    target.meta.update({k: v for k, v in like.meta.items() if k in _KEPT_META})
+    if "recompute" in like.meta:
+        target.meta.update({k: like.meta[k] for k in ("recompute", "ac_graph_id") if k in like.meta})
+
+
+def insert_call(
+    graph: Graph, target: Callable[..., Any], args: tuple[Any, ...], *, like: Node, value: Any, name: str = ""
+) -> Node:
+    """Insert one call at the graph's insertion point, with the metadata of `like` and the value given."""
+    node = graph.create_node("call_function", target, args, name=name or None)
+    copy_meta(node, like)
+    set_value(node, value, like)
+    return node
+
+
+def insert_attribute(graph: Graph, target: str, *, like: Node, value: torch.Tensor) -> Node:
+    node = graph.create_node("get_attr", target)
+    copy_meta(node, like)
+    set_value(node, value, like)
+    return node
+
+
+def set_value(node: Node, value: Any, like: Node) -> None:
+    if value is not None:
+        node.meta["example_value" if "example_value" in like.meta and "val" not in like.meta else "val"] = value
+
+
+def copy_call(node: Node, replace: dict[Node, Node], *, value: Any = None) -> Node:
+    """Insert a copy of a call with some of its arguments replaced, metadata and all."""
+    copied = node.graph.node_copy(node, lambda n: replace.get(n, n))
+    copied.meta = dict(node.meta)
+    if value is not None:
+        set_value(copied, value, node)
+    return copied
+
+
+def fake_like(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The value with another dtype, in the same fake mode."""
+    if value.dtype == dtype:
+        return value
+    mode = getattr(value, "fake_mode", None)
+    if mode is None:
+        return value.to(dtype)
+    with mode:
+        return torch.empty_like(value, dtype=dtype)
+
+
+def fake_parameter(value: torch.Tensor, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    mode = getattr(value, "fake_mode", None)
+    if mode is None:
+        return torch.empty(size, dtype=dtype, device=value.device)
+    with mode:
+        return torch.empty(size, dtype=dtype, device=value.device)
+
+
+def has_values(gm: GraphModule) -> bool:
+    """Whether every placeholder and call of a graph carries a value."""
+    return all(
+        "val" in n.meta or "example_value" in n.meta
+        for n in gm.graph.nodes
+        if n.op not in ("output", "get_attr", "root") and not (n.op == "placeholder" and n.type is None and not n.users)
+    )
+
+
+def nodes_without_gradients(graph: Graph) -> frozenset[Node]:
+    """The nodes that run where `torch._C._set_grad_enabled(False)` holds."""
+    enabled = True
+    found: dict[Node, bool] = {}
+    off = set()
+    for node in graph.nodes:
+        if node.target is torch.is_grad_enabled:
+            found[node] = enabled
+        elif node.target is torch._C._set_grad_enabled:
+            wanted = node.args[0]
+            enabled = found.get(wanted, True) if isinstance(wanted, Node) else bool(wanted)
+        elif not enabled:
+            off.add(node)
+    return frozenset(off)

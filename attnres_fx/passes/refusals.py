@@ -1,0 +1,94 @@
+"""Streams that are carried by something other than addition: named, never guessed at."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import Graph, Node
+
+from attnres_fx.passes.formal_sum import Dependence, Extended, FormalSums, Merged
+from attnres_fx.passes.graph_tools import describe, shape_of, sizes_agree
+from attnres_fx.passes.spelling import is_floating, op_name, read_addition
+
+_CONTRACTIONS = frozenset("einsum matmul bmm mm tensordot".split())
+_WIDENING = frozenset("cat concat concatenate pad".split())
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that looks like a residual stream and was left alone.
+
+    kind: `"not additive"` or `"width"`. place: the node, its module path and source line. reason: why it
+        was refused. stops_conversion: whether guessing on would be wrong. advice: what to do instead.
+    """
+
+    kind: Literal["not additive", "width"]
+    place: str
+    reason: str
+    stops_conversion: bool = False
+    advice: str = ""
+
+
+def find_refusals(graph: Graph, sums: FormalSums) -> list[Refusal]:
+    """Carries that are not sums, in graph order."""
+    refusals = []
+    operands = {o for n in graph.nodes if (a := read_addition(n)) is not None for o in (a.left, a.right)}
+    trunk = {n for n in graph.nodes if read_addition(n) is not None}
+    ancestry = Dependence(graph, operands | trunk | set(graph.nodes if len(graph.nodes) < 4000 else ()))
+    for node in graph.nodes:
+        addition = read_addition(node)
+        if addition is None or isinstance(sums.states.get(node), Extended | Merged):
+            continue
+        for carry, branch in ((addition.left, addition.right), (addition.right, addition.left)):
+            reason = _why_not_additive(carry, branch, ancestry)
+            if reason:
+                advice = "Hyper-connections and gated carries cannot be converted; choose other streams, or leave it."
+                refusals.append(Refusal("not additive", describe(node), reason, True, advice))
+                break
+    return refusals + _widened(graph, sums)
+
+
+def _why_not_additive(carry: Node, branch: Node, ancestry: Dependence) -> str:
+    """Why `carry + branch` is a residual of `x` in all but the carry, where it is one."""
+    name = op_name(carry)
+    if name == "mul":
+        pairs = [(carry.args[0], carry.args[1])] if len(carry.args) == 2 else []
+        for x, gate in (*pairs, *((b, a) for a, b in pairs)):
+            if not isinstance(x, Node) or not isinstance(gate, Node) or not is_floating(x):
+                continue
+            # A gate is computed from x by more than elementwise work, and so is the branch.
+            if ancestry.is_branch(gate, x) and ancestry.is_branch(branch, x):
+                return f"the stream is multiplied by {describe(gate)}, which depends on the stream: a gated carry"
+    if name in _CONTRACTIONS and len(shape_of(carry)) >= 3:
+        for x in carry.all_input_nodes:
+            mixes = is_floating(x) and len(shape_of(x)) >= 4 and len(shape_of(x)) == len(shape_of(carry))
+            same_width = mixes and all(
+                sizes_agree(a, b) for a, b in zip(shape_of(x), shape_of(carry), strict=True)
+            )
+            if same_width and x.op != "get_attr" and ancestry.is_branch(branch, x) and not ancestry.at_all(x, branch):
+                return f"copies of the stream are mixed by {describe(carry)} before it is added to: hyper-connections"
+    return ""
+
+
+def _widened(graph: Graph, sums: FormalSums) -> list[Refusal]:
+    """States that are padded or concatenated along their features and then extended as if they were one stream."""
+    refusals = []
+    depends = sums.dependence
+    assert depends is not None
+    for node in graph.nodes:
+        addition = read_addition(node)
+        if addition is None:
+            continue
+        for carry, branch in ((addition.left, addition.right), (addition.right, addition.left)):
+            if op_name(carry) not in _WIDENING or not carry.all_input_nodes:
+                continue
+            states = [n for n in carry.all_input_nodes if n in sums.states]
+            wider = [s for s in states if not sizes_agree(shape_of(s)[-1], shape_of(carry)[-1])]
+            for state in wider:
+                root = sums.root[state]
+                if state is not root and depends.is_branch(branch, root):
+                    before, after = shape_of(state)[-1], shape_of(carry)[-1]
+                    why = f"the width of the stream changes from {before} to {after} at {describe(carry)}"
+                    advice = "Put a projection with a norm between the two widths, so that they are two streams."
+                    refusals.append(Refusal("width", describe(node), why, True, advice))
+                    break
+    return refusals

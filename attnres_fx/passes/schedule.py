@@ -1,0 +1,161 @@
+"""Which source each read sees: the one description of depth connectivity.
+
+Pure Python, no graph and no torch. The rewrite, the planner and the traffic model all ask here.
+
+A stream of L sublayers has L + 1 read positions: position l is read with l sublayers written. Position
+0 sees only the root and needs no operator; position L is the last read, before the final norm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from attnres_fx.config import AttnResConfig, Variant
+from attnres_fx.errors import ScheduleError
+
+DEFAULT_BLOCKS = 8
+
+
+@dataclass(frozen=True, order=True)
+class Source:
+    """One thing a read attends to.
+
+    kind: `"root"` (v_0), `"sublayer"` (the output of sublayer `start`), `"block"` (the sum of all of
+        block `block`), `"partial"` (the sum of the sublayers of block `block` written so far) or
+        `"summary"` (what block `block` receives: the read at the end of the block before it).
+    start, stop: the sublayers it sums, as a half-open range; empty for the root and for a summary.
+    """
+
+    kind: Literal["root", "sublayer", "block", "partial", "summary"]
+    block: int = 0
+    start: int = 0
+    stop: int = 0
+
+    def __str__(self) -> str:
+        names = {
+            "root": "v_0",
+            "sublayer": f"v_{self.start + 1}",
+            "block": f"b_{self.block + 1}",
+            "partial": f"b_{self.block + 1}[:{self.stop - self.start}]",
+            "summary": f"c_{self.block + 1}",
+        }
+        return names[self.kind]
+
+
+ROOT = Source("root")
+
+
+@dataclass(frozen=True)
+class DepthSchedule:
+    """Blocks of one stream, and what each read position sees.
+
+    variant: the variant the sources follow.
+    starts: first sublayer of each block; `starts[0] == 0`.
+    num_sublayers: L.
+    """
+
+    variant: Variant
+    starts: tuple[int, ...]
+    num_sublayers: int
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.starts)
+
+    @property
+    def blocks(self) -> tuple[range, ...]:
+        """The sublayers of each block."""
+        stops = (*self.starts[1:], self.num_sublayers)
+        return tuple(range(a, b) for a, b in zip(self.starts, stops, strict=True))
+
+    def block_of(self, sublayer: int) -> int:
+        """Index of the block that `sublayer` is in."""
+        if not 0 <= sublayer < self.num_sublayers:
+            raise ScheduleError(f"sublayer {sublayer} does not exist: there are {self.num_sublayers}.")
+        return sum(start <= sublayer for start in self.starts) - 1
+
+    def block_of_read(self, position: int) -> int:
+        """Block that the read at `position` belongs to: the one whose outputs it is the last to see."""
+        return self.block_of(max(position - 1, 0) if position >= 0 else position)
+
+    def sources(self, position: int) -> tuple[Source, ...]:
+        """Sources of the read at `position` (that many sublayers written), oldest first."""
+        if not 0 <= position <= self.num_sublayers:
+            raise ScheduleError(
+                f"read position {position} does not exist: {self.num_sublayers} sublayers have "
+                f"{self.num_sublayers + 1} read positions."
+            )
+        if position == 0:
+            return (ROOT,)
+        if self.variant == "full":
+            return (ROOT, *(Source("sublayer", self.block_of(i), i, i + 1) for i in range(position)))
+        block = self.block_of_read(position)
+        start = self.starts[block]
+        if self.variant == "local":
+            own = (Source("sublayer", block, i, i + 1) for i in range(start, position))
+            return (Source("summary", block) if block else ROOT, *own)
+        done = tuple(Source("block", i, b.start, b.stop) for i, b in enumerate(self.blocks) if b.stop <= position)
+        current = () if self._finishes_block(position) else (Source("partial", block, start, position),)
+        return (ROOT, *done, *current)
+
+    def carried(self, position: int) -> tuple[Source, ...]:
+        """What must cross a cut at `position`: enough for every later read, and no more.
+
+        In `local` the read at a block's end belongs to the earlier side, so one summary crosses there.
+        """
+        if self.variant == "local" and 0 < position < self.num_sublayers and self._finishes_block(position):
+            return (Source("summary", self.block_of(position)),)
+        return self.sources(position)
+
+    def _finishes_block(self, position: int) -> bool:
+        return position == self.num_sublayers or position in self.starts
+
+    @property
+    def partial_sums(self) -> tuple[Source, ...]:
+        """Every sum of sublayer outputs that some read needs, in the order in which they are complete."""
+        if self.variant != "block":
+            return ()
+        seen = {s for p in range(self.num_sublayers + 1) for s in self.sources(p) if s.stop - s.start > 1}
+        return tuple(sorted(seen, key=lambda s: (s.stop, s.start)))
+
+    @property
+    def num_edges(self) -> int:
+        """Source edges over all reads that need an operator (those with two sources or more)."""
+        return sum(len(self.sources(p)) for p in range(1, self.num_sublayers + 1))
+
+
+def plan_schedule(num_sublayers: int, config: AttnResConfig) -> DepthSchedule:
+    """Blocks and connectivity of a stream of `num_sublayers` sublayers.
+
+    Raises ScheduleError where the blocks asked for do not fit that number.
+    Source: arXiv 2603.15031, section 3.2; design words "block" and "source".
+    """
+    if num_sublayers < 1:
+        raise ScheduleError(f"a stream needs at least one sublayer; this one has {num_sublayers}.")
+    return DepthSchedule(config.variant, _block_starts(num_sublayers, config), num_sublayers)
+
+
+def _block_starts(count: int, config: AttnResConfig) -> tuple[int, ...]:
+    if config.variant == "full":
+        return tuple(range(count))
+    if config.boundaries is not None:
+        return (0, *_boundaries_in_range(count, config.boundaries))
+    if config.num_blocks is not None:
+        if config.num_blocks > count:
+            raise ScheduleError(
+                f"num_blocks={config.num_blocks} is more than the {count} sublayers of the stream: "
+                f"choose num_blocks between 1 and {count}."
+            )
+        size, longer = divmod(count, config.num_blocks)
+        return tuple(i * size + min(i, longer) for i in range(config.num_blocks))
+    size = config.block_size if config.block_size is not None else -(-count // DEFAULT_BLOCKS)
+    return tuple(range(0, count, size))
+
+
+def _boundaries_in_range(count: int, boundaries: Sequence[int]) -> tuple[int, ...]:
+    if boundaries and boundaries[-1] >= count:
+        raise ScheduleError(
+            f"boundaries={tuple(boundaries)} go past the {count} sublayers of the stream: "
+            f"each must be between 1 and {count - 1}."
+        )
+    return tuple(boundaries)

@@ -1,0 +1,171 @@
+"""What a conversion returns behaves like a module, and computes the paper's forward."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import attnres_fx as ax
+
+IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    ).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+
+def llama_sublayers(model):
+    inner = model.model
+    positions = torch.arange(IDS.shape[1])[None]
+    mask = torch.full((IDS.shape[1], IDS.shape[1]), float("-inf")).triu(1)[None, None]
+
+    def attention(layer):
+        def run(h):
+            rotary = inner.rotary_emb(h, positions)
+            return layer.self_attn(layer.input_layernorm(h), position_embeddings=rotary, attention_mask=mask)[0]
+
+        return run
+
+    layers = [f for y in inner.layers for f in (attention(y), lambda h, y=y: y.mlp(y.post_attention_layernorm(h)))]
+    return inner.embed_tokens(IDS), layers, lambda h: model.lm_head(inner.norm(h))
+
+
+def gpt2_sublayers(model):
+    inner = model.transformer
+    mask = torch.full((IDS.shape[1], IDS.shape[1]), float("-inf")).triu(1)[None, None]
+    layers = []
+    for y in inner.h:
+        layers.append(lambda h, y=y: y.attn(y.ln_1(h), attention_mask=mask)[0])
+        layers.append(lambda h, y=y: y.mlp(y.ln_2(h)))
+    root = inner.wte(IDS) + inner.wpe(torch.arange(IDS.shape[1]))[None]
+    return root, layers, lambda h: model.lm_head(inner.ln_f(h))
+
+
+def attend(sources, read, gain):
+    stacked = torch.stack(sources)
+    keys = stacked / (stacked.square().mean(-1, keepdim=True) + 1e-6).sqrt() * read.key_weight
+    weights = torch.einsum("d,s...d->s...", read.query, keys).softmax(0)
+    return gain(len(sources)) * torch.einsum("s...,s...d->...d", weights, stacked)
+
+
+def by_hand(parts, reads, variant, output, size):
+    """The paper's forward, sublayer by sublayer, on the model's own submodules."""
+    root, sublayers, head = parts
+    gain = (lambda s: s) if output == "sum" else (lambda s: 1)
+    reads = iter(reads)
+    done, summary, block = [], root, []
+    state = root
+    for i, sublayer in enumerate(sublayers):
+        block.append(sublayer(state))
+        if variant == "full":
+            sources = [root, *block]
+        elif variant == "block":
+            sources = [root, *done, sum(block[1:], block[0])]
+        else:
+            sources = [summary, *block]
+        state = attend(sources, next(reads), gain)
+        if variant != "full" and len(block) == size and i + 1 < len(sublayers):
+            done.append(sum(block[1:], block[0]))
+            summary, block = state, []
+    return head(state)
+
+
+@pytest.mark.parametrize("output", ["sum", "mean"])
+@pytest.mark.parametrize("variant", ["full", "block", "local"])
+@pytest.mark.parametrize("family", [(llama, llama_sublayers), (gpt2, gpt2_sublayers)], ids=["llama", "gpt2"])
+def test_a_conversion_is_the_papers_forward_written_by_hand(family, variant, output):
+    build, parts = family
+    model = build()
+    blocks = {} if variant == "full" else {"block_size": 4}
+    config = ax.AttnResConfig(variant=variant, output=output, **blocks)
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, config=config)
+    torch.manual_seed(1)
+    for read in converted.attnres.reads:
+        torch.nn.init.normal_(read.query, std=0.5)
+        torch.nn.init.normal_(read.key_weight, mean=1.0, std=0.2)
+    weights = dict(converted.named_parameters())
+    probe = torch.randn(2, 7, 64)
+    found = converted(input_ids=IDS).logits
+    found_grads = torch.autograd.grad((found * probe).sum(), list(weights.values()), allow_unused=True)
+    expected = by_hand(parts(model), converted.attnres.reads, variant, output, 4)
+    expected_grads = torch.autograd.grad((expected * probe).sum(), list(weights.values()), allow_unused=True)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    largest = max(g.abs().max() for g in expected_grads if g is not None)
+    for name, x, y in zip(weights, found_grads, expected_grads, strict=True):
+        assert (x is None) == (y is None), name
+        if x is not None:
+            assert (x - y).abs().max() <= 1e-5 * max(y.abs().max(), largest * 1e-2), name
+
+
+def test_a_converted_model_shares_weights_copies_saves_loads_and_exports(tmp_path):
+    model = llama()
+    converted = ax.convert(model, kwargs={"input_ids": IDS})
+    assert converted.lm_head.weight is model.lm_head.weight
+    missing = converted.load_state_dict(model.state_dict(), strict=False).missing_keys
+    assert missing and all(name.startswith("attnres.") for name in missing)
+    for read in converted.attnres.reads:
+        torch.nn.init.normal_(read.query)
+    expected = converted(IDS).logits
+    assert type(converted(IDS)) is type(model(IDS, use_cache=False))
+    twin = copy.deepcopy(converted)
+    assert twin.report == converted.report
+    assert torch.equal(twin(IDS).logits, expected)
+    with torch.no_grad():
+        twin.attnres.reads[0].query.zero_()
+    assert not torch.equal(twin(IDS).logits, converted(IDS).logits)
+    converted.save(tmp_path / "model.pt")
+    loaded = ax.load(tmp_path / "model.pt")
+    assert loaded.report == converted.report
+    assert list(loaded.state_dict()) == list(converted.state_dict())
+    longer = torch.randint(5, 60, (3, 11))
+    assert torch.allclose(loaded(longer).logits, converted(longer).logits, atol=1e-6)
+    loaded.train()(IDS).logits.sum().backward()
+    assert loaded.attnres.reads[1].query.grad.abs().max() > 0
+    weights = ax.depth_weights(loaded, kwargs={"input_ids": IDS})
+    assert all(torch.allclose(r.weights.sum(), torch.tensor(1.0)) for r in weights)
+    groups = ax.parameter_groups(converted)
+    assert groups[1]["weight_decay"] == 0.0
+    assert len(groups[1]["params"]) == 2 * len(converted.attnres.reads)
+    exported = torch.export.export(converted, (), {"input_ids": IDS}, strict=False)
+    assert torch.equal(exported.module()(input_ids=IDS).logits, expected)
+    compiled = torch.compile(converted, backend="aot_eager")
+    assert torch.allclose(compiled(IDS).logits, expected, atol=1e-5)
+
+
+def test_an_example_of_one_row_leaves_the_batch_free():
+    converted = ax.convert(llama(), kwargs={"input_ids": IDS[:1]})
+    assert converted(IDS).logits.shape == (2, 7, 64)
+    assert ax.verify(llama(), converted, kwargs={"input_ids": IDS[:1]}).passed
+
+
+def test_train_and_eval_are_different_programs_over_one_set_of_weights():
+    converted = ax.convert(gpt2(), kwargs={"input_ids": IDS})
+    assert torch.equal(converted(IDS).logits, converted(IDS).logits)
+    converted.train()
+    assert not torch.equal(converted(IDS).logits, converted(IDS).logits)
