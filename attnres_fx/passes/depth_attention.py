@@ -142,7 +142,8 @@ class _StreamRewrite:
         self.by_name: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         self.roots = self._roots()
         self.nodes = sorted((n for n, r in sums.root.items() if r in self.roots), key=sums.order.__getitem__)
-        self.builder = SourceBuilder(self.graph, sums, self._groups(), moved, frozen)
+        extras = frozenset(f"+{t.node}" for t in stream.terms if t.sublayer is None)
+        self.builder = SourceBuilder(self.graph, sums, self._groups(), moved, extras, frozen)
         self.at_site: dict[Node, list[Read]] = {}
         for read in stream.depth_reads:
             self.at_site.setdefault(self._site(read), []).append(read)
@@ -221,7 +222,7 @@ class _StreamRewrite:
         assert isinstance(gain, float)
         if self._ends_local_block(read) and not self.stream.post_norm:
             summary = Source("summary", self.schedule.block_of(read.position))
-            self.builder.tables[site] = Table({summary: Entry(value)})
+            self.builder.go_on_from(site, summary, value)
         return Replacement(
             stream=self.stream.name,
             read=read.name,

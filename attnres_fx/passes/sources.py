@@ -96,30 +96,42 @@ class Table:
 class SourceBuilder:
     """Evaluates states to tables, and turns entries into nodes of the graph.
 
-    frozen: the nodes that run with gradients off.
+    extras: the groups that are terms outside the chain. frozen: the nodes that run with gradients off.
     """
 
     graph: Graph
     sums: FormalSums
     group_of: dict[Node, Group]
     moved: Moved
+    extras: frozenset[Group] = frozenset()
     frozen: frozenset[Node] = frozenset()
     tables: dict[Node, Table] = field(default_factory=dict)
+    #: What states beside the chain go on from, where the chain itself goes on from a summary.
+    whole: dict[Node, Table] = field(default_factory=dict)
     _built: dict[tuple[Node, Step], Node] = field(default_factory=dict)
 
     def evaluate(self, node: Node) -> Table:
         """Table of a state whose parents have been evaluated."""
         if node not in self.tables:
-            table = self._table(node)
-            self.tables[node] = table.through(Detach()) if node in self.frozen else table
+            step = self.sums.states[node]
+            table = self._table(node, self.tables)
+            detached = (Detach(),) if node in self.frozen else ()
+            self.tables[node] = table.through(*detached)
+            if isinstance(step, Mapped) and step.state in self.whole:
+                self.whole[node] = self._table(node, self.whole).through(*detached)
         return self.tables[node]
 
-    def _table(self, node: Node) -> Table:
+    def go_on_from(self, node: Node, summary: Group, value: Node) -> None:
+        """Let the chain go on from a summary of a state; states beside the chain keep its sources."""
+        self.whole[node] = self.tables[node]
+        self.tables[node] = Table({summary: Entry(value)})
+
+    def _table(self, node: Node, tables: dict[Node, Table]) -> Table:
         match self.sums.states[node]:
             case Root():
                 return Table({self.group_of[node]: Entry(node)})
             case Mapped(state=state, kind=kind):
-                return self.tables[state].through(Replay(node, state, kind))
+                return tables[state].through(Replay(node, state, kind))
             case Extended() as add:
                 return self._extended(add)
             case Merged() as add:
@@ -130,7 +142,9 @@ class SourceBuilder:
                 return Table(left)
 
     def _extended(self, add: Extended) -> Table:
-        before = self.tables[add.state].through(*_scaled(add.state_scale))
+        group = self.group_of[add.node]
+        beside = group in self.extras and add.state in self.whole
+        before = (self.whole if beside else self.tables)[add.state].through(*_scaled(add.state_scale))
         if not same_shape(add.state, add.node):
             before = before.through(SpreadLike(add.addend))
         entries = before.settled()
@@ -138,7 +152,6 @@ class SourceBuilder:
         addend = Entry(written, _scaled(add.addend_scale))
         if not same_shape(add.addend, add.node):
             addend = addend.through((SpreadLike(add.state),))
-        group = self.group_of[add.node]
         entries[group] = Entry(PendingSum(entries[group], addend, add.node)) if group in entries else addend
         return Table(entries)
 
