@@ -58,7 +58,6 @@ def test_every_spelling_of_an_addition_extends_the_stream(spelling):
     check_trap(two_layers(ADDITIONS[spelling]), (tokens(),), TWO_LAYERS)
 
 
-@pytest.mark.xfail(reason="open defect: fused addition with beta and alpha, not yet diagnosed")
 def test_addmm_with_the_state_as_addend_is_a_residual():
     def program(m, x):
         h = x
@@ -76,7 +75,6 @@ def test_addmm_with_the_state_as_addend_is_a_residual():
     check_trap(program, (rows()[0],), expected)
 
 
-@pytest.mark.xfail(reason="open defect: fused addition with beta and alpha, not yet diagnosed")
 def test_baddbmm_with_the_state_as_addend_is_a_residual():
     def program(m, x):
         h = x

@@ -45,13 +45,11 @@ def inline_regions_pass(gm: GraphModule) -> PassResult:
     return PassResult(gm, bool(inlined), (), tuple(inlined))
 
 
-def hidden_regions(gm: GraphModule) -> tuple[str, ...]:
+def hidden_regions(graph_module: GraphModule) -> list[Node]:
     """Calls of higher-order operations with a body that could hide a stream and cannot be inlined."""
-    return tuple(
-        n.name
-        for n in gm.graph.nodes
-        if op_name(n).startswith("higher_order::") and op_name(n) not in _REGIONS and _bodies_with_additions(gm, n)
-    )
+    nodes = graph_module.graph.nodes
+    operations = [n for n in nodes if op_name(n).startswith("higher_order::") and op_name(n) not in _REGIONS]
+    return [n for n in operations if _bodies_with_additions(graph_module, n)]
 
 
 def _hiding_regions(gm: GraphModule) -> Any:

@@ -1,17 +1,19 @@
 """The passes that make a captured graph readable, in order, and the analysis that follows them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from attnres_fx.errors import AlreadyConvertedError, CaptureError
 from attnres_fx.passes.functionalize import functionalize_mutations_pass
 from attnres_fx.passes.graph_tools import describe, has_values
-from attnres_fx.passes.inline_regions import getattr_path, inline_regions_pass
+from attnres_fx.passes.inline_regions import getattr_path, hidden_regions, inline_regions_pass
+from attnres_fx.passes.refusals import Refusal
 from attnres_fx.passes.result import PassResult
 from attnres_fx.passes.spelling import op_name
 from attnres_fx.passes.streams import StreamSet, find_streams
@@ -45,7 +47,13 @@ def analyze_(gm: GraphModule) -> StreamSet:
                 f"convert the original, or use this one as it is."
             )
     normalize_(gm)
-    return find_streams(gm.graph)
+    found = find_streams(gm.graph)
+    return replace(found, refusals=(*found.refusals, *map(_hidden, hidden_regions(gm))))
+
+
+def _hidden(node: Node) -> Refusal:
+    what = op_name(node).removeprefix("higher_order::")
+    return Refusal("hidden", describe(node), f"the bodies of {what!r} may write to a stream and cannot be inlined")
 
 
 def set_attribute_values_(gm: GraphModule) -> None:

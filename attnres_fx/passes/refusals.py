@@ -17,11 +17,11 @@ _WIDENING = frozenset("cat concat concatenate pad".split())
 class Refusal:
     """Something that looks like a residual stream and was left alone.
 
-    kind: `"not additive"` or `"width"`. place: the node, its module path and source line. reason: why it
+    kind: `"not additive"`, `"width"`, or `"hidden"` in a region that cannot be inlined. place: the node, its module path and source line. reason: why it
         was refused. stops_conversion: whether guessing on would be wrong. advice: what to do instead.
     """
 
-    kind: Literal["not additive", "width"]
+    kind: Literal["not additive", "width", "hidden"]
     place: str
     reason: str
     stops_conversion: bool = False
