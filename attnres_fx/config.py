@@ -78,7 +78,9 @@ def _require_positive_int(name: str, value: object) -> None:
 def _checked_streams(streams: object) -> str | tuple[str, ...]:
     if isinstance(streams, str):
         return streams
-    names = tuple(streams) if isinstance(streams, list | tuple | set | frozenset) else ()
+    if isinstance(streams, set | frozenset):  # the order of a set is not the same in every process
+        streams = sorted(streams, key=str)
+    names = tuple(streams) if isinstance(streams, list | tuple) else ()
     if not names or not all(isinstance(n, str) for n in names):
         raise ConfigError(f"AttnResConfig.streams must be 'main', 'all' or stream names; it is {streams!r}.")
     return names

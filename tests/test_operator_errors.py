@@ -27,6 +27,8 @@ REFUSED = {
     "integer query": ([x, x], w.long(), w, r"query is torch\.int64"),
     "key_weight of another width": ([x, x], w, w[:4], r"key_weight is torch\.float32 \(4,\)"),
     "key_weight with two dimensions": ([x, x], w, w[None], r"key_weight is torch\.float32 \(1, 8\)"),
+    "numbers for sources": ([1.0, 2.0], w, w, "source 0 is a float"),
+    "no query": ([x, x], None, w, "query is a NoneType"),
     "integer key_weight": ([x, x], w, w.long(), r"key_weight is torch\.int64"),
 }
 
@@ -37,7 +39,10 @@ def test_bad_input_is_refused_by_name(sources, query, key_weight, message):
         depth_attention(sources, query, key_weight)
 
 
-@pytest.mark.parametrize(("sources", "query", "key_weight", "message"), REFUSED.values(), ids=REFUSED)
+IN_A_NODE = {name: case for name, case in REFUSED.items() if name not in ("numbers for sources", "no query")}
+
+
+@pytest.mark.parametrize(("sources", "query", "key_weight", "message"), IN_A_NODE.values(), ids=IN_A_NODE)
 def test_the_node_in_a_graph_refuses_what_the_function_refuses(sources, query, key_weight, message):
     with pytest.raises(OperatorError, match=message):
         DEPTH_ATTENTION(sources, query, key_weight, 1e-6, 1.0)
@@ -53,3 +58,9 @@ def test_errors_are_the_librarys_and_value_errors():
 def test_eps_and_gain_are_given_by_name():
     with pytest.raises(TypeError):
         depth_attention([x, x], w, w, 1e-6)
+
+
+@pytest.mark.parametrize("eps", [-1e-6, float("inf"), float("nan")])
+def test_an_eps_that_means_nothing_is_refused(eps):
+    with pytest.raises(OperatorError, match="eps is"):
+        depth_attention([x, x], w, w, eps=eps)

@@ -1,9 +1,12 @@
 """What depth attention keeps and holds: row statistics and one float copy at a time, never all sources."""
 
+import contextlib
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from attnres_fx.ops import depth_attention
 
@@ -14,7 +17,8 @@ def bfloat16_inputs(count: int, rows: int, width: int) -> list[Tensor]:
     return [*sources, torch.randn(width, requires_grad=True), torch.randn(width, requires_grad=True)]
 
 
-def test_backward_saves_the_inputs_and_two_numbers_a_row_for_each_source():
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, lambda: FlopCounterMode(display=False)], ids=["", "watched"])
+def test_backward_saves_the_inputs_and_two_numbers_a_row_for_each_source(mode):
     count, rows, width = 33, 64, 256
     leaves = bfloat16_inputs(count, rows, width)
     saved: dict[int, int] = {}
@@ -23,7 +27,7 @@ def test_backward_saves_the_inputs_and_two_numbers_a_row_for_each_source():
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with mode(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         out = depth_attention(leaves[:-2], *leaves[-2:], gain=count)
     given = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*leaves, out)}
     beside = sum(size for place, size in saved.items() if place not in given)
@@ -33,7 +37,6 @@ def test_backward_saves_the_inputs_and_two_numbers_a_row_for_each_source():
 
 def peak_bytes(step: Callable[[], object]) -> int:
     """Most memory that `step` held at once, by the allocator's own record."""
-    # A TorchDispatchMode that watches storages would make the operator fall back to plain autograd.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

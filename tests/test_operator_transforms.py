@@ -300,3 +300,20 @@ def test_functional_call_reads_with_the_weights_it_is_given():
     weights = {"query": torch.randn(8), "key_weight": torch.randn(8)}
     expected = depth_attention([args[0], args[1].relu(), args[0]], *weights.values(), gain=3.0).tanh()
     assert torch.equal(functional_call(reader, weights, tuple(args)), expected)
+
+
+class Mixture(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = torch.nn.Parameter(torch.randn(8))
+        self.key_weight = torch.nn.Parameter(torch.randn(8))
+
+    def forward(self, x, y):
+        return depth_attention([x, y], self.query, self.key_weight, gain=2.0)
+
+
+def test_symbolic_trace_of_code_that_calls_the_function_holds_the_node():
+    model, (x, y) = Mixture(), torch.randn(2, 3, 8)
+    gm = torch.fx.symbolic_trace(model)
+    assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [DEPTH_ATTENTION]
+    torch.testing.assert_close(gm(x, y), model(x, y), rtol=0, atol=0)

@@ -5,11 +5,13 @@ the aten operations of the definition, while `torch.export` and Dynamo keep the 
 look for.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops.reference import RecomputedDepthAttention, definition
@@ -31,19 +33,26 @@ def depth_attention(
     Returns [..., D] in the promoted dtype; arithmetic is float32, float64 for float64 sources. With one
     source the result is exactly `gain * source` and the query's gradient exactly zero.
 
-    Raises OperatorError for an empty list, integer sources, sources that differ in shape or device, and
-    a query or key_weight that is not [D].
+    Raises OperatorError for an empty list, what is no tensor, integer sources, sources that differ in
+    shape or device, a query or key_weight that is not [D], and an eps that is negative or not finite.
     Source: arXiv 2603.15031, section 3.1.
     """
     sources = list(sources)
-    _check(sources, query, key_weight)
+    if not any(isinstance(t, Proxy) for t in (*sources, query, key_weight)):
+        _check(sources, query, key_weight, eps)
     mixed: Tensor = torch.ops.attnres_fx.depth_attention.default(sources, query, key_weight, float(eps), float(gain))
     return mixed
 
 
-def _check(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor) -> None:
+def _check(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, eps: float) -> None:
     if not sources:
         raise OperatorError("depth_attention got an empty list of sources: it needs at least one.")
+    if not 0 <= eps < math.inf:
+        raise OperatorError(f"depth_attention: eps is {eps}; it must be a finite number that is not negative.")
+    named = {**{f"source {i}": s for i, s in enumerate(sources)}, "query": query, "key_weight": key_weight}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise OperatorError(f"depth_attention: {name} is a {type(value).__name__}; it must be a tensor.")
     first = sources[0]
     for i, source in enumerate(sources):
         if not source.is_floating_point():
@@ -74,7 +83,7 @@ def _check(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor) -> None
 
 
 def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, eps: float, gain: float) -> Tensor:
-    _check(sources, query, key_weight)
+    _check(sources, query, key_weight, eps)
     if _runs_in_plain_eager(sources):
         mixed: Tensor = RecomputedDepthAttention.apply(query, key_weight, eps, gain, *sources)
         return mixed
@@ -82,15 +91,20 @@ def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, e
 
 
 def _runs_in_plain_eager(sources: Sequence[Tensor]) -> bool:
-    """Whether no tracer and no transform is looking, so that saving only row statistics is ours to do."""
+    """Whether no tracer and no transform is looking, so that saving only row statistics is ours to do.
+
+    Modes that merely watch (FLOP counters, selective checkpointing) are neither.
+    """
     return not (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
         or any(type(s) is not Tensor and type(s) is not torch.nn.Parameter for s in sources)
     )
 
+
+_TRACING_MODES = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
 
 _library.impl("depth_attention", _depth_attention, "CompositeImplicitAutograd")
 # Without this second registration vmap meets the composite kernel above its batching rules and fails.
