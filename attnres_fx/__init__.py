@@ -3,12 +3,13 @@
 from attnres_fx import errors
 from attnres_fx._version import __version__
 from attnres_fx.config import AttnResConfig
-from attnres_fx.convert import convert, inspect, verify
+from attnres_fx.convert import convert, inspect
 from attnres_fx.converted import ConvertedModel
 from attnres_fx.depth_weights import depth_weights
 from attnres_fx.errors import AttnResError
 from attnres_fx.parameters import parameter_groups
 from attnres_fx.storage import load
+from attnres_fx.verify import verify
 
 __all__ = [
     "AttnResConfig",

@@ -1,16 +1,15 @@
 """Model to traced graphs: `torch.export` for a module, or a graph that somebody else traced."""
 
-import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -19,10 +18,10 @@ from attnres_fx.call import CallSignature, InputShape, signature_of
 from attnres_fx.errors import AttnResError, CaptureError
 from attnres_fx.passes.pipeline import propagate_values_
 from attnres_fx.passes.spelling import trains
+from attnres_fx.running import Mode, checkpoint_watch, fast_path_off, in_mode, mirror, run_untouched, shared_copy
+from attnres_fx.sizes import Guards, free_sizes, input_shapes, refused_ones, sizes_of, take_guards, without_ones
 
 log = logging.getLogger(__name__)
-
-Mode = Literal["train", "eval"]
 
 
 @dataclass
@@ -31,12 +30,14 @@ class CapturedGraph:
 
     gm: ours to change; its tensors are the model's own. out_spec: pytree of the outputs, None where the
     graph returns them in their structure. shapes: one entry an input. ranges: sizes of each symbol.
+    guards: checks the flat inputs for what the tracer took for granted.
     """
 
     gm: GraphModule
     out_spec: Any
     shapes: tuple[InputShape | None, ...]
     ranges: dict[str, tuple[int, int | None]]
+    guards: Guards | None = None
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _from_module(
     if bound:
         notes.append("use_cache=False is bound: a cache object cannot be captured")
     kwargs = {**kwargs, **bound}
-    example = _without_ones(model, args, kwargs) if dynamic_shapes is None else (args, kwargs)
+    example = without_ones(model, args, kwargs) if dynamic_shapes is None else (args, kwargs)
     graphs: dict[Mode, CapturedGraph] = {}
     failures: dict[Mode, str] = {}
     in_spec = None
@@ -112,6 +113,10 @@ def _from_module(
             failures[mode] = str(error)
             continue
         graphs[mode] = _graph_of(program)
+        refused = refused_ones(model, graphs[mode].gm, graphs[mode].shapes, example[0], example[1], mode)
+        for symbol, place in refused.items():
+            graphs[mode].ranges[symbol] = (2, graphs[mode].ranges[symbol][1])
+            notes.append(f"{place} must be 2 or more: at 1 the captured graph does not compute what the model does")
         in_spec = program.call_spec.in_spec
     if not graphs:
         raise CaptureError(failures[own])
@@ -130,8 +135,8 @@ def _export(
     for shapes, what_is_lost in attempts:
         with (
             in_mode(model, mode),
-            _fast_path_off(),
-            _checkpoint_watch() as checkpointed,
+            fast_path_off(),
+            checkpoint_watch() as checkpointed,
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
@@ -167,7 +172,7 @@ def _capture_message(model: nn.Module, mode: Mode, error: Exception) -> str:
 def _attempts(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> list[tuple[Any, str]]:
     if dynamic_shapes is not None:
         return [(dynamic_shapes, "")]
-    free = [_free_sizes(model, args, kwargs, limit) for limit in (2, 1)]
+    free = [free_sizes(model, args, kwargs, limit) for limit in (2, 1)]
     attempts = [(free[0], ""), (free[1], "only the first dimension of each argument is free"), (None, "")]
     attempts[-1] = (None, "the sizes of all arguments are fixed")
     kept: list[tuple[Any, str]] = []
@@ -175,40 +180,6 @@ def _attempts(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> 
         if attempt[0] not in [k[0] for k in kept]:
             kept.append(attempt)
     return kept
-
-
-def _free_sizes(model: nn.Module, args: Any, kwargs: Any, limit: int) -> Any:
-    """`Dim.AUTO` for leading dimensions, and for later ones of a size that a sequence has (masks)."""
-    lengths = {
-        leaf.shape[1]
-        for leaf in pytree.tree_leaves((args, kwargs))
-        if isinstance(leaf, Tensor) and 1 < leaf.dim() <= 3 and leaf.shape[1] > 1
-    }
-
-    def sizes(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return None
-        free = {
-            i: Dim.AUTO
-            for i, size in enumerate(leaf.shape)
-            if size > 1 and (i < limit or (limit > 1 and leaf.dim() > 3 and size in lengths))
-        }
-        return free or None
-
-    names = _forward_names(model, len(args))
-    by_name = {n: pytree.tree_map(sizes, v) for n, v in zip(names, args, strict=True)}
-    by_name |= {n: pytree.tree_map(sizes, v) for n, v in kwargs.items()}
-    if not any(isinstance(leaf, type(Dim.AUTO)) for leaf in pytree.tree_leaves(by_name)):
-        return None
-    if len(by_name) > len(names) + len(kwargs) or any(n.startswith("*") for n in names):
-        return None
-    return by_name
-
-
-def _forward_names(model: nn.Module, count: int) -> list[str]:
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY)]
-    return names[:count] if len(names) >= count else names + ["*"] * (count - len(names))
 
 
 def _bind_cache_off(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -227,76 +198,14 @@ def _bind_cache_off(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return {} if known else {"use_cache": False}
 
 
-def _without_ones(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The example with its sizes of 1 doubled, where the outputs of the first half stay what they were.
-
-    A size of 1 in the example would be frozen by the capture.
-    """
-    for limit in (2, 1):
-        doubled = pytree.tree_map(lambda leaf, limit=limit: _doubled(leaf, limit), (args, kwargs))
-        pairs = zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(doubled), strict=True)
-        if all(a is b for a, b in pairs):
-            return args, kwargs
-        try:
-            before = pytree.tree_leaves(run_untouched(model, args, kwargs, "eval"))
-            after = pytree.tree_leaves(run_untouched(model, doubled[0], doubled[1], "eval"))
-        except Exception:
-            continue
-        if len(before) == len(after) and all(map(_is_first_half, before, after)):
-            return doubled  # type: ignore[no-any-return]
-    return args, kwargs
-
-
-def _doubled(leaf: Any, limit: int) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.dim() < 2:
-        return leaf
-    for i in range(min(limit, leaf.dim())):
-        if leaf.shape[i] == 1:
-            leaf = torch.cat([leaf, leaf], i)
-    return leaf
-
-
-def _is_first_half(before: Any, after: Any) -> bool:
-    if not isinstance(before, Tensor):
-        return bool(before == after)
-    if not isinstance(after, Tensor) or before.dim() != after.dim() or before.is_meta:
-        return False
-    for i, size in enumerate(before.shape):
-        after = after.narrow(i, 0, min(size, after.shape[i]))
-    if before.shape != after.shape:
-        return False
-    tolerance = 1e-4 if before.dtype in (torch.float32, torch.float64) else 2e-2
-    return torch.allclose(before.double(), after.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
 def _graph_of(program: ExportedProgram) -> CapturedGraph:
-    gm = program.module(check_guards=False)
+    gm = program.module()
     assert isinstance(gm, GraphModule)
+    guards = take_guards(gm)
     gm.graph.set_codegen(CodeGen())
     gm.recompile()
-    ranges = {str(symbol): _range(bounds) for symbol, bounds in program.range_constraints.items()}
-    return CapturedGraph(gm, program.call_spec.out_spec, _input_shapes(gm), ranges)
-
-
-def _range(bounds: Any) -> tuple[int, int | None]:
-    """Sizes a symbol may have. A lower bound of 2 only says that the tracer set 0 and 1 apart."""
-    low = int(bounds.lower)
-    high = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**31 else None
-    return (0 if low == 2 else low), high
-
-
-def _input_shapes(gm: GraphModule) -> tuple[InputShape | None, ...]:
-    shapes: list[InputShape | None] = []
-    for node in gm.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            shapes.append(None)
-            continue
-        sizes = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
-        shapes.append(InputShape(str(node.target), sizes))
-    return tuple(shapes)
+    ranges = {str(symbol): sizes_of(bounds) for symbol, bounds in program.range_constraints.items()}
+    return CapturedGraph(gm, program.call_spec.out_spec, input_shapes(gm), ranges, guards)
 
 
 # --- a graph somebody else traced --------------------------------------------------------------------
@@ -359,13 +268,14 @@ def _from_graph_module(model: GraphModule, args: tuple[Any, ...], kwargs: dict[s
 
 def _from_exported_module(model: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     gm = shared_copy(model)
+    guards = take_guards(gm)
     in_spec, out_spec = model._in_spec, model._out_spec
     gm.graph.set_codegen(CodeGen())
     gm.recompile()
     mode = _mode_of(gm) or "eval"
     names, keywords = _names_in(in_spec, gm)
     return Captured(
-        graphs={mode: CapturedGraph(gm, out_spec, _input_shapes(gm), {})},
+        graphs={mode: CapturedGraph(gm, out_spec, input_shapes(gm), {}, guards)},
         failures={_other(mode): "an exported graph holds one mode; convert the nn.Module to get both"},
         root=gm,
         signature=CallSignature(names, names, keywords, {}),
@@ -384,95 +294,3 @@ def _mode_of(gm: GraphModule) -> Mode | None:
 
 def _other(mode: Mode) -> Mode:
     return "eval" if mode == "train" else "train"
-
-
-# --- modules and modes -------------------------------------------------------------------------------
-
-
-def shared_copy(module: Any) -> Any:
-    """A copy of a module tree that holds the same parameter and buffer objects."""
-    import copy
-
-    memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, memo)
-
-
-def mirror(model: nn.Module) -> nn.Module:
-    """Empty modules in the shape of a model's tree, holding the model's own parameters and buffers."""
-    made: dict[int, nn.Module] = {}
-
-    def build(module: nn.Module) -> nn.Module:
-        if id(module) in made:
-            return made[id(module)]
-        empty = made[id(module)] = nn.Module()
-        for name, parameter in module._parameters.items():
-            empty.register_parameter(name, parameter)
-        for name, buffer in module._buffers.items():
-            empty.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
-        for name, child in module._modules.items():
-            empty.add_module(name, build(child) if child is not None else None)
-        return empty
-
-    return build(model)
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """The model in train or eval mode; every module's own flag is put back after."""
-    flags = {m: m.training for m in model.modules()}
-    try:
-        if model.training != (mode == "train"):
-            model.train(mode == "train")
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-def run_untouched(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mode: Mode, *, seed: int = 0
-) -> Any:
-    """Outputs of one run that leaves buffers, arguments and random state as they were, without gradients."""
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
-    args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
-    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index for d in devices]), torch.no_grad(), in_mode(model, mode):
-        torch.manual_seed(seed)
-        with _fast_path_off():
-            return torch.func.functional_call(model, buffers, args, dict(kwargs))
-
-
-@contextlib.contextmanager
-def _fast_path_off() -> Iterator[None]:
-    """nn.TransformerEncoder without its fused inference path, which has no additions to find."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def _checkpoint_watch() -> Iterator[list[bool]]:
-    """Notes whether the model calls `torch.utils.checkpoint`."""
-    import torch.utils.checkpoint as module
-
-    seen: list[bool] = []
-    names = ("_checkpoint_without_reentrant_generator", "_infer_device_type")
-    originals: dict[str, Callable[..., Any]] = {n: getattr(module, n) for n in names if hasattr(module, n)}
-
-    def watched(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            seen.append(True)
-            return original(*args, **kwargs)
-
-        return call
-
-    for name, original in originals.items():
-        setattr(module, name, watched(original))
-    try:
-        yield seen
-    finally:
-        for name, original in originals.items():
-            setattr(module, name, original)

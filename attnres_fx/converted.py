@@ -13,12 +13,14 @@ from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from attnres_fx.call import CallSignature, InputShape, check_shapes
-from attnres_fx.capture import CapturedGraph, Mode
+from attnres_fx.capture import CapturedGraph
 from attnres_fx.errors import ArgumentError, ModeError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.depth_attention import Replacement
 from attnres_fx.passes.inline_regions import getattr_path
 from attnres_fx.report import ConversionReport
+from attnres_fx.running import Mode
+from attnres_fx.sizes import Guards
 
 CONSTANTS = "_captured"
 
@@ -36,6 +38,7 @@ class Program:
     shapes: tuple[InputShape | None, ...]
     ranges: Mapping[str, tuple[int, int | None]]
     replacements: tuple[Replacement, ...]
+    guards: Guards | None = None
 
     def __deepcopy__(self, memo: Any) -> "Program":
         return self  # holds no tensors of a model; attributes are found on the root of the call
@@ -86,7 +89,9 @@ class ConvertedModel(nn.Module):
                 node.target = self._adopt(gm, str(node.target), mode)
         call = type(GraphModule(self, gm.graph)).forward
         _forget_tensors(gm.graph)
-        return Program(gm.graph, call, captured.out_spec, captured.shapes, captured.ranges, replacements)
+        return Program(
+            gm.graph, call, captured.out_spec, captured.shapes, captured.ranges, replacements, captured.guards
+        )
 
     def _adopt(self, gm: GraphModule, target: str, mode: Mode) -> str:
         """Where this module keeps an attribute of a captured graph; constants get a place of their own."""
@@ -142,6 +147,8 @@ class ConvertedModel(nn.Module):
                 f"the arguments have another structure than the captured ones: {spec} against {self.in_spec}."
             )
         check_shapes(program.shapes, leaves, program.ranges)
+        if program.guards is not None:
+            _check_guards(program.guards, leaves)
         return leaves
 
     def graph_module(self, mode: Mode | None = None) -> GraphModule:
@@ -164,6 +171,19 @@ class ConvertedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.signature}, modes={'/'.join(self.programs)}"
+
+
+def _check_guards(guards: Guards, leaves: list[Any]) -> None:
+    if torch.compiler.is_compiling():  # guards of the tracer then, and its own words
+        guards(*leaves)
+        return
+    try:
+        guards(*leaves)
+    except AssertionError as error:
+        raise ArgumentError(
+            f"the captured graph does not hold for arguments of these sizes: {error}. Convert again with an "
+            f"example of these sizes, or capture both and choose."
+        ) from error
 
 
 def _with_signature(signature: CallSignature) -> type[ConvertedModel]:

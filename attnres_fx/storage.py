@@ -6,6 +6,7 @@ runs no pickled code. Output classes (a Hugging Face model output, say) are impo
 
 import dataclasses
 import importlib
+import inspect
 import io
 import json
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx._version import __version__
 from attnres_fx.call import CallSignature, InputShape
-from attnres_fx.capture import CapturedGraph, Mode
+from attnres_fx.capture import CapturedGraph
 from attnres_fx.config import AttnResConfig
 from attnres_fx.converted import ConvertedModel, Program
 from attnres_fx.errors import SaveError
@@ -31,6 +32,8 @@ from attnres_fx.passes.refusals import Refusal
 from attnres_fx.passes.schedule import DepthSchedule
 from attnres_fx.passes.streams import Read, Stream, Term
 from attnres_fx.report import ConversionReport, ConvertedStream
+from attnres_fx.running import Mode
+from attnres_fx.sizes import Guards, take_guards
 
 FORMAT = 1
 _DATA = {
@@ -168,10 +171,17 @@ class _FlatModel(nn.Module):
             getattr(self, store).update(getattr(converted, store))
         self._non_persistent_buffers_set |= converted._non_persistent_buffers_set
         self.training = converted.training
-        self.program = program
 
-    def forward(self, *leaves: Any) -> Any:
-        return self.program.call(self, *leaves)
+        def forward(*leaves: Any) -> Any:
+            if program.guards is not None:
+                program.guards(*leaves)
+            return program.call(self, *leaves)
+
+        # Named, so that what the loaded graph says of its inputs can be understood.
+        names = [n.name for n, _ in _inputs(program)]
+        ordered = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+        forward.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 def _exported(converted: ConvertedModel, mode: Mode, program: Program) -> Tensor:
@@ -196,7 +206,7 @@ def _exported(converted: ConvertedModel, mode: Mode, program: Program) -> Tensor
 def _export_flat(flat: _FlatModel, program: Program) -> torch.export.ExportedProgram:
     example, free = zip(*(_example(n, s) for n, s in _inputs(program)), strict=True)
     errors = []
-    for shapes in ((tuple(free),), None):
+    for shapes in (tuple(free), None):
         try:
             return torch.export.export(flat, tuple(example), strict=False, dynamic_shapes=shapes)
         except Exception as error:
@@ -235,10 +245,10 @@ def _rebuilt(about: dict[str, Any], stored: dict[str, Any]) -> ConvertedModel:
     for mode, program in about["programs"].items():
         name = program["stored"]
         if name not in graphs:
-            gm = _loaded_graph(stored[f"program.{name}"], tensors)
+            gm, guards = _loaded_graph(stored[f"program.{name}"], tensors)
             shapes = tuple(_decode(program["shapes"]))
             ranges = {n: (low, high) for n, (low, high) in program["ranges"].items()}
-            graphs[name] = CapturedGraph(gm, _load_spec(program["out_spec"]), shapes, ranges)
+            graphs[name] = CapturedGraph(gm, _load_spec(program["out_spec"]), shapes, ranges, guards)
         result[mode] = (graphs[name], _renamed(graphs[name].gm, _decode(program["replacements"])))
     converted = ConvertedModel(
         root,
@@ -292,14 +302,15 @@ def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         setattr(module.get_submodule(".".join(path)), leaf, tensor)
 
 
-def _loaded_graph(data: Tensor, tensors: dict[str, Tensor]) -> GraphModule:
+def _loaded_graph(data: Tensor, tensors: dict[str, Tensor]) -> tuple[GraphModule, Guards | None]:
     program = torch.export.load(io.BytesIO(data.cpu().numpy().tobytes()))
     program.state_dict.update(tensors)
-    gm = program.module(check_guards=False)
+    gm = program.module()
     assert isinstance(gm, GraphModule)
+    guards = take_guards(gm)
     gm.graph.set_codegen(CodeGen())
     gm.recompile()
-    return gm
+    return gm, guards
 
 
 def _renamed(gm: GraphModule, replacements: list[Replacement]) -> tuple[Replacement, ...]:
