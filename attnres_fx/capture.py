@@ -114,9 +114,9 @@ def _from_module(
             continue
         graphs[mode] = _graph_of(program)
         refused = refused_ones(model, graphs[mode].gm, graphs[mode].shapes, example[0], example[1], mode)
-        for symbol, place in refused.items():
+        for symbol in refused.keys() & graphs[mode].ranges.keys():
             graphs[mode].ranges[symbol] = (2, graphs[mode].ranges[symbol][1])
-            notes.append(f"{place} must be 2 or more: at 1 the captured graph does not compute what the model does")
+            notes.append(f"{refused[symbol]} must be 2 or more: at 1 the graph does not compute what the model does")
         in_spec = program.call_spec.in_spec
     if not graphs:
         raise CaptureError(failures[own])

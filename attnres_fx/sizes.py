@@ -1,5 +1,6 @@
 """Which sizes of a model's arguments are free, and which of them a captured graph holds for."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from attnres_fx.call import InputShape
+from attnres_fx.passes.graph_tools import plain_size
 from attnres_fx.running import Mode, run_untouched
 
 #: Called with the flat inputs of a graph; raises AssertionError where it does not hold for their sizes.
@@ -111,7 +113,7 @@ def input_shapes(gm: GraphModule) -> tuple[InputShape | None, ...]:
         if not isinstance(value, Tensor):
             shapes.append(None)
             continue
-        sizes = tuple(s if isinstance(s, int) else str(s) for s in value.shape)
+        sizes = tuple(s if isinstance(s, int) else str(s) for s in map(plain_size, value.shape))
         shapes.append(InputShape(str(node.target), sizes))
     return tuple(shapes)
 
@@ -144,12 +146,13 @@ def refused_ones(
         return {}
     places = [(s, i) for s in shapes if s is not None for i, size in enumerate(s.sizes) if isinstance(size, str)]
     refused = {}
+    bare = GraphModule(gm, copy.deepcopy(gm.graph))  # without the hooks that export puts on its modules
     for symbol in dict.fromkeys(str(shape.sizes[i]) for shape, i in places):
         cut = [_cut_to_one(leaf, shape, symbol) for leaf, shape in zip(leaves, shapes, strict=True)]
         cut_args, cut_kwargs = pytree.tree_unflatten(cut, spec)
         try:
             expected = pytree.tree_leaves(run_untouched(model, cut_args, cut_kwargs, mode))
-            found = pytree.tree_leaves(run_untouched(gm, cut, {}, mode))
+            found = pytree.tree_leaves(run_untouched(bare, cut, {}, mode))
             agree = len(expected) == len(found) and all(map(_is_same, expected, found))
         except Exception:  # whatever either raises: the graph was not shown to hold
             agree = False

@@ -28,6 +28,7 @@ from attnres_fx.errors import SaveError
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.parameters import AttnResParameters, DepthRead
 from attnres_fx.passes.depth_attention import DepthReadPlan, Replacement
+from attnres_fx.passes.graph_tools import plain_size
 from attnres_fx.passes.refusals import Refusal
 from attnres_fx.passes.schedule import DepthSchedule
 from attnres_fx.passes.streams import Read, Stream, Term
@@ -224,8 +225,9 @@ def _example(node: Any, shape: InputShape | None) -> tuple[Any, Any]:
     value = node.meta.get("val", node.meta.get("example_value"))
     if not isinstance(value, Tensor):
         return value, None
-    sizes = [s if isinstance(s, int) else s.node.hint for s in value.shape]
-    free = {i: Dim.AUTO for i, s in enumerate(value.shape) if not isinstance(s, int)}
+    plain = [plain_size(s) for s in value.shape]
+    sizes = [s if isinstance(s, int) else s.node.hint for s in plain]
+    free = {i: Dim.AUTO for i, s in enumerate(plain) if not isinstance(s, int)}
     if shape is None:
         free = {i: Dim.AUTO for i, s in enumerate(sizes[:2]) if s > 1}
     return torch.zeros(sizes, dtype=value.dtype, device=value.device), free or None

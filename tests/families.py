@@ -1,7 +1,8 @@
 """Tiny random-weight models of many families, and the number of reads their own configuration implies.
 
 One read after every sublayer: two a pre-norm or post-norm layer, one a parallel layer, three a decoder layer
-with cross-attention. The numbers are never taken from what the library found.
+with cross-attention. In Zamba one a layer, which writes its Mamba output, and one more a hybrid layer, whose norm
+sees the shared attention's output as well without writing it. The numbers are never taken from what the library found.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 L = 2
+ZAMBA_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"]
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 TEXT = {"input_ids": IDS}
 PAIR = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
@@ -129,6 +131,22 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "granite": lambda: family("granite", TEXT, 2 * L, residual_multiplier=0.5, **GROUPED),
     "mixtral": lambda: family("mixtral", TEXT, 2 * L, num_local_experts=4, **GROUPED),
     "mamba": lambda: family("mamba", TEXT, L, vocab_size=96, hidden_size=32, num_hidden_layers=L, state_size=4),
+    "zamba": lambda: family(
+        "zamba",
+        TEXT,
+        len(ZAMBA_LAYERS) + ZAMBA_LAYERS.count("hybrid"),
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=len(ZAMBA_LAYERS),
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        layers_block_type=ZAMBA_LAYERS,
+        use_mamba_kernels=False,
+    ),
     "bert": lambda: family("bert", TEXT, 2 * L, "AutoModel", **SMALL),
     "roberta": lambda: family("roberta", TEXT, 2 * L, "AutoModel", **SMALL),
     "t5": lambda: family(

@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import attnres_fx as ax
 
@@ -40,6 +47,20 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
 
 
+def gpt_neox():
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    ).eval()
+
+
 def llama_sublayers(model):
     inner = model.model
     positions = torch.arange(IDS.shape[1])[None]
@@ -65,6 +86,22 @@ def gpt2_sublayers(model):
         layers.append(lambda h, y=y: y.mlp(y.ln_2(h)))
     root = inner.wte(IDS) + inner.wpe(torch.arange(IDS.shape[1]))[None]
     return root, layers, lambda h: model.lm_head(inner.ln_f(h))
+
+
+def gpt_neox_sublayers(model):
+    inner = model.gpt_neox
+    positions = torch.arange(IDS.shape[1])[None]
+    mask = torch.full((IDS.shape[1], IDS.shape[1]), float("-inf")).triu(1)[None, None]
+
+    def parallel(layer):
+        def run(h):
+            rotary = inner.rotary_emb(h, positions)
+            mixed = layer.attention(layer.input_layernorm(h), mask, position_embeddings=rotary)[0]
+            return mixed + layer.mlp(layer.post_attention_layernorm(h))
+
+        return run
+
+    return inner.embed_in(IDS), list(map(parallel, inner.layers)), lambda h: model.lm_head(inner.final_layer_norm(h))
 
 
 def attend(sources, read, gain):
@@ -98,10 +135,14 @@ def by_hand(parts, reads, variant, output, size):
 
 @pytest.mark.parametrize("output", ["sum", "mean"])
 @pytest.mark.parametrize("variant", ["full", "block", "local"])
-@pytest.mark.parametrize("family", [(llama, llama_sublayers), (gpt2, gpt2_sublayers)], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [(llama, llama_sublayers), (gpt2, gpt2_sublayers), (gpt_neox, gpt_neox_sublayers)],
+    ids=["llama", "gpt2", "gpt_neox"],
+)
 def test_a_conversion_is_the_papers_forward_written_by_hand(family, variant, output):
     build, parts = family
-    model = build()
+    model = build().double()
     blocks = {} if variant == "full" else {"block_size": 4}
     config = ax.AttnResConfig(variant=variant, output=output, **blocks)
     converted = ax.convert(model, kwargs={"input_ids": IDS}, config=config)
@@ -110,17 +151,17 @@ def test_a_conversion_is_the_papers_forward_written_by_hand(family, variant, out
         torch.nn.init.normal_(read.query, std=0.5)
         torch.nn.init.normal_(read.key_weight, mean=1.0, std=0.2)
     weights = dict(converted.named_parameters())
-    probe = torch.randn(2, 7, 64)
+    probe = torch.randn(2, 7, 64, dtype=torch.float64)
     found = converted(input_ids=IDS).logits
     found_grads = torch.autograd.grad((found * probe).sum(), list(weights.values()), allow_unused=True)
     expected = by_hand(parts(model), converted.attnres.reads, variant, output, 4)
     expected_grads = torch.autograd.grad((expected * probe).sum(), list(weights.values()), allow_unused=True)
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    largest = max(g.abs().max() for g in expected_grads if g is not None)
+    assert found.dtype == torch.float64
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
     for name, x, y in zip(weights, found_grads, expected_grads, strict=True):
         assert (x is None) == (y is None), name
         if x is not None:
-            assert (x - y).abs().max() <= 1e-5 * max(y.abs().max(), largest * 1e-2), name
+            assert (x - y).abs().max() <= 1e-9 * y.abs().max(), name
 
 
 def test_a_converted_model_shares_weights_copies_saves_loads_and_exports(tmp_path):

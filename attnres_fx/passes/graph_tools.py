@@ -26,10 +26,10 @@ def tensor_of(node: Node) -> torch.Tensor | None:
 def shape_of(node: Node) -> tuple[Any, ...]:
     """Sizes of a node's tensor: plain numbers where they are known, symbols where they are free."""
     value = tensor_of(node)
-    return tuple(map(_as_plain, value.shape)) if value is not None else ()
+    return tuple(map(plain_size, value.shape)) if value is not None else ()
 
 
-def _as_plain(size: Any) -> Any:
+def plain_size(size: Any) -> Any:
     """A size that a tracer held as a symbol until it turned out to have one value only."""
     known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
     return size if known is None else known
