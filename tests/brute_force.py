@@ -15,10 +15,7 @@ from residual_programs import WIDTH, PlainProgram, Step, StepModules, coefficien
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
-
-
-class Ambiguous(Exception):
-    """A program for which design.md does not say what the read at the end of a local block is."""
+Terms = list[tuple[int, Tensor]]
 
 
 def depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, gain: float) -> Tensor:
@@ -61,12 +58,15 @@ class State:
 
     terms: the root (or, in `local`, the incoming summary) and what was written since; the numbers are
     positions in the stream's own list of terms, -1 for a term that the stream does not go on with.
+    seen: what a read here sees; other than `terms` only where a local block has ended, because the
+    stream then goes on from the summary and reads at the end see the whole block.
     """
 
     number: int
     stream: int
     terms: list[tuple[int, Tensor]]
     count: int
+    seen: list[tuple[int, Tensor]]
     extra: bool = False
 
     @property
@@ -95,6 +95,9 @@ class Handle:
 
     def mapped_terms(self) -> list[tuple[int, Tensor]]:
         return [(i, self.viewed(t)) for i, t in self.state.terms]
+
+    def mapped_seen(self) -> list[tuple[int, Tensor]]:
+        return [(i, self.viewed(t)) for i, t in self.state.seen]
 
 
 @dataclass
@@ -164,7 +167,8 @@ class Interpreter:
                 states[step.stream] = self.write(m, name, step, h, states)
             elif step.kind == "factor":
                 terms = [(n, factor(m, step.options[0], t)) for n, t in self.carried(h)]
-                states[step.stream] = self.new(step.stream, terms, h.state.count, h.state.extra)
+                seen = [(n, factor(m, step.options[0], t)) for n, t in h.mapped_seen()]
+                states[step.stream] = self.new(step.stream, terms, h.state.count, h.state.extra, seen)
             elif step.kind == "move":
                 moved = (*h.maps, lambda t, step=step: move(step.options[0], t))
                 states[step.stream] = Handle(h.storage, moved)
@@ -184,14 +188,14 @@ class Interpreter:
 
     # --- writing ---
 
-    def new(self, stream: int, terms: list[tuple[int, Tensor]], count: int, extra: bool = False) -> Handle:
-        return Handle([self.numbered(stream, terms, count, extra)])
+    def new(self, stream: int, terms: Terms, count: int, extra: bool = False, seen: Terms | None = None) -> Handle:
+        return Handle([self.numbered(stream, terms, count, extra, seen)])
 
-    def numbered(self, stream: int, terms: list[tuple[int, Tensor]], count: int, extra: bool) -> State:
+    def numbered(self, stream: int, terms: Terms, count: int, extra: bool, seen: Terms | None = None) -> State:
         self.numbers += 1
         if not extra:
             self.notes.lengths[stream] = max(self.notes.lengths.get(stream, 0), count)
-        return State(self.numbers, stream, terms, count, extra)
+        return State(self.numbers, stream, terms, count, terms if seen is None else seen, extra)
 
     def extended(self, h: Handle, term: Tensor) -> Handle:
         return self.new(h.state.stream, [*self.carried(h), (h.state.count, term)], h.state.count + 1)
@@ -220,7 +224,7 @@ class Interpreter:
 
     def side(self, m: StepModules, name: str, h: Handle) -> Handle:
         t = m.up(m.norm(self.read(h, f"{name}.norm")))
-        aside = self.new(h.state.stream, [*h.mapped_terms(), (-1, t)], h.state.count, extra=True)
+        aside = self.new(h.state.stream, [*h.mapped_seen(), (-1, t)], h.state.count, extra=True)
         return self.extended(h, m.down(m.norm_2(self.read(aside, f"{name}.norm_2"))))
 
     # --- reading ---
@@ -247,7 +251,7 @@ class Interpreter:
         assert self.setting is not None and self.known is not None
         by_block = self.setting.variant == "block"
         groups: dict[Any, Tensor] = {}
-        for position, term in state.terms:
+        for position, term in state.seen:
             if position <= 0:
                 key: Any = ("alone", position)
             else:
@@ -269,8 +273,11 @@ class Interpreter:
 
     # --- local blocks ---
 
-    def carried(self, h: Handle) -> list[tuple[int, Tensor]]:
-        """The terms a stream goes on from: all of them, or the summary where a local block has ended."""
+    def carried(self, h: Handle) -> Terms:
+        """The terms a stream goes on from: all of them, or the summary where a local block has ended.
+
+        The summary is the first read at the end of the block; where nothing reads there, the plain sum.
+        """
         state = h.state
         if self.known is None or self.setting is None or self.setting.variant != "local" or state.extra:
             return h.mapped_terms()
@@ -278,11 +285,9 @@ class Interpreter:
         if state.count not in cuts or cuts.index(state.count) not in self.starts(state.stream)[1:]:
             return h.mapped_terms()
         ends = [n for n, r in self.known.reads.items() if self.is_at(r, state)]
-        if state.number not in ends:
-            return h.mapped_terms()
-        if len(ends) > 1:
-            raise Ambiguous(f"{len(ends)} reads at the end of a block")
-        return [(0, h.viewed(self.read_again(state)))]
+        if not ends:
+            return [(0, h.viewed(state.total))]
+        return [(0, h.viewed(self.read_again(state)))] if state.number == min(ends) else h.mapped_terms()
 
     def is_at(self, read: ReadNote, state: State) -> bool:
         return (read.stream, read.prefix, read.extra) == (state.stream, state.count, False)

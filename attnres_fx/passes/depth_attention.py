@@ -144,6 +144,7 @@ class _StreamRewrite:
         self.nodes = sorted((n for n, r in sums.root.items() if r in self.roots), key=sums.order.__getitem__)
         extras = frozenset(f"+{t.node}" for t in stream.terms if t.sublayer is None)
         self.builder = SourceBuilder(self.graph, sums, self._groups(), moved, extras, frozen)
+        self.unread_ends = self._unread_ends()
         self.at_site: dict[Node, list[Read]] = {}
         for read in stream.depth_reads:
             self.at_site.setdefault(self._site(read), []).append(read)
@@ -171,9 +172,20 @@ class _StreamRewrite:
             groups[node] = ("block", block) if whole else Source("sublayer", block, term.sublayer, term.sublayer + 1)
         return groups
 
+    def _unread_ends(self) -> dict[Node, Source]:
+        """States at which a local block ends without a read of the stream alone, each with its summary."""
+        read = {r.position for r in self.stream.depth_reads if self._ends_local_block(r)}
+        if self.schedule.variant != "local" or self.stream.post_norm:
+            return {}
+        ends = {start - 1: block for block, start in enumerate(self.schedule.starts) if start and start not in read}
+        last = {t.sublayer: self.by_name[t.written_by] for t in self.stream.terms if t.sublayer in ends}
+        return {node: Source("summary", ends[sublayer]) for sublayer, node in last.items() if sublayer is not None}
+
     def visit(self, node: Node) -> list[Replacement]:
         """Evaluate a state whose parents have been visited, and put in the reads that stand at it."""
         self._evaluate(node)
+        if node in self.unread_ends:
+            self.builder.close_block(node, self.unread_ends[node])
         return [self._rewrite_read(read, node) for read in self.at_site.get(node, ())]
 
     def _evaluate(self, node: Node) -> None:
@@ -211,7 +223,7 @@ class _StreamRewrite:
         state = self.by_name[read.state]
         pairs = self._consumed(read, state)
         with self.graph.inserting_before(site.next):
-            sources = self.builder.nodes(self.builder.tables[site])
+            sources = self.builder.nodes(self._table_of(read, site))
             value, node = self._insert_read(read, site, sources)
         replayed = [(user, seen, self._replayed(value, site, seen)) for user, seen in pairs]
         for user, seen, replacement in replayed:
@@ -220,7 +232,7 @@ class _StreamRewrite:
         labels = self._labels(read, sources)
         gain = node.args[4]
         assert isinstance(gain, float)
-        if self._ends_local_block(read) and not self.stream.post_norm:
+        if self._ends_local_block(read) and not self.stream.post_norm and site not in self.builder.whole:
             summary = Source("summary", self.schedule.block_of(read.position))
             self.builder.go_on_from(site, summary, value)
         return Replacement(
@@ -232,6 +244,11 @@ class _StreamRewrite:
             gain=gain,
             replaced=site.name,
         )
+
+    def _table_of(self, read: Read, site: Node) -> Table:
+        """All of a block's sources for every read at its end, also where the chain goes on from a summary."""
+        at_end = self._ends_local_block(read) and site in self.builder.whole
+        return self.builder.whole[site] if at_end else self.builder.tables[site]
 
     def _insert_read(self, read: Read, site: Node, sources: dict[Group, Node]) -> tuple[Node, Node]:
         """The value consumers get, and the depth-attention node in it."""

@@ -7,6 +7,7 @@ replayed on it, and replays are shared.
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -125,6 +126,13 @@ class SourceBuilder:
         """Let the chain go on from a summary of a state; states beside the chain keep its sources."""
         self.whole[node] = self.tables[node]
         self.tables[node] = Table({summary: Entry(value)})
+
+    def close_block(self, node: Node, summary: Group) -> None:
+        """Let the chain go on from the plain sum of a state's sources: no read stands where the block ends."""
+        first, *rest = self.tables[node].settled().values()
+        total = reduce(lambda left, right: Entry(PendingSum(left, right, node)), rest, first)
+        self.whole[node] = self.tables[node]
+        self.tables[node] = Table({summary: total})
 
     def _table(self, node: Node, tables: dict[Node, Table]) -> Table:
         match self.sums.states[node]:
