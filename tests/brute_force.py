@@ -257,7 +257,8 @@ class Interpreter:
             else:
                 sublayer = self.sublayer(state.stream, position)
                 key = ("block", self.block(state.stream, sublayer)) if by_block else ("sublayer", sublayer)
-            groups[key] = groups[key] + term if key in groups else term
+            # A block's outputs are summed in the dtype in which the program adds them to the stream.
+            groups[key] = groups[key].to(state.total.dtype) + term if key in groups else term
         return list(groups.values())
 
     def sublayer(self, stream: int, position: int) -> int:
