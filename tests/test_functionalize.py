@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Proxy
 
 from attnres_fx.passes import functionalize_mutations_pass, propagate_values_
 from attnres_fx.passes.graph_tools import tensor_of
-from attnres_fx.passes.storages import mutated_argument
+from attnres_fx.passes.storages import mutated_arguments, reshaped_in_place
 
 SETTINGS = settings(
     derandomize=True,
@@ -173,7 +173,7 @@ class Watcher(Interpreter):
         self.seen = {}
 
     def run_node(self, n):
-        written = mutated_argument(n)
+        written = mutated_arguments(n)
         result = super().run_node(n)
         value = tensor_of(n)
         if value is not None and n.op != "get_attr":
@@ -181,7 +181,7 @@ class Watcher(Interpreter):
             assert all(isinstance(x, torch.SymInt) or x == y for x, y in zip(value.shape, result.shape, strict=True))
         for node in n.all_input_nodes:
             held = self.env[node]
-            if node is not written and isinstance(held, torch.Tensor) and not shares(result, held):
+            if node not in written and isinstance(held, torch.Tensor) and not shares(result, held):
                 kept = self.seen.setdefault(node, held.clone())
                 assert torch.equal(kept, held), f"{node} does not mean one value: {n.format_node()}"
         return result
@@ -201,7 +201,7 @@ def assert_same(found, expected, where):
 
 def check(model, spelling):
     gm = traced(model, spelling)
-    written = any(mutated_argument(n) is not None for n in gm.graph.nodes)
+    written = any(mutated_arguments(n) or reshaped_in_place(n) for n in gm.graph.nodes)
     result = functionalize_mutations_pass(gm)
     assert isinstance(result.graph_module, GraphModule) and result.modified == written
     gm.graph.lint()
@@ -219,16 +219,15 @@ def check_writes(gm):
     """Only copies that the pass made are written to, and at the end the inputs."""
     nodes = list(gm.graph.nodes)
     for k, node in enumerate(nodes):
-        target = mutated_argument(node)
-        if target is None:
-            continue
-        if target.op == "placeholder":
-            assert "copy_" in str(node.target) or node.target is torch.Tensor.copy_
-            assert not any(target in n.all_input_nodes for n in nodes[k + 1 :]), "inputs are written to last"
-            continue
-        while target.all_input_nodes and "clone" not in str(target.target):
-            target = target.all_input_nodes[0]
-        assert "clone" in str(target.target), node.format_node()
+        assert reshaped_in_place(node) is None
+        for target in mutated_arguments(node):
+            if target.op == "placeholder":
+                assert "copy_" in str(node.target) or node.target is torch.Tensor.copy_
+                assert not any(target in n.all_input_nodes for n in nodes[k + 1 :]), "inputs are written to last"
+                continue
+            while target.all_input_nodes and "clone" not in str(target.target):
+                target = target.all_input_nodes[0]
+            assert "clone" in str(target.target), node.format_node()
 
 
 @given(programs())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from attnres_fx.passes.graph_tools import same_shape, shape_of, sizes_agree
-from attnres_fx.passes.storages import mutated_argument, storage_of
+from attnres_fx.passes.storages import mutated_arguments, storage_of
 from attnres_fx.passes.spelling import (
     Addition,
     RowMap,
@@ -126,7 +126,7 @@ class Dependence:
                 heavy |= self._heavy[source]
             self._any[node] = reached
             self._heavy[node] = heavy if is_light(node) else reached
-            if (target := mutated_argument(node)) is not None:
+            for target in mutated_arguments(node):
                 self._write(node, target)
 
     def _write(self, node: Node, target: Node) -> None:

@@ -21,10 +21,26 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from attnres_fx.passes.graph_tools import copy_call, copy_meta, same_shape, set_value, tensor_of, value_of
+from attnres_fx.passes.graph_tools import (
+    computed_value,
+    copy_call,
+    copy_meta,
+    fake_like,
+    same_shape,
+    set_value,
+    tensor_of,
+    value_of,
+)
 from attnres_fx.passes.result import PassResult
 from attnres_fx.passes.spelling import CASTS, IDENTITIES, RESHAPES, is_aten, op_name
-from attnres_fx.passes.storages import aliased_argument, mutated_argument, returns_what_it_writes, storage_of
+from attnres_fx.passes.storages import (
+    aliased_argument,
+    mutated_arguments,
+    reshaped_in_place,
+    returns_what_it_writes,
+    written_as_one,
+    storage_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -79,25 +95,28 @@ class _Functionalizer:
         nodes = list(self.graph.nodes)
         if not any(self._writes(n) for n in nodes):
             return []
-        written_by: list[Node] = []
+        erased: list[Node] = []
         for node in nodes:
-            written = mutated_argument(node)
+            written = [self._tensor(n) for n in mutated_arguments(node)]
             if node.op == "output":
                 self._copy_back(node)
-            if written is None or self._base(self._tensor(written)).op == "get_attr":
+            if (reshaped := reshaped_in_place(node)) is not None and self._base(self._tensor(reshaped)).op != "get_attr":
+                erased.append(node)
+                self._reshape(node, self._tensor(reshaped))
+                continue
+            if not written or any(self._base(n).op == "get_attr" for n in written):
                 self._place(node)
                 continue
-            if self._base(self._tensor(written)).op == "placeholder":
-                self.inputs[self._base(self._tensor(written))] = None
-            written_by.append(node)
-            self._make_value(node, self._tensor(written))
-        for node in reversed(written_by):
+            self.inputs.update({self._base(n): None for n in written if self._base(n).op == "placeholder"})
+            erased.append(node)
+            self._make_value(node, written)
+        for node in reversed(erased):
             self.graph.erase_node(node)
-        return [n.name for n in written_by]
+        return [n.name for n in erased]
 
     def _writes(self, node: Node) -> bool:
-        written = mutated_argument(node)
-        return written is not None and storage_of(written)[-1].op != "get_attr"
+        targets = [*mutated_arguments(node), *((r,) if (r := reshaped_in_place(node)) is not None else ())]
+        return any(storage_of(n)[-1].op != "get_attr" for n in targets)
 
     def _tensor(self, node: Node) -> Node:
         while node in self.same:
@@ -113,45 +132,69 @@ class _Functionalizer:
         with self.graph.inserting_before(node):
             node.args = map_arg(node.args, self._now)
             node.kwargs = map_arg(node.kwargs, self._now)
-        if parent is None:
-            return
-        self.parent[node] = self._tensor(parent)
-        self.argument[node] = self._now(parent)
-        self.base[node] = self._base(self.parent[node])
+        if parent is not None:
+            self._note_view(node, self._tensor(parent), self._now(parent))
+
+    def _note_view(self, node: Node, parent: Node, argument: Node) -> None:
+        self.parent[node] = parent
+        self.argument[node] = argument
+        self.base[node] = self._base(parent)
         self.current[node] = (self.version.get(self.base[node], 0), node)
 
     def _now(self, node: Node) -> Node:
-        """The node that holds a node's current value; views of what was written to are made again."""
-        node = self._tensor(node)
+        """The node that holds what a node of the original graph would hold here."""
+        return self._value(self._tensor(node))
+
+    def _value(self, node: Node) -> Node:
+        """Current value of a tensor; views of what was written to are made again."""
         version = self.version.get(self._base(node), 0)
         known, value = self.current.get(node, (0, node))
         if known == version:
             return value
-        value = copy_call(node, {self.argument[node]: self._now(self.parent[node])})
+        value = copy_call(node, {self.argument[node]: self._value(self.parent[node])})
         self.current[node] = (version, value)
         return value
 
-    def _make_value(self, node: Node, written: Node) -> None:
-        base = self._base(written)
+    def _reshape(self, node: Node, tensor: Node) -> None:
+        """From here on the tensor is a view of what it was."""
         with self.graph.inserting_before(node):
-            args: Any = map_arg(node.args, self._now)
-            kwargs: Any = map_arg(node.kwargs, self._now)
-            target = self._now(written)
+            value = self._value(tensor)
+            args = map_arg(node.args, self._now)
+            view = self._called(node, _functional_target(node), args, map_arg(node.kwargs, self._now))
+        self._note_view(view, tensor, value)
+        self.same[node] = self.same[tensor] = view
+
+    def _make_value(self, node: Node, written: list[Node]) -> None:
+        with self.graph.inserting_before(node):
             functional = _functional_target(node)
-            if functional is not None and self._covers(written):
-                if kwargs.get("inplace") is True:
-                    kwargs = {**kwargs, "inplace": False}
-                value = self._in_dtype_of(self._called(node, functional, args, kwargs), target)
-                self._advance(base, value if written is base else self._shaped_like(value, self._now(base)))
-                self.current[written] = (self.version[base], value)
+            if functional is not None and written_as_one(node) and self._covers(written[0]):
+                self._make_functional(node, functional, written[0])
             else:
-                self._advance(base, self._cloned(self._now(base)))
-                view = self._now(written)
-                args, kwargs = (map_arg(a, lambda n: view if n is target else n) for a in (args, kwargs))
-                result = self._called(node, node.target, args, kwargs)
-                self.current[node] = (0, result)
+                self._write_to_clones(node, written)
         if returns_what_it_writes(node):
-            self.same[node] = written
+            self.same[node] = written[0]
+
+    def _make_functional(self, node: Node, functional: Any, written: Node) -> None:
+        base, target = self._base(written), self._value(written)
+        kwargs = map_arg(node.kwargs, self._now)
+        if kwargs.get("inplace") is True:
+            kwargs = {**kwargs, "inplace": False}
+        value = self._in_dtype_of(self._called(node, functional, map_arg(node.args, self._now), kwargs), target)
+        self._advance(base, value if written is base else self._shaped_like(value, self._value(base)))
+        self.current[written] = (self.version[base], value)
+
+    def _write_to_clones(self, node: Node, written: list[Node]) -> None:
+        """Let a write that has no functional form go to copies of the storages it writes into."""
+        before = {self._value(n): n for n in written}
+        for base in dict.fromkeys(self._base(n) for n in written):
+            self._advance(base, self._cloned(self._value(base)))
+
+        def now(seen: Node) -> Node:
+            value = self._now(seen)
+            return self._value(before[value]) if value in before else value
+
+        result = self._called(node, node.target, map_arg(node.args, now), map_arg(node.kwargs, now))
+        self.current[node] = (0, result)
 
     def _advance(self, base: Node, whole: Node) -> None:
         self.version[base] = self.version.get(base, 0) + 1
@@ -162,6 +205,9 @@ class _Functionalizer:
         while written is not self._base(written):
             parent = self.parent[written]
             name = op_name(written)
+            seen, whole = tensor_of(written), tensor_of(parent)
+            if seen is None or whole is None or seen.dtype != whole.dtype:
+                return False
             if name not in _KEEPS_ORDER and not (name in _KEEPS_ORDER_AT_SAME_SHAPE and same_shape(written, parent)):
                 return False
             written = parent
@@ -170,21 +216,22 @@ class _Functionalizer:
     def _called(self, node: Node, target: Any, args: Any, kwargs: Any) -> Node:
         called = self.graph.create_node(node.op, target, args, kwargs)
         called.meta = dict(node.meta)
+        if target is not node.target and isinstance(value := computed_value(node.op, target, args, kwargs), torch.Tensor):
+            set_value(called, value, node)
         return called
 
     def _in_dtype_of(self, value: Node, target: Node) -> Node:
         """An in-place operation keeps the dtype of what it writes to; its functional form may promote."""
-        kept = tensor_of(target)
-        assert kept is not None
-        others = [v.dtype for n in value.all_input_nodes if (v := tensor_of(n)) is not None and v.dim() > 0]
-        if all(torch.promote_types(kept.dtype, d) == kept.dtype for d in others):
+        kept, made = tensor_of(target), tensor_of(value)
+        assert kept is not None and made is not None
+        if made.dtype == kept.dtype:
             return value
         if is_aten(value):
             cast = self.graph.call_function(torch.ops.aten.to.dtype, (value, kept.dtype))
         else:
             cast = self.graph.call_method("to", (value, kept.dtype))
         copy_meta(cast, value)
-        set_value(cast, value_of(value), value)
+        set_value(cast, fake_like(made, kept.dtype), value)
         return cast
 
     def _cloned(self, node: Node) -> Node:
@@ -205,12 +252,12 @@ class _Functionalizer:
     def _copy_back(self, output: Node) -> None:
         with self.graph.inserting_before(output):
             for node in self.inputs:
-                target = torch.ops.aten.copy_.default if is_aten(self._now(node)) else torch.Tensor.copy_
-                self._like(node, target, (node, self._now(node)))
+                target = torch.ops.aten.copy_.default if is_aten(self._value(node)) else torch.Tensor.copy_
+                self._like(node, target, (node, self._value(node)))
 
 
 def _functional_target(node: Node) -> Any:
-    if node.op == "call_module" or node.target is operator.setitem:
+    if node.op == "call_module" or node.target is operator.setitem or node.kwargs.get("out") is not None:
         return None
     if node.kwargs.get("inplace") is True:
         return node.target
@@ -220,8 +267,16 @@ def _functional_target(node: Node) -> Any:
     if node.target in _FUNCTIONAL:
         return _FUNCTIONAL[node.target]  # type: ignore[index]
     if isinstance(node.target, torch._ops.OpOverload):
-        packet = getattr(torch.ops.aten, node.target._schema.name.split("::")[1].removesuffix("_"), None)
-        overload = getattr(packet, node.target._overloadname, None)
-        return overload if overload is not None and not overload._schema.is_mutable else None
+        return _functional_overload(node.target)
     name = getattr(node.target, "__name__", "").removesuffix("_")
     return getattr(torch, name, None)
+
+
+def _functional_overload(target: torch._ops.OpOverload) -> Any:
+    packet = getattr(torch.ops.aten, target._schema.name.split("::")[1].removesuffix("_"), None)
+    wanted = [str(a.type) for a in target._schema.arguments]
+    for name in packet.overloads() if packet is not None else ():
+        found = getattr(packet, name)
+        if not found._schema.is_mutable and [str(a.type) for a in found._schema.arguments] == wanted:
+            return found
+    return None

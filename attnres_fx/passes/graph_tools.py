@@ -1,5 +1,6 @@
 """What every pass needs of a graph: values, places in the user's source, and one way to insert nodes."""
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 from torch.fx.proxy import _COPY_META_FIELDS
 
 _KEPT_META = {*_COPY_META_FIELDS, "stack_trace", "nn_module_stack", "source_fn_stack"}
@@ -146,6 +148,31 @@ def fake_parameter(value: torch.Tensor, size: tuple[int, ...], dtype: torch.dtyp
         return torch.empty(size, dtype=dtype, device=value.device)
     with mode:
         return torch.empty(size, dtype=dtype, device=value.device)
+
+
+def computed_value(op: str, target: Any, args: Any, kwargs: Any) -> Any:
+    """The value a call would have on the values of its arguments, without guards; None where that fails."""
+    known = [v for n in _nodes_in((args, kwargs)) if (v := value_of(n)) is not None]
+    mode = next((m for v in known if (m := getattr(v, "fake_mode", None)) is not None), None)
+
+    def value(node: Node) -> Any:
+        held = value_of(node)
+        real = mode is not None and isinstance(held, torch.Tensor) and getattr(held, "fake_mode", None) is None
+        return mode.from_tensor(held, static_shapes=True) if real and mode is not None else held
+
+    silent = mode.shape_env.suppress_guards() if mode is not None and mode.shape_env else contextlib.nullcontext()
+    with mode or contextlib.nullcontext(), silent, torch.no_grad():
+        try:
+            given, named = map_arg(args, value), map_arg(kwargs, value)
+            return getattr(given[0], target)(*given[1:], **named) if op == "call_method" else target(*given, **named)
+        except Exception:  # whatever the operation raises on values without data
+            return None
+
+
+def _nodes_in(arguments: Any) -> list[Node]:
+    found: list[Node] = []
+    map_arg(arguments, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
 
 
 def has_values(gm: GraphModule) -> bool:

@@ -160,7 +160,7 @@ def is_light(node: Node) -> bool:
     """
     name = op_name(node)
     if name == "getitem":
-        return not _indexes_by_tensor(node.args[1])
+        return not indexes_by_tensor(node.args[1])
     return name in _LIGHT or name in _METADATA or _is_pointwise(name.removesuffix("_"))
 
 
@@ -293,7 +293,7 @@ def _moves_whole_rows(node: Node, name: str, first: Node) -> bool:
         return False
     rank = len(before)
     if name == "getitem":
-        return not _indexes_by_tensor(node.args[1]) and _leaves_last_alone(node.args[1], rank)
+        return not indexes_by_tensor(node.args[1]) and _leaves_last_alone(node.args[1], rank)
     if name in ("expand", "expand_as", "broadcast_to"):
         return True
     if name == "t":
@@ -326,11 +326,9 @@ def _argument(node: Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
-def _indexes_by_tensor(index: Any) -> bool:
-    parts = index if isinstance(index, tuple | list) else (index,)
-    return any(isinstance(p, Node) and tensor_of(p) is not None for p in parts) or any(
-        isinstance(p, list | torch.Tensor) for p in parts
-    )
+def indexes_by_tensor(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(p, list | torch.Tensor) or (isinstance(p, Node) and tensor_of(p) is not None) for p in parts)
 
 
 def _leaves_last_alone(index: Any, rank: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from attnres_fx.passes.graph_tools import insert_call, same_shape, tensor_of
+from attnres_fx.passes.graph_tools import computed_value, insert_call, same_shape, tensor_of
 from attnres_fx.passes.result import PassResult
 from attnres_fx.passes.spelling import added_zero_operand, is_aten, is_floating, op_name
 
@@ -34,7 +34,7 @@ def unfuse_additions_pass(gm: GraphModule) -> PassResult:
     """Split, in place, fused additions whose addend may be a state."""
     split = []
     for node in list(gm.graph.nodes):
-        if (operand := added_zero_operand(node)) is not None and same_shape(operand, node):
+        if (operand := added_zero_operand(node)) is not None and _is_same_kind(operand, node):
             split.append(node.name)
             node.replace_all_uses_with(operand)
             gm.graph.erase_node(node)
@@ -51,6 +51,11 @@ def unfuse_additions_pass(gm: GraphModule) -> PassResult:
         gm.graph.lint()
         log.info("unfuse additions: %d split", len(split))
     return PassResult(gm, bool(split), (), tuple(split))
+
+
+def _is_same_kind(operand: Node, node: Node) -> bool:
+    before, after = tensor_of(operand), tensor_of(node)
+    return before is not None and after is not None and before.dtype == after.dtype and same_shape(operand, node)
 
 
 def _read(node: Node) -> tuple[Node, Node, Node, float, float] | None:
@@ -94,7 +99,11 @@ def _split(gm: GraphModule, node: Node, parts: tuple[Node, Node, Node, float, fl
     target = (packet.Tensor if product in ("mul", "div") else packet.default) if aten else getattr(torch, product)
     value = tensor_of(node)
     with gm.graph.inserting_before(node):
-        made = insert_call(gm.graph, target, (left, right), like=node, value=value)
+        product_value = computed_value("call_function", target, (left, right), {})
+        made = insert_call(gm.graph, target, (left, right), like=node, value=product_value)
+        if not same_shape(made, node):
+            spread: Any = torch.ops.aten.expand_as.default if aten else torch.Tensor.expand_as
+            made = insert_call(gm.graph, spread, (made, addend), like=node, value=value)
         if beta != 1:
             scaled: Any = torch.ops.aten.mul.Tensor if aten else torch.mul
             addend = insert_call(gm.graph, scaled, (addend, beta), like=node, value=value)
