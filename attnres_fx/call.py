@@ -112,13 +112,26 @@ def _is_constant(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class InputShape:
-    """Sizes a tensor argument may have: a number where it is fixed, a symbol's name where it is free."""
+    """A tensor argument: its sizes, a number where fixed and a symbol's name where free, and its dtype's kind.
+
+    kind: `"floating"`, `"integer"`, `"boolean"` or `"complex"`; `""` where it does not matter.
+    """
 
     name: str
     sizes: tuple[int | str, ...]
+    kind: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}[{', '.join(map(str, self.sizes))}]"
+
+
+def dtype_kind(tensor: torch.Tensor) -> str:
+    """What sort of numbers a tensor holds, whatever their precision."""
+    if tensor.is_floating_point():
+        return "floating"
+    if tensor.is_complex():
+        return "complex"
+    return "boolean" if tensor.dtype == torch.bool else "integer"
 
 
 def check_shapes(
@@ -127,8 +140,15 @@ def check_shapes(
     """Raise ArgumentError where a tensor has a shape that the captured graph was not made for."""
     seen: dict[str, tuple[Any, str]] = {}
     for shape, leaf in zip(expected, leaves, strict=True):
-        if shape is None or not isinstance(leaf, torch.Tensor):
+        if shape is None:
             continue
+        if not isinstance(leaf, torch.Tensor):
+            raise ArgumentError(f"argument {shape.name!r} is a {type(leaf).__name__}; it was captured as a tensor.")
+        if shape.kind and dtype_kind(leaf) != shape.kind:
+            raise ArgumentError(
+                f"argument {shape.name!r} is {leaf.dtype}; it was captured with {shape.kind} values. Convert it, or "
+                f"convert the model again with an example of this dtype."
+            )
         if leaf.dim() != len(shape.sizes):
             raise ArgumentError(f"argument {shape.name!r} has {leaf.dim()} dimensions; it was captured as {shape}.")
         for i, (size, wanted) in enumerate(zip(leaf.shape, shape.sizes, strict=True)):

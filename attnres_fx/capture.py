@@ -15,7 +15,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from attnres_fx.call import CallSignature, InputShape, signature_of
-from attnres_fx.errors import AttnResError, CaptureError
+from attnres_fx.errors import ArgumentError, AttnResError, CaptureError
 from attnres_fx.passes.pipeline import propagate_values_
 from attnres_fx.passes.spelling import trains
 from attnres_fx.running import Mode, checkpoint_watch, fast_path_off, in_mode, mirror, run_untouched, shared_copy
@@ -72,7 +72,13 @@ def capture(
 
     Raises CaptureError where the model's own mode, and every other, cannot be traced.
     """
+    if isinstance(args, Tensor) or not isinstance(args, Sequence):
+        raise ArgumentError(
+            f"args must be a tuple of example arguments; it is a {type(args).__name__}. Write (x,) for a single one."
+        )
     args, kwargs = tuple(args), dict(kwargs or {})
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a TorchScript module cannot be captured: pass the nn.Module it was made from.")
     if isinstance(model, ExportedProgram):
         return _from_exported(model, args, kwargs)
     if isinstance(model, GraphModule):
@@ -101,6 +107,8 @@ def _from_module(
         notes.append("use_cache=False is bound: a cache object cannot be captured")
     kwargs = {**kwargs, **bound}
     example = without_ones(model, args, kwargs) if dynamic_shapes is None else (args, kwargs)
+    # Strides of an example would become guards, and they change no value.
+    example = pytree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, example)
     graphs: dict[Mode, CapturedGraph] = {}
     failures: dict[Mode, str] = {}
     in_spec = None
@@ -184,18 +192,24 @@ def _attempts(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> 
 
 def _bind_cache_off(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """`use_cache=False` where the model returns an object pytree does not know and takes that argument."""
-    if "use_cache" in kwargs or "use_cache" not in inspect.signature(model.forward).parameters:
-        return {}
-    names = list(inspect.signature(model.forward).parameters)
-    if names.index("use_cache") < len(args):
+    parameters = inspect.signature(model.forward).parameters
+    names = list(parameters)
+    named = "use_cache" in parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "use_cache" in kwargs or not (named or takes_any) or (named and names.index("use_cache") < len(args)):
         return {}
     try:
-        output = run_untouched(model, args, kwargs, "eval")
+        if _is_plain(run_untouched(model, args, kwargs, "eval")):
+            return {}
+        off = {**kwargs, "use_cache": False}
+        return {"use_cache": False} if named or _is_plain(run_untouched(model, args, off, "eval")) else {}
     except Exception:
         return {}  # whatever is wrong, the capture says it better
-    plain = (Tensor, int, float, bool, str, type(None))
-    known = all(isinstance(leaf, plain) for leaf in pytree.tree_leaves(output))
-    return {} if known else {"use_cache": False}
+
+
+def _is_plain(output: Any) -> bool:
+    known = (Tensor, int, float, bool, str, type(None))
+    return all(isinstance(leaf, known) for leaf in pytree.tree_leaves(output))
 
 
 def _graph_of(program: ExportedProgram) -> CapturedGraph:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnres_fx._version import __version__
+from attnres_fx.errors import AttnResError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.verbose:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split())
+        if not isinstance(error, AttnResError | ValueError):
+            text = f"{type(error).__name__}: {text}"
         print(textwrap.fill(f"attnres-fx: {text}", 100), file=sys.stderr)
         return 2
 
@@ -41,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--variant", default="block", choices=("full", "block", "local"))
     convert.add_argument("--num-blocks", type=int)
     convert.add_argument("--block-size", type=int)
-    convert.add_argument("--boundaries", type=lambda text: [int(t) for t in text.split(",")])
+    convert.add_argument("--boundaries", type=_indices, metavar="I,J,…")
     convert.add_argument("--output-mode", dest="output", default="sum", choices=("sum", "mean"))
     convert.add_argument("--eps", type=float, default=1e-6)
     convert.add_argument("--streams", default="main", help="main, all, or names with commas between them")
@@ -57,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="FOLDER")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(t) for t in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} should be sublayer indices with commas between them: 4,8") from None
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -119,8 +129,8 @@ def _load(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, 
     given = dict(_parse_input(text) for text in options.input)
     path = Path(options.model)
     if path.exists():
-        model, kwargs = _from_hugging_face(path)
-        return model, (), given or kwargs
+        model, config = _from_hugging_face(path)
+        return model, (), given or _example_of(model, config)
     module, colon, factory = options.model.partition(":")
     if not colon:
         raise ValueError(
@@ -145,15 +155,17 @@ def _parse_input(text: str) -> tuple[str, Any]:
     dtype = getattr(torch, kind, None)
     if not name or not isinstance(dtype, torch.dtype):
         raise ValueError(f"--input {text!r} should look like input_ids=int64[2,16].")
-    sizes = [int(d) for d in dims.split(",") if d]
+    try:
+        sizes = [int(d) for d in dims.split(",") if d]
+    except ValueError:
+        raise ValueError(f"--input {text!r} should look like input_ids=int64[2,16]: sizes are numbers.") from None
     if dtype.is_floating_point:
         return name, torch.randn(sizes, dtype=dtype)
     return name, torch.ones(sizes, dtype=dtype)
 
 
-def _from_hugging_face(path: Path) -> tuple[Any, dict[str, Any]]:
-    import torch
-
+def _from_hugging_face(path: Path) -> tuple[Any, Any]:
+    """A model and its config."""
     try:
         import transformers
     except ImportError as error:
@@ -168,8 +180,22 @@ def _from_hugging_face(path: Path) -> tuple[Any, dict[str, Any]]:
     else:
         print(f"{path} has no weights beside it: {name} gets random ones.")
         model = kind(config) if name != "AutoModel" else kind.from_config(config)
+    return model.eval(), config
+
+
+def _example_of(model: Any, config: Any) -> dict[str, Any]:
+    """Example arguments for a Hugging Face model, from what its config says of its main input."""
+    import torch
+
     ids = torch.randint(0, max(getattr(config, "vocab_size", 2) - 1, 1), (2, 16))
-    kwargs = {"input_ids": ids} if model.main_input_name == "input_ids" else dict(model.dummy_inputs)
-    if config.is_encoder_decoder:
-        kwargs["decoder_input_ids"] = ids
-    return model.eval(), kwargs
+    size = getattr(config, "image_size", None)
+    if model.main_input_name == "input_ids":
+        kwargs = {"input_ids": ids}
+    elif model.main_input_name == "pixel_values" and isinstance(size, int):
+        kwargs = {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), size, size)}
+    else:
+        raise ValueError(
+            f"{type(model).__name__} takes {model.main_input_name}, of which the config does not tell the size: "
+            f"give it with --input {model.main_input_name}=float32[2,…]."
+        )
+    return {**kwargs, "decoder_input_ids": ids} if config.is_encoder_decoder else kwargs

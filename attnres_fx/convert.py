@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.capture import Captured, capture
 from attnres_fx.config import AttnResConfig
 from attnres_fx.converted import ConvertedModel
 from attnres_fx.errors import (
     AlreadyConvertedError,
+    ConfigError,
     NoStreamError,
     NotAdditiveError,
     RewriteError,
     StreamWidthError,
 )
+from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.parameters import AttnResParameters, DepthRead, attribute_name
 from attnres_fx.passes import (
     DepthSchedule,
@@ -86,6 +88,8 @@ def convert(
     Source: arXiv 2603.15031, section 3.
     """
     config = config or AttnResConfig()
+    if not isinstance(config, AttnResConfig):
+        raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
     _refuse_converted(model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     distinct = {id(g): (mode, g) for mode, g in captured.graphs.items()}
@@ -123,9 +127,12 @@ def _starting_mode(captured: Captured) -> Mode:
 
 
 def _refuse_converted(model: Any) -> None:
-    if isinstance(model, ConvertedModel):
+    graph = model.graph if isinstance(model, GraphModule | ExportedProgram) else None
+    holds_reads = graph is not None and any(n.target is DEPTH_ATTENTION for n in graph.nodes)
+    if isinstance(model, ConvertedModel) or holds_reads:
         raise AlreadyConvertedError(
-            "the model is a ConvertedModel already: convert the original again, with another config if you like."
+            "the model reads through depth attention already: convert the original again, with another config "
+            "if you like."
         )
 
 
@@ -135,7 +142,7 @@ def _name(model: Any) -> str:
 
 def _select(streams: StreamSet, config: AttnResConfig, name: str) -> tuple[Stream, ...]:
     for refusal in streams.refusals:
-        if refusal.stops_conversion:
+        if refusal.stops_conversion and config.streams in ("main", "all"):
             kind = NotAdditiveError if refusal.kind == "not additive" else StreamWidthError
             raise kind(f"{name}: at {refusal.place}, {refusal.reason}. {refusal.advice}")
     selected = streams.select(config.streams)
@@ -252,7 +259,7 @@ def _report(
     schedules: Mapping[str, DepthSchedule],
     config: AttnResConfig,
 ) -> ConversionReport:
-    notes = [*captured.notes, *(f"no {m} graph: {why}" for m, why in captured.failures.items())]
+    notes = [*captured.notes, *(f"no {m} graph: {_shortened(why)}" for m, why in captured.failures.items())]
     left = [(s, _why_left(s, config)) for s in streams.streams if s not in selected]
     done = [
         ConvertedStream(s, schedules[s.name], plan_depth_reads(s, schedules[s.name], config.output)) for s in selected
@@ -266,6 +273,10 @@ def _report(
         modes=tuple(sorted(captured.graphs)),
         notes=tuple(notes),
     )
+
+
+def _shortened(text: str, length: int = 160) -> str:
+    return text if len(text) <= length else f"{text[:length].rsplit(' ', 1)[0]} …"
 
 
 def _why_left(stream: Stream, config: AttnResConfig) -> str:

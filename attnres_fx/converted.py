@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.call import CallSignature, InputShape, check_shapes
 from attnres_fx.capture import CapturedGraph
-from attnres_fx.errors import ArgumentError, ModeError
+from attnres_fx.errors import ArgumentError, ModeError, RewriteError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.depth_attention import Replacement
 from attnres_fx.passes.inline_regions import getattr_path
@@ -142,11 +143,12 @@ class ConvertedModel(nn.Module):
         if self.in_spec is None:
             return list(bound_args)
         leaves, spec = pytree.tree_flatten((bound_args, bound_kwargs))
+        if len(leaves) == len(program.shapes):
+            check_shapes(program.shapes, leaves, program.ranges)
         if len(leaves) != len(program.shapes) or spec != self.in_spec:
             raise ArgumentError(
                 f"the arguments have another structure than the captured ones: {spec} against {self.in_spec}."
             )
-        check_shapes(program.shapes, leaves, program.ranges)
         if program.guards is not None:
             _check_guards(program.guards, leaves)
         return leaves
@@ -168,6 +170,32 @@ class ConvertedModel(nn.Module):
         from attnres_fx.storage import save
 
         save(self, path)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves as any module does, but keeps its dtypes: the captured graphs have theirs written into them."""
+        captured = self.parameters() if self.in_spec is not None else ()
+        for dtype in {p.dtype for p in captured if p.is_floating_point()}:
+            if (found := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
+                raise RewriteError(
+                    f"a converted model cannot change from {dtype} to {found}: its graphs were captured in {dtype}. "
+                    f"Cast the original model and convert it again; load_state_dict carries the weights over."
+                )
+        super()._apply(fn, recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        """Pickled as `save` writes it, so that `torch.save` and processes can carry it."""
+        from attnres_fx.storage import from_bytes, save
+
+        file = io.BytesIO()
+        save(self, file)
+        return from_bytes, (file.getvalue(),)
 
     def extra_repr(self) -> str:
         return f"{self.signature}, modes={'/'.join(self.programs)}"

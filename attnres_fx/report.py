@@ -1,5 +1,6 @@
 """What was found and what was changed, as data and as tables."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from attnres_fx.passes.schedule import DepthSchedule
 from attnres_fx.passes.streams import Stream
 
 _STYLE = "simple"
+_SHOWN_OF_A_KIND = 4
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,19 @@ def _runs(sizes: Sequence[int]) -> str:
 
 
 def _left_lines(left: Sequence[tuple[Stream, str]], refusals: Sequence[Refusal]) -> list[str]:
-    lines = [f"left alone: {s.name} ({_count(s.num_sublayers, 'sublayer')}): {why}" for s, why in left]
-    lines += [f"refused ({r.kind}): {r.place}: {r.reason}" for r in refusals]
+    lines = [
+        f"left alone: {s.name} ({_count(s.num_sublayers, 'sublayer')}): {why}"
+        for s, why in left[: 2 * _SHOWN_OF_A_KIND]
+    ]
+    if len(left) > 2 * _SHOWN_OF_A_KIND:
+        lines.append(f"left alone: … and {len(left) - 2 * _SHOWN_OF_A_KIND} more streams; see .left")
+    shown: Counter[str] = Counter()
+    for refusal in refusals:
+        shown[refusal.kind] += 1
+        if shown[refusal.kind] <= _SHOWN_OF_A_KIND:
+            kind = "interrupted" if refusal.kind == "interrupted" else f"refused ({refusal.kind})"
+            lines.append(f"{kind}: {refusal.place}: {refusal.reason}")
+    lines += [f"… and {n - _SHOWN_OF_A_KIND} more ({k})" for k, n in shown.items() if n > _SHOWN_OF_A_KIND]
     return ["", *lines] if lines else []
 
 

@@ -13,7 +13,7 @@ from torch.export._unlift import GuardsFn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from attnres_fx.call import InputShape
+from attnres_fx.call import InputShape, dtype_kind
 from attnres_fx.passes.graph_tools import plain_size
 from attnres_fx.running import Mode, run_untouched
 
@@ -114,7 +114,7 @@ def input_shapes(gm: GraphModule) -> tuple[InputShape | None, ...]:
             shapes.append(None)
             continue
         sizes = tuple(s if isinstance(s, int) else str(s) for s in map(plain_size, value.shape))
-        shapes.append(InputShape(str(node.target), sizes))
+        shapes.append(InputShape(str(node.target), sizes, dtype_kind(value)))
     return tuple(shapes)
 
 

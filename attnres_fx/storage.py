@@ -77,7 +77,7 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
 
     Raises SaveError for a file that is no such model, or one of another format.
     """
-    if not Path(path).is_file():
+    if not hasattr(path, "read") and not Path(path).is_file():
         raise SaveError(f"{path} is no file.")
     try:
         stored = torch.load(path, map_location=map_location, weights_only=True)
@@ -91,6 +91,11 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
     for module in about["imports"]:
         importlib.import_module(module)
     return _rebuilt(about, stored)
+
+
+def from_bytes(data: bytes) -> ConvertedModel:
+    """The model of a pickle."""
+    return load(io.BytesIO(data))
 
 
 # --- writing -----------------------------------------------------------------------------------------

@@ -235,15 +235,24 @@ def test_a_checkpointed_body_is_inlined_with_recompute_tags():
     check_idle(inline_regions_pass, gm)
 
 
-def test_a_region_without_an_addition_of_tensors_stays():
+def test_a_checkpointed_body_without_an_addition_of_tensors_stays():
+    def program(m, x):
+        return m.head(x + checkpoint.checkpoint(m.attn_1, x, use_reentrant=False))
+
+    gm = dynamo_graph(toy(program), (rows(),))
+    assert "tag_activation_checkpoint" in graph_text(gm)
+    check_idle(inline_regions_pass, gm)
+
+
+def test_a_region_that_only_sets_a_mode_is_inlined_whatever_it_holds():
     def program(m, x):
         with torch.no_grad():
             y = m.attn_1(x) * 2.0
         return m.head(x + y)
 
     gm = captured(toy(program), (rows(),), "export")
-    assert "wrap_with_set_grad_enabled" in graph_text(gm)
-    check_idle(inline_regions_pass, gm)
+    assert inline_regions_pass(gm).modified
+    assert "wrap_with_set_grad_enabled" not in graph_text(gm) and "set_grad_enabled" in graph_text(gm)
 
 
 # --- functionalize_mutations_pass --------------------------------------------------------------------

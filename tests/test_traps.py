@@ -365,3 +365,94 @@ def test_parallel_attention_and_mlp_are_one_sublayer_in_any_order(order, norms):
         assert [line for line in lines if "reads" in line] == ["  norm_3 reads 1", "  norm_f reads 2"], spelling
     text = found_text(model, (tokens(),), "symbolic")
     check_trap(program, (tokens(),), text, spellings=("symbolic",))
+
+
+# --- additions in other words ------------------------------------------------------------------------
+
+
+OTHER_WORDS = {
+    "sum of a stack": lambda h, f: torch.stack([h, f]).sum(0),
+    "sum of a stack along another dimension": lambda h, f: torch.stack((f, h), dim=2).sum(dim=2),
+    "lerp with a constant weight": lambda h, f: torch.lerp(h, f, 0.3),
+    "lerp by method": lambda h, f: h.lerp(f, 0.5),
+}
+
+
+@pytest.mark.parametrize("words", OTHER_WORDS)
+def test_an_addition_in_other_words_extends_the_stream(words):
+    def program(m, x):
+        h = m.embed(x)
+        h = OTHER_WORDS[words](h, m.attn_1(m.norm_1(h)))
+        h = OTHER_WORDS[words](h, m.mlp_1(m.norm_2(h)))
+        return m.head(m.norm_f(h))
+
+    for spelling in ("symbolic", "export", "dynamo"):
+        text = found_text(toy(program), (tokens(),), spelling)
+        assert "norm_2 reads 1" in text and "norm_f reads 2" in text, spelling
+    assert ax.verify(toy(program), ax.convert(toy(program), (tokens(),)), (tokens(),)).passed
+
+
+SCATTERED = {
+    "index_add": lambda h, i, f: h.index_add(1, i[0, :, 0], f),
+    "scatter_add": lambda h, i, f: h.scatter_add(1, i, f),
+    "index_add_": lambda h, i, f: h.clone().index_add_(1, i[0, :, 0], f),
+}
+
+
+@pytest.mark.parametrize("how", SCATTERED)
+def test_what_is_scattered_into_the_stream_is_a_term(how):
+    index = torch.tensor([0, 2, 3])[None, :, None].expand(2, 3, 8)
+
+    def program(m, x):
+        h = m.embed(x)
+        h = SCATTERED[how](h, index, m.attn_1(m.norm_1(h).gather(1, index)))
+        h = SCATTERED[how](h, index, m.mlp_1(m.norm_2(h).gather(1, index)))
+        return m.head(m.norm_f(h))
+
+    model = toy(program)
+    converted = ax.convert(model, (tokens(),), config=ax.AttnResConfig(variant="full"))
+    assert [r.name for r in converted.attnres.reads] == ["norm_2", "norm_f"]
+    assert ax.verify(model, converted, (tokens(),)).passed
+
+
+def test_the_root_injected_again_from_the_first_layer_on_stays_one_stream():
+    def program(m, x):
+        h = x0 = m.embed(x)
+        for norm, layer in ((m.norm_1, m.attn_1), (m.norm_2, m.mlp_1), (m.norm_3, m.attn_2)):
+            h = m.carry[0] * h + m.carry[1] * x0
+            h = h + layer(norm(h))
+        return m.head(m.norm_f(h))
+
+    model = toy(program)
+    text = found_text(model, (tokens(),), "export")
+    assert text.count("\nstream") == 0 and text.count("reads") == 3, text
+    assert "norm_f reads 3" in text
+    assert ax.verify(model, ax.convert(model, (tokens(),)), (tokens(),)).passed
+
+
+@pytest.mark.parametrize("sizes", ["static", "free"])
+def test_a_mask_that_all_layers_share_is_no_stream(sizes):
+    def program(m, x, mask):
+        h = x
+        for i in (1, 2, 3):
+            n = getattr(m, f"norm_{i}")(h)
+            scores = n @ n.transpose(1, 2) + mask
+            h = h + getattr(m, f"attn_{i}")(scores.softmax(-1) @ n)
+        return m.head(m.norm_f(h))
+
+    model, args = toy(program, 2), (rows(), torch.zeros(2, 5, 5))
+    shapes = {"x": None, "y": None} if sizes == "static" else None
+    report = ax.inspect(model, args, dynamic_shapes=shapes)
+    assert [len(s.depth_reads) for s in report.streams] == [3]
+    assert "refused (injected): y" in str(report)
+
+
+def test_a_layer_that_reads_the_state_with_an_embedding_added_is_still_a_layer():
+    def program(m, x, time):
+        h = x
+        for i in (1, 2, 3):
+            h = h + getattr(m, f"attn_{i}")(getattr(m, f"norm_{i}")(h + time))
+        return m.head(m.norm_f(h))
+
+    report = ax.inspect(toy(program, 2), (rows(), rows(1)))
+    assert [len(s.depth_reads) for s in report.streams] == [3]

@@ -37,6 +37,8 @@ def depth_attention(
     shape or device, a query or key_weight that is not [D], and an eps that is negative or not finite.
     Source: arXiv 2603.15031, section 3.1.
     """
+    if isinstance(sources, Tensor):
+        raise OperatorError("depth_attention: sources is one tensor; it must be a list of them, one a source.")
     sources = list(sources)
     if not any(isinstance(t, Proxy) for t in (*sources, query, key_weight)):
         _check(sources, query, key_weight, eps)

@@ -91,6 +91,11 @@ class FormalSums:
             case Merged(left=left, right=right):
                 return (left, right)
 
+    def addend(self, term: Node) -> Node | None:
+        """What a term's addition adds to the stream; None for a root."""
+        state = self.states[term]
+        return state.addend if isinstance(state, Extended) else None
+
     def terms(self, node: Node) -> tuple[Node, ...]:
         """Extended nodes (and the root) whose addends make up a state, in the order they were added."""
         seen: dict[Node, None] = {}
@@ -210,6 +215,11 @@ class _Interpreter:
         for ordered, state_root, _ in candidates:
             if state_root is not None and self._extends_by_branch(node, ordered, state_root):
                 return
+        for ordered, state_root, other_root in candidates:
+            if state_root is None or other_root is not None or self._is_before(ordered.right, state_root):
+                continue
+            if self._extends_by_injection(node, ordered, state_root):
+                return
         for ordered, state_root, _ in candidates:
             if state_root is None and self._starts(node, ordered):
                 return
@@ -230,9 +240,17 @@ class _Interpreter:
             longer = a if lengths[0] > 1 else Addition(a.right, a.right_scale, a.left, a.left_scale)
             self._extend(node, longer, root)
             return
-        if max(lengths) > 1:
+        if max(lengths) > 1 or (self._is_scaled_root(a.left) and self._is_scaled_root(a.right)):
             sums.states[node] = Merged(node, a.left, a.left_scale, a.right, a.right_scale)
             sums.root[node] = root
+
+    def _is_scaled_root(self, node: Node) -> bool:
+        """Whether a state is the root times something: its rows are where they were."""
+        while isinstance(step := self.sums.states[node], Mapped):
+            if step.kind not in ("factor", "cast", "identity"):
+                return False
+            node = step.state
+        return True
 
     def _extends_by_branch(self, node: Node, a: Addition, root: Node) -> bool:
         if not same_shape(a.right, node) or not _broadcasts_rows(a.left, node):
@@ -241,6 +259,16 @@ class _Interpreter:
             return False
         self._extend(node, a, root)
         return True
+
+    def _is_before(self, node: Node, root: Node) -> bool:
+        """Whether a stream was computed from a value, or from what it maps, by more than elementwise work.
+
+        Then the stream may be inside a sublayer of that value's own; `a * x0 + b * x0` is not.
+        """
+        path = [node]
+        while below := [m.state for m in self._maps_of(path[-1]) if self._may_start_below(m)]:
+            path.append(below[0])
+        return any(self.depends.is_branch(root, n) for n in path)
 
     def _extends_by_injection(self, node: Node, a: Addition, root: Node) -> bool:
         if self._length(a.left) < 2 or not same_shape(a.left, node):

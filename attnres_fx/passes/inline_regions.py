@@ -8,7 +8,7 @@ After:
     _exit_autocast(mode)
 
 Checkpointed bodies keep their effect as recompute tags; a `set_grad_enabled` region sets the mode and puts
-back what it found. Bodies with no addition of two tensors hide no stream and are left as they are.
+back what it found. Other bodies with no addition of two tensors hide no stream and are left as they are.
 """
 
 import logging
@@ -31,6 +31,10 @@ _REGIONS = {
     "higher_order::tag_activation_checkpoint": 0,
     "higher_order::wrap": 0,
 }
+
+
+#: Inlined whatever they hold: Dynamo cannot trace such a region again once sizes are free in it.
+_MODES = frozenset(("higher_order::wrap_with_set_grad_enabled", "higher_order::wrap_with_autocast"))
 
 
 def inline_regions_pass(gm: GraphModule) -> PassResult:
@@ -58,7 +62,7 @@ def _hiding_regions(gm: GraphModule) -> Any:
         if position is None or len(node.args) <= position:
             continue
         body = _body(gm, node.args[position])
-        if body is not None and _has_addition(body):
+        if body is not None and (op_name(node) in _MODES or _has_addition(body)):
             yield node, body, position
 
 

@@ -17,34 +17,65 @@ _WIDENING = frozenset("cat concat concatenate pad".split())
 class Refusal:
     """Something that looks like a residual stream and was left alone.
 
-    kind: `"not additive"`, `"width"`, or `"hidden"` in a region that cannot be inlined. place: the node, its module path and source line. reason: why it
-        was refused. stops_conversion: whether guessing on would be wrong. advice: what to do instead.
+    kind: `"not additive"`, `"width"`, `"injected"` (added into another stream's sublayers), `"interrupted"`
+        (one stream ends where another begins), or `"hidden"` in a region that cannot be inlined. place: the node, its module path and source line. reason: why it was
+        refused. stops_conversion: whether guessing on would be wrong. advice: what to do instead.
     """
 
-    kind: Literal["not additive", "width", "hidden"]
+    kind: Literal["not additive", "width", "injected", "interrupted", "hidden"]
     place: str
     reason: str
     stops_conversion: bool = False
     advice: str = ""
 
 
-def find_refusals(graph: Graph, sums: FormalSums) -> list[Refusal]:
-    """Carries that are not sums, in graph order."""
+def find_refusals(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
+    """Carries that are not sums, in graph order, each with the node that carries."""
     refusals = []
-    operands = {o for n in graph.nodes if (a := read_addition(n)) is not None for o in (a.left, a.right)}
-    trunk = {n for n in graph.nodes if read_addition(n) is not None}
-    ancestry = Dependence(graph, operands | trunk | set(graph.nodes if len(graph.nodes) < 4000 else ()))
+    additions = {n: a for n in graph.nodes if (a := read_addition(n)) is not None}
+    lerps = {n for n in graph.nodes if op_name(n) == "lerp" and is_floating(n)}
+    operands = {o for a in additions.values() for o in (a.left, a.right)}
+    inputs = {i for n in (*operands, *lerps) for i in n.all_input_nodes}
+    ancestry = Dependence(graph, operands | inputs | additions.keys() | lerps)
     for node in graph.nodes:
-        addition = read_addition(node)
-        if addition is None or isinstance(sums.states.get(node), Extended | Merged):
-            continue
-        for carry, branch in ((addition.left, addition.right), (addition.right, addition.left)):
-            reason = _why_not_additive(carry, branch, ancestry)
-            if reason:
-                advice = "Hyper-connections and gated carries cannot be converted; choose other streams, or leave it."
-                refusals.append(Refusal("not additive", describe(node), reason, True, advice))
-                break
+        reason = ""
+        if node in lerps:
+            reason = _why_gated_lerp(node, ancestry)
+        elif (addition := additions.get(node)) is not None:
+            pairs = ((addition.left, addition.right), (addition.right, addition.left))
+            judge = _why_gated_difference if isinstance(sums.states.get(node), Extended) else _why_not_additive
+            if not isinstance(sums.states.get(node), Merged):
+                reason = next((r for carry, branch in pairs if (r := judge(carry, branch, ancestry))), "")
+        if reason:
+            refusals.append((node, Refusal("not additive", describe(node), reason, True, _ADVICE)))
     return refusals + _widened(graph, sums)
+
+
+_ADVICE = "Hyper-connections and gated carries cannot be converted; name other streams in the config, or leave it."
+
+
+def _why_gated_lerp(node: Node, ancestry: Dependence) -> str:
+    start, end, weight = (*node.args, None, None, None)[:3]
+    if not all(isinstance(n, Node) for n in (start, end, weight)):
+        return ""
+    gated = ancestry.is_branch(weight, start) and ancestry.is_branch(end, start)  # type: ignore[arg-type]
+    return f"the stream is weighted by {describe(weight)}, which depends on it: a gated carry" if gated else ""  # type: ignore[arg-type]
+
+
+def _why_gated_difference(carry: Node, branch: Node, ancestry: Dependence) -> str:
+    """Whether `x + branch` is `x + g * (f - x)`."""
+    if op_name(branch) != "mul" or len(branch.args) != 2:
+        return ""
+    for gate, difference in (branch.args, branch.args[::-1]):
+        if not isinstance(gate, Node) or not isinstance(difference, Node) or not is_floating(gate):
+            continue
+        inner = read_addition(difference)
+        if inner is None or not ancestry.is_branch(gate, carry):
+            continue
+        sides = ((inner.left, inner.left_scale, inner.right), (inner.right, inner.right_scale, inner.left))
+        if any(x is carry and scale < 0 and ancestry.is_branch(f, carry) for x, scale, f in sides):
+            return f"the stream is moved towards a branch by {describe(gate)}, which depends on it: a gated carry"
+    return ""
 
 
 def _why_not_additive(carry: Node, branch: Node, ancestry: Dependence) -> str:
@@ -69,7 +100,7 @@ def _why_not_additive(carry: Node, branch: Node, ancestry: Dependence) -> str:
     return ""
 
 
-def _widened(graph: Graph, sums: FormalSums) -> list[Refusal]:
+def _widened(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
     """States that are padded or concatenated along their features and then extended as if they were one stream."""
     refusals = []
     depends = sums.dependence
@@ -89,6 +120,6 @@ def _widened(graph: Graph, sums: FormalSums) -> list[Refusal]:
                     before, after = shape_of(state)[-1], shape_of(carry)[-1]
                     why = f"the width of the stream changes from {before} to {after} at {describe(carry)}"
                     advice = "Put a projection with a norm between the two widths, so that they are two streams."
-                    refusals.append(Refusal("width", describe(node), why, True, advice))
+                    refusals.append((node, Refusal("width", describe(node), why, True, advice)))
                     break
     return refusals

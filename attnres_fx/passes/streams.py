@@ -5,7 +5,7 @@ rewrite looks the names up again in the graph it was made from.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
@@ -14,7 +14,14 @@ from attnres_fx.errors import StreamNameError
 from attnres_fx.passes.formal_sum import Extended, FormalSums, Mapped, Merged, Root, find_formal_sums
 from attnres_fx.passes.graph_tools import describe, module_path, shape_of, source_line
 from attnres_fx.passes.refusals import Refusal, find_refusals
-from attnres_fx.passes.spelling import CHANNELS_FIRST, asks_only_metadata, is_norm_step, may_be_in_norm, op_name
+from attnres_fx.passes.spelling import (
+    CHANNELS_FIRST,
+    asks_only_metadata,
+    is_norm_step,
+    may_be_in_norm,
+    op_name,
+    read_addition,
+)
 
 
 @dataclass(frozen=True)
@@ -111,14 +118,51 @@ def find_streams(graph: Graph) -> StreamSet:
     sums = find_formal_sums(graph)
     raw = [_RawStream(sums, root) for root in _roots(sums)]
     raw = [s for s in raw if s.terms]
+    injected = {s: into for s in raw if (into := _injected_into(s, raw)) is not None}
+    raw = [s for s in raw if s not in injected]
     fixed = [s for s in raw if s.fixed_width is not None and s.channels_first is None]
-    refusals = [_refuse_width(s) for s in raw if s not in fixed]
+    refusals = [_refuse_injected(s, into) for s, into in injected.items()]
+    refusals += [_refuse_width(s) for s in raw if s not in fixed]
     chains = _link_post_norm(fixed)
     found = [_Chain(tuple(chain)) for chain in chains]
     streams = _named([c.to_stream() for c in found])
     streams = _with_nesting(streams, found)
-    refusals += find_refusals(graph, sums)
+    refusals += _unless_inside(find_refusals(graph, sums), found)
+    refusals += _interruptions(streams, found)
     return StreamSet(tuple(streams), tuple(refusals), sums)
+
+
+def _unless_inside(refused: list[tuple[Node, Refusal]], chains: list["_Chain"]) -> list[Refusal]:
+    """A refusal stops a conversion, unless what it is about goes on inside one sublayer of a stream.
+
+    A chain of one sublayer that holds many of them is no stream around them but a skip over them all.
+    """
+    inside = {c: [n for n, r in refused if r.stops_conversion and c.computes_inside(n)] for c in chains}
+    harmless = {n for c, nodes in inside.items() if c.num_sublayers > 1 or len(nodes) < 3 for n in nodes}
+    kept = []
+    for node, refusal in refused:
+        if node in harmless:
+            reason = f"{refusal.reason} (inside a sublayer, left as it is)"
+            refusal = replace(refusal, stops_conversion=False, reason=reason)
+        kept.append(refusal)
+    return kept
+
+
+def _interruptions(streams: Sequence[Stream], chains: Sequence["_Chain"]) -> list[Refusal]:
+    """Where one stream ends only because something is done to it that is neither sum, factor nor view."""
+    ending = {n: s for s, c in zip(streams, chains, strict=True) for p in c.parts for n in p.nodes}
+    refusals = []
+    for stream, chain in zip(streams, chains, strict=True):
+        root = chain.parts[0].root
+        before = next((ending[n] for n in root.all_input_nodes if n in ending), None)
+        if before is None or before is stream or stream.nested_in == before.name:
+            continue
+        why = (
+            f"{before.name!r} ends here and {stream.name!r} begins, because {op_name(root)!r} is no sum, factor or "
+            f"view of rows: reads after it do not reach what was written before"
+        )
+        refusals.append(Refusal("interrupted", describe(root), why))
+    return refusals
 
 
 def _roots(sums: FormalSums) -> list[Node]:
@@ -223,6 +267,37 @@ class _RawStream:
         return reached and any(map(is_norm_step, inside)) and all(c in inside for c in read.consumers)
 
 
+def _injected_into(stream: _RawStream, others: list[_RawStream]) -> _RawStream | None:
+    """The stream in whose sublayers a value is only added in: an attention mask or bias shared by all layers.
+
+    Later scores hang on it through earlier ones, so `scores + mask` looks like a residual. But nothing reads
+    it by itself, and what it is added to comes from the states of a stream that it does not hang on.
+    """
+    depends = stream.sums.dependence
+    assert depends is not None
+    alone = {n for n in stream.nodes if stream.sums.terms(n) == (stream.root,)}
+    met: list[Node] = []
+    for user, state in ((u, n) for n in alone for u in n.users if u not in alone and not asks_only_metadata(u, n)):
+        addition = read_addition(user)
+        if addition is None:
+            return None
+        met.append(addition.right if addition.left is state else addition.left)
+    for other in others:
+        carried = (stream.sums.addend(t) for t in other.terms)
+        if other is stream or depends.at_all(stream.root, other.root) or not met:
+            continue
+        if all(depends.at_all(n, other.root) for n in met) and any(
+            c is not None and depends.at_all(c, stream.root) for c in carried
+        ):
+            return other
+    return None
+
+
+def _refuse_injected(stream: _RawStream, into: _RawStream) -> Refusal:
+    where = f"it is added inside the sublayers of the stream from {describe(into.root)}, and carries nothing on"
+    return Refusal("injected", describe(stream.root), where)
+
+
 def _link_post_norm(raw: list[_RawStream]) -> list[list[_RawStream]]:
     """Chains of streams whose only sum is read by a norm that is the next one's root."""
     by_root = {s.root: s for s in raw}
@@ -283,6 +358,20 @@ class _Chain:
         self.sums = parts[0].sums
         self.post_norm = len(parts) > 1
 
+    @property
+    def num_sublayers(self) -> int:
+        return sum(len(p.terms) for p in self.parts)
+
+    def computes_inside(self, node: Node) -> bool:
+        """Whether a node is part of what a sublayer computes: it hangs on the root, and a term on it."""
+        roots = {p.root for p in self.parts}
+        if self.sums.root.get(node) in roots:
+            return False
+        written = {a for p in self.parts for t in p.terms if (a := self.sums.addend(t)) is not None}
+        return _reach(node, lambda n: n.users, written) and _reach(
+            node, lambda n: n.all_input_nodes, {self.parts[0].root}
+        )
+
     def to_stream(self) -> Stream:
         chain = (self.parts[0].root, *(t for p in self.parts for t in p.terms))
         depths = {t: i for i, t in enumerate(chain)}
@@ -336,6 +425,19 @@ class _Chain:
             module=module_path(first),
             line=source_line(first) or source_line(read.core),
         )
+
+
+def _reach(start: Node, step: Callable[[Node], Iterable[Node]], goals: set[Node]) -> bool:
+    """Whether a walk along a graph comes to one of its goals."""
+    stack, seen = [start], {start}
+    while stack:
+        node = stack.pop()
+        if node in goals:
+            return True
+        fresh = [n for n in step(node) if n not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return False
 
 
 def _prefix(seen: Iterable[Node], chain: tuple[Node, ...]) -> int:

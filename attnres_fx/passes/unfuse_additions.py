@@ -6,16 +6,17 @@ After:
     h1 = h0 + torch.mm(a, w)
 
 Only where the addend has the result's shape and the product depends on it: a bias stays where it is.
-The `0 + x` that Python's `sum` begins with becomes `x`.
+So are `stack([h, f]).sum(0)`, `h.index_add(...)`, `h.scatter_add(...)` and `lerp(h, f, w)` with a constant
+weight. The `0 + x` that Python's `sum` begins with becomes `x`.
 """
 
 import logging
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from attnres_fx.passes.graph_tools import computed_value, insert_call, same_shape, tensor_of
+from attnres_fx.passes.graph_tools import computed_value, copy_call, insert_call, same_shape, shape_of, tensor_of
 from attnres_fx.passes.result import PassResult
 from attnres_fx.passes.spelling import added_zero_operand, is_aten, is_floating, op_name
 
@@ -33,20 +34,15 @@ _FUSED = {
 def unfuse_additions_pass(gm: GraphModule) -> PassResult:
     """Split, in place, fused additions whose addend may be a state."""
     split = []
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
         if (operand := added_zero_operand(node)) is not None and _is_same_kind(operand, node):
-            split.append(node.name)
             node.replace_all_uses_with(operand)
-            gm.graph.erase_node(node)
-            continue
-        parts = _read(node)
-        if parts is None:
-            continue
-        order = {n: i for i, n in enumerate(gm.graph.nodes)}
-        if not same_shape(parts[0], node) or not _hangs_on(parts[1:3], parts[0], order):
-            continue
+        elif not (_split_product(gm.graph, node, order) or _split_sum_of_stack(gm.graph, node, order)):
+            if not (_split_scatter(gm.graph, node, order) or _split_lerp(gm.graph, node, order)):
+                continue
         split.append(node.name)
-        _split(gm, node, parts)
+        gm.graph.erase_node(node)
     if split:
         gm.graph.lint()
         log.info("unfuse additions: %d split", len(split))
@@ -78,11 +74,11 @@ def _read(node: Node) -> tuple[Node, Node, Node, float, float] | None:
 def _hangs_on(products: tuple[Any, ...], addend: Node, order: dict[Node, int]) -> bool:
     """Whether a factor was computed from the addend, or from what the addend was computed from."""
     roots = {addend, *addend.all_input_nodes}
-    earliest = min(order[r] for r in roots if r in order)
+    earliest = min(order.get(r, 0) for r in roots)
     stack, seen = list(products), set()
     while stack:
         node = stack.pop()
-        if node in seen or order.get(node, -1) < earliest:
+        if node in seen or order.get(node, earliest) < earliest:
             continue
         if node in roots and node.op != "get_attr":
             return True
@@ -91,25 +87,94 @@ def _hangs_on(products: tuple[Any, ...], addend: Node, order: dict[Node, int]) -
     return False
 
 
-def _split(gm: GraphModule, node: Node, parts: tuple[Node, Node, Node, float, float]) -> None:
+def _split_product(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+    parts = _read(node)
+    if parts is None or not same_shape(parts[0], node) or not _hangs_on(parts[1:3], parts[0], order):
+        return False
     addend, left, right, beta, alpha = parts
-    aten = is_aten(node)
-    product = _FUSED[op_name(node)][0]
-    packet = getattr(torch.ops.aten, product)
-    target = (packet.Tensor if product in ("mul", "div") else packet.default) if aten else getattr(torch, product)
-    value = tensor_of(node)
-    with gm.graph.inserting_before(node):
-        product_value = computed_value("call_function", target, (left, right), {})
-        made = insert_call(gm.graph, target, (left, right), like=node, value=product_value)
-        if not same_shape(made, node):
-            spread: Any = torch.ops.aten.expand_as.default if aten else torch.Tensor.expand_as
-            made = insert_call(gm.graph, spread, (made, addend), like=node, value=value)
+    name = _FUSED[op_name(node)][0]
+    packet = getattr(torch.ops.aten, name)
+    overload = packet.Tensor if name in ("mul", "div") else packet.default
+    with graph.inserting_before(node):
+        product = _called(graph, overload, getattr(torch, name), (left, right), node)
+        if not same_shape(product, node):
+            product = _called(
+                graph, torch.ops.aten.expand_as.default, torch.Tensor.expand_as, (product, addend), node
+            )
         if beta != 1:
-            scaled: Any = torch.ops.aten.mul.Tensor if aten else torch.mul
-            addend = insert_call(gm.graph, scaled, (addend, beta), like=node, value=value)
-        plus: Any = torch.ops.aten.add.Tensor if aten else torch.add
-        total = insert_call(gm.graph, plus, (addend, made), like=node, value=value)
+            addend = _called(graph, torch.ops.aten.mul.Tensor, torch.mul, (addend, beta), node)
+        total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (addend, product), node)
         if alpha != 1:
             total.kwargs = {"alpha": alpha}
     node.replace_all_uses_with(total)
-    gm.graph.erase_node(node)
+    return True
+
+
+def _split_sum_of_stack(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+    """`stack([h, f], d).sum(d)` is `h + f`."""
+    if op_name(node) != "sum" or not node.args or not isinstance(stacked := node.args[0], Node):
+        return False
+    if op_name(stacked) != "stack" or not is_floating(node) or node.kwargs.get("dtype") is not None:
+        return False
+    parts = stacked.args[0] if stacked.args else stacked.kwargs.get("tensors")
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = list(dims) if isinstance(dims, list | tuple) else [dims]
+    along: Any = stacked.args[1] if len(stacked.args) > 1 else stacked.kwargs.get("dim", 0)
+    rank = len(shape_of(stacked))
+    known = isinstance(along, int) and len(dims) == 1 and isinstance(dims[0], int)
+    if not known or not rank or dims[0] % rank != along % rank or len(node.args) > 2 or node.kwargs.get("keepdim"):
+        return False
+    if not isinstance(parts, list | tuple) or not all(isinstance(p, Node) and is_floating(p) for p in parts):
+        return False
+    if len(parts) < 2 or not any(_hangs_on((q,), p, order) for p in parts for q in parts if p is not q):
+        return False
+    total: Node = parts[0]
+    with graph.inserting_before(node):
+        for part in parts[1:]:
+            total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (total, part), node)
+    node.replace_all_uses_with(total)
+    return True
+
+
+def _split_scatter(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+    """`h.index_add(d, i, f)` is `h + zeros_like(h).index_add(d, i, f)`, and so with `scatter_add`."""
+    if op_name(node) not in ("index_add", "scatter_add") or len(node.args) < 4:
+        return False
+    state, *rest = node.args
+    if not isinstance(state, Node) or not isinstance(rest[2], Node) or not _hangs_on((rest[2],), state, order):
+        return False
+    with graph.inserting_before(node):
+        zeros = _called(graph, torch.ops.aten.zeros_like.default, torch.zeros_like, (state,), node)
+        written = copy_call(node, {state: zeros})
+        total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (state, written), node)
+    node.replace_all_uses_with(total)
+    return True
+
+
+def _split_lerp(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+    """`lerp(h, f, w)` with a weight that does not depend on the stream is `h * (1 - w) + f * w`."""
+    if op_name(node) != "lerp" or len(node.args) != 3:
+        return False
+    start, end, weight = node.args
+    if not (isinstance(start, Node) and isinstance(end, Node) and _hangs_on((end,), start, order)):
+        return False
+    if isinstance(weight, Node) and (tensor_of(weight) is None or _hangs_on((weight,), start, order)):
+        return False
+    aten = torch.ops.aten
+    with graph.inserting_before(node):
+        if isinstance(weight, Node):
+            rest: Any = _called(graph, aten.rsub.Scalar, torch.rsub, (weight, 1), node)
+        else:
+            rest = 1 - weight  # type: ignore[operator]
+        kept = _called(graph, aten.mul.Tensor, torch.mul, (start, rest), node)
+        written = _called(graph, aten.mul.Tensor, torch.mul, (end, weight), node)
+        total = _called(graph, aten.add.Tensor, torch.add, (kept, written), node)
+    node.replace_all_uses_with(total)
+    return True
+
+
+def _called(graph: Graph, overload: Any, function: Any, args: tuple[Any, ...], like: Node) -> Node:
+    """A call in the spelling of the graph, with the value it has on the values of its arguments."""
+    target = overload if is_aten(like) else function
+    value = computed_value("call_function", target, args, {})
+    return insert_call(graph, target, args, like=like, value=value if value is not None else tensor_of(like))
