@@ -102,8 +102,12 @@ def signature_of(
     names += [f"{extra}_{i}" for i in range(len(names), len(args))]
     taken = tuple(names[: len(args)])
     values = {**dict(zip(taken, args, strict=True)), **kwargs}
-    constants = {n: v for n, v in values.items() if _is_constant(v)}
-    return CallSignature(tuple(names), taken, tuple(kwargs), constants, tuple(bound))
+    return CallSignature(tuple(names), taken, tuple(kwargs), constants_in(values), tuple(bound))
+
+
+def constants_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that hold no tensors, and so are part of a captured graph."""
+    return {n: v for n, v in values.items() if _is_constant(v)}
 
 
 def _is_constant(value: Any) -> bool:

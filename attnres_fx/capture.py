@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from attnres_fx.call import CallSignature, InputShape, signature_of
+from attnres_fx.call import CallSignature, InputShape, constants_in, signature_of
 from attnres_fx.errors import ArgumentError, AttnResError, CaptureError
 from attnres_fx.passes.pipeline import propagate_values_
 from attnres_fx.passes.spelling import trains
@@ -231,7 +231,7 @@ def _from_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict
     graph = _graph_of(program)
     mode = _mode_of(graph.gm) or "eval"
     names, keywords = _names_in(program.call_spec.in_spec, graph.gm)
-    signature = CallSignature(names, names, keywords, {})
+    signature = CallSignature(names, names, keywords, _given_constants(names, args, kwargs))
     root = shared_copy(graph.gm)
     return Captured(
         graphs={mode: graph},
@@ -243,6 +243,10 @@ def _from_exported(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict
         args=tuple(args),
         kwargs=dict(kwargs),
     )
+
+
+def _given_constants(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return constants_in({**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def _names_in(in_spec: Any, gm: GraphModule) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -292,7 +296,7 @@ def _from_exported_module(model: GraphModule, args: tuple[Any, ...], kwargs: dic
         graphs={mode: CapturedGraph(gm, out_spec, input_shapes(gm), {}, guards)},
         failures={_other(mode): "an exported graph holds one mode; convert the nn.Module to get both"},
         root=gm,
-        signature=CallSignature(names, names, keywords, {}),
+        signature=CallSignature(names, names, keywords, _given_constants(names, args, kwargs)),
         in_spec=in_spec,
         training=mode == "train",
         args=args,

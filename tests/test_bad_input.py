@@ -143,3 +143,40 @@ def test_a_mode_that_was_not_captured():
     with pytest.raises(errors.ModeError, match="no train graph"):
         converted.train()
     assert not converted.training
+
+
+def x():
+    return torch.randn(2, 5, 8)
+
+
+BAD_CALLS = {
+    "a config that is a dict": (
+        lambda: ax.convert(Residual(), (x(),), config={"variant": "full"}),
+        errors.ConfigError,
+        "dict",
+    ),
+    "a tensor for the tuple of arguments": (lambda: ax.convert(Residual(), x()), errors.ArgumentError, r"Write \(x,\)"),
+    "a TorchScript module": (
+        lambda: ax.convert(torch.jit.trace(Residual(), x()), (x(),)),
+        errors.CaptureError,
+        "TorchScript",
+    ),
+    "a graph that was converted": (
+        lambda: ax.convert(ax.convert(Residual(), (x(),)).graph_module(), (x(),)),
+        errors.AlreadyConvertedError,
+        "convert the original",
+    ),
+    "None for a tensor": (lambda: ax.convert(Residual(), (x(),))(None), errors.ArgumentError, "'x' is a NoneType"),
+    "integers for floats": (
+        lambda: ax.convert(Residual(), (x(),))(x().long()),
+        errors.ArgumentError,
+        "floating values",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_other_bad_calls(name):
+    call, kind, words = BAD_CALLS[name]
+    with pytest.raises(kind, match=words):
+        call()

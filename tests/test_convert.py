@@ -1,6 +1,7 @@
 """What a conversion returns behaves like a module, and computes the paper's forward."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -210,3 +211,53 @@ def test_train_and_eval_are_different_programs_over_one_set_of_weights():
     assert torch.equal(converted(IDS).logits, converted(IDS).logits)
     converted.train()
     assert not torch.equal(converted(IDS).logits, converted(IDS).logits)
+
+
+# --- what a user does with a converted model ---------------------------------------------------------
+
+
+def test_a_converted_model_is_pickled_as_it_is_saved():
+    converted = ax.convert(llama(), kwargs={"input_ids": IDS})
+    copied = pickle.loads(pickle.dumps(converted))
+    assert torch.equal(copied(IDS).logits, converted(IDS).logits)
+    assert str(copied.report) == str(converted.report)
+
+
+def test_other_sizes_compile_with_fullgraph():
+    converted = ax.convert(llama(), kwargs={"input_ids": IDS})
+    torch._dynamo.reset()
+    compiled = torch.compile(converted, backend="eager", fullgraph=True)
+    for shape in ((2, 7), (4, 11), (3, 5)):
+        ids = torch.randint(0, 64, shape)
+        torch.testing.assert_close(compiled(ids).logits, converted(ids).logits)
+
+
+def test_dtypes_are_kept_and_the_refusal_says_what_to_do():
+    converted = ax.convert(llama(), kwargs={"input_ids": IDS})
+    for cast in (converted.half, converted.double, lambda: converted.to(torch.bfloat16)):
+        with pytest.raises(ax.AttnResError, match="Cast the original model and convert it again"):
+            cast()
+    assert converted.float().to("cpu")(IDS).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("as_module", [True, False])
+def test_exported_programs_of_either_mode_convert(train, as_module):
+    model = llama().train(train)
+    program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=False)
+    converted = ax.convert(program.module() if as_module else program, (), {"input_ids": IDS, "use_cache": False})
+    torch.testing.assert_close(converted(input_ids=IDS).logits, model(IDS).logits)
+
+
+def test_use_cache_is_bound_off_where_only_keywords_pass_it_on():
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, input_ids, **kwargs):
+            return self.inner(input_ids=input_ids, **kwargs)
+
+    converted = ax.convert(Wrapped().eval(), kwargs={"input_ids": IDS})
+    assert converted.signature.bound_values == {"use_cache": False}
+    torch.testing.assert_close(converted(input_ids=IDS).logits, llama()(IDS).logits)
