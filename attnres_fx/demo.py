@@ -39,7 +39,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(width=32, layers=2, context=32, batch=4, steps=20, more_steps=5),
-    "small": Size(width=96, layers=4, context=64, batch=8, steps=250, more_steps=30),
+    "small": Size(width=96, layers=4, context=64, batch=8, steps=1000, more_steps=150),
     "medium": Size(width=256, layers=8, context=256, batch=16, steps=1500, more_steps=300),
 }
 
@@ -60,7 +60,8 @@ def run_demo(*, steps: int | None, more_steps: int | None, size: str, seed: int,
 
     models: dict[str, nn.Module] = {"original": model}
     for variant in VARIANTS:
-        converted = convert(copy.deepcopy(model), (text.validation[0][0],), config=AttnResConfig(variant=variant))
+        wanted = AttnResConfig(variant=variant, num_blocks=None if variant == "full" else preset.layers)
+        converted = convert(copy.deepcopy(model), (text.validation[0][0],), config=wanted)
         models[variant] = converted
         print(f"\n{converted.report}")
     before = {name: _loss(m, text) for name, m in models.items()}
