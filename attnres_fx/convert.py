@@ -4,9 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
@@ -16,13 +14,10 @@ from attnres_fx.converted import ConvertedModel
 from attnres_fx.errors import (
     AlreadyConvertedError,
     ConfigError,
-    NoStreamError,
-    NotAdditiveError,
     RewriteError,
-    StreamWidthError,
 )
 from attnres_fx.ops.operator import DEPTH_ATTENTION
-from attnres_fx.parameters import AttnResParameters, DepthRead, attribute_name
+from attnres_fx.parameters import AttnResParameters, attribute_name
 from attnres_fx.passes import (
     DepthSchedule,
     Read,
@@ -38,6 +33,7 @@ from attnres_fx.passes import (
 from attnres_fx.passes.graph_tools import fake_parameter, insert_attribute, tensor_of
 from attnres_fx.report import ConversionReport, ConvertedStream, StreamReport
 from attnres_fx.running import Mode
+from attnres_fx.selection import make_parameters, select_streams
 from attnres_fx.verify import check_conversion
 
 log = logging.getLogger(__name__)
@@ -95,10 +91,10 @@ def convert(
     distinct = {id(g): (mode, g) for mode, g in captured.graphs.items()}
     found = {mode: analyze_(graph.gm) for mode, graph in distinct.values()}
     mode, streams = next(iter(found.items()))
-    selected = _select(streams, config, _name(model))
+    selected = select_streams(streams, config, _name(model))
     _require_same_reads(found, selected)
     schedules = {s.name: plan_schedule(s.num_sublayers, config) for s in selected}
-    parameters = _make_parameters(captured, mode, streams, selected, config)
+    parameters = make_parameters(captured.graphs[mode].gm.graph, captured.root, streams, selected, config)
     rewritten = {m: _rewrite(captured, m, s, schedules, config, parameters) for m, s in found.items()}
     replacements = {m: rewritten[distinct[id(g)][0]] for m, g in captured.graphs.items()}
     report = _report(model, captured, streams, selected, schedules, config)
@@ -140,25 +136,6 @@ def _name(model: Any) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else "ExportedProgram"
 
 
-def _select(streams: StreamSet, config: AttnResConfig, name: str) -> tuple[Stream, ...]:
-    for refusal in streams.refusals:
-        if refusal.stops_conversion and config.streams in ("main", "all"):
-            kind = NotAdditiveError if refusal.kind == "not additive" else StreamWidthError
-            raise kind(f"{name}: at {refusal.place}, {refusal.reason}. {refusal.advice}")
-    selected = streams.select(config.streams)
-    if selected:
-        return selected
-    raise NoStreamError(_no_stream_message(streams, name))
-
-
-def _no_stream_message(streams: StreamSet, name: str) -> str:
-    why = "; ".join(f"{r.place}: {r.reason}" for r in streams.refusals)
-    return (
-        f"{name} has no residual stream: no addition x + f(x) was found in which f does more than elementwise "
-        f"work on x." + (f" What came near: {why}." if why else "") + " See attnres_fx.inspect(model, args, kwargs)."
-    )
-
-
 def _require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stream]) -> None:
     wanted = {s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads] for s in selected}
     for mode, streams in found.items():
@@ -176,44 +153,6 @@ def _require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stre
                 f"in one only, seen in {mode} mode). Dropout on the stream itself does this: move it onto the "
                 f"branch, set its probability to 0, or convert a graph of one mode."
             )
-
-
-def _make_parameters(
-    captured: Captured, mode: Mode, streams: StreamSet, selected: Sequence[Stream], config: AttnResConfig
-) -> AttnResParameters:
-    by_name = {n.name: n for n in captured.graphs[mode].gm.graph.nodes}
-    gated = config.output == "sum"
-    reads = [(s, r) for s in selected for r in s.depth_reads]
-    reads.sort(key=lambda pair: streams.sums.order[by_name[pair[1].site]])
-    made = []
-    for stream, read in reads:
-        value = tensor_of(by_name[read.site])
-        assert value is not None
-        dtype = _parameter_dtype(captured.root) or value.dtype
-        made.append(
-            DepthRead(
-                read.name,
-                stream.width,
-                gated=gated and stream.post_norm,
-                dtype=dtype,
-                device=_device(value, captured),
-            )
-        )
-    return AttnResParameters(made, config)
-
-
-def _parameter_dtype(root: nn.Module) -> torch.dtype | None:
-    """The dtype most of the model's floating-point weights have."""
-    counts: dict[torch.dtype, int] = {}
-    for parameter in root.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    return max(counts, key=lambda d: counts[d], default=None)
-
-
-def _device(value: Tensor, captured: Captured) -> torch.device:
-    fake = any(isinstance(p, FakeTensor) for p in captured.root.parameters())
-    return torch.device("meta") if fake else value.device
 
 
 def _rewrite(
