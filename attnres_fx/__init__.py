@@ -2,6 +2,8 @@
 
 from attnres_fx import errors
 from attnres_fx._version import __version__
+from attnres_fx.attach import attach, detach, plain
+from attnres_fx.compile import compile, explain
 from attnres_fx.config import AttnResConfig
 from attnres_fx.convert import convert, inspect
 from attnres_fx.converted import ConvertedModel
@@ -16,11 +18,16 @@ __all__ = [
     "AttnResError",
     "ConvertedModel",
     "__version__",
+    "attach",
+    "compile",
     "convert",
     "depth_weights",
+    "detach",
     "errors",
+    "explain",
     "inspect",
     "load",
     "parameter_groups",
+    "plain",
     "verify",
 ]

@@ -29,6 +29,7 @@ from attnres_fx.passes import (
     insert_depth_attention_pass,
     plan_depth_reads,
     plan_schedule,
+    run_pass,
 )
 from attnres_fx.passes.graph_tools import fake_parameter, insert_attribute, tensor_of
 from attnres_fx.report import ConversionReport, ConvertedStream, StreamReport
@@ -165,7 +166,8 @@ def _rewrite(
 ) -> tuple[Replacement, ...]:
     gm = captured.graphs[mode].gm
     gm.add_module("attnres", parameters)
-    result = insert_depth_attention_pass(
+    result = run_pass(
+        insert_depth_attention_pass,
         gm,
         streams=streams,
         schedules=schedules,

@@ -53,6 +53,18 @@ class AlreadyConvertedError(StreamError):
     """The model already reads its streams through depth attention."""
 
 
+class AttachError(AttnResError, RuntimeError):
+    """A model is attached already, is not, or no longer is what it was when it was attached."""
+
+
+class EagerCallError(AttnResError, RuntimeError):
+    """An attached model ran outside the compiled path."""
+
+
+class BackendError(AttnResError, RuntimeError):
+    """The compile backend was given options, or a graph, it cannot take."""
+
+
 class ArgumentError(AttnResError, TypeError):
     """A converted model was called with arguments, or shapes, it was not captured with."""
 

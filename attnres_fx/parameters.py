@@ -1,5 +1,7 @@
 """The modules that hold queries and key gains."""
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +79,14 @@ class AttnResParameters(nn.Module):
         super().__init__()
         self.config = config
         self.reads = DepthReads(reads)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The config, as bytes in a tensor, so that every format of checkpoint can hold it."""
+        text = json.dumps(dataclasses.asdict(self.config))
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.config = AttnResConfig(**json.loads(bytes(state.cpu().tolist())))
 
     def extra_repr(self) -> str:
         return f"variant={self.config.variant!r}, output={self.config.output!r}"

@@ -18,8 +18,8 @@ from attnres_fx.ops.reference import RecomputedDepthAttention, definition
 
 SCHEMA = "depth_attention(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain) -> Tensor"
 
-_library = torch.library.Library("attnres_fx", "FRAGMENT")
-_library.define(SCHEMA)
+library = torch.library.Library("attnres_fx", "FRAGMENT")
+library.define(SCHEMA)
 
 
 def depth_attention(
@@ -108,9 +108,9 @@ def _runs_in_plain_eager(sources: Sequence[Tensor]) -> bool:
 
 _TRACING_MODES = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
 
-_library.impl("depth_attention", _depth_attention, "CompositeImplicitAutograd")
+library.impl("depth_attention", _depth_attention, "CompositeImplicitAutograd")
 # Without this second registration vmap meets the composite kernel above its batching rules and fails.
-_library.impl("depth_attention", _depth_attention, "FuncTorchBatched")
+library.impl("depth_attention", _depth_attention, "FuncTorchBatched")
 
 #: What stands in a graph: `DEPTH_ATTENTION(sources, query, key_weight, eps, gain)`.
 DEPTH_ATTENTION = torch.ops.attnres_fx.depth_attention.default

@@ -14,7 +14,7 @@ from attnres_fx.passes.depth_attention import (
 from attnres_fx.passes.functionalize import functionalize_mutations_pass
 from attnres_fx.passes.inline_regions import inline_regions_pass
 from attnres_fx.passes.pipeline import NORMALIZATION, analyze_, normalize_, propagate_values_
-from attnres_fx.passes.result import PassResult
+from attnres_fx.passes.result import PassResult, run_pass
 from attnres_fx.passes.schedule import DepthSchedule, Source, plan_schedule
 from attnres_fx.passes.streams import Read, Stream, StreamSet, Term, find_streams
 from attnres_fx.passes.unfuse_additions import unfuse_additions_pass
@@ -40,5 +40,6 @@ __all__ = [
     "plan_depth_reads",
     "plan_schedule",
     "propagate_values_",
+    "run_pass",
     "unfuse_additions_pass",
 ]

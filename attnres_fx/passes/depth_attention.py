@@ -12,7 +12,6 @@ After (variant "full"):
     y  = head(norm_3(r2))
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,8 +28,6 @@ from attnres_fx.passes.schedule import DepthSchedule, Source
 from attnres_fx.passes.sources import Entry, Group, Moved, Replay, SourceBuilder, Table
 from attnres_fx.passes.spelling import asks_only_metadata, is_aten, op_name
 from attnres_fx.passes.streams import Read, Stream, StreamSet
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,6 @@ def insert_depth_attention_pass(
     replacements = [done for node in nodes for done in owner[node].visit(node)]
     removed = [node.name for node in reversed(nodes) if owner[node].remove_if_orphan(node)]
     gm.graph.lint()
-    if replacements:
-        log.info("depth attention: %d reads in, %d nodes out", len(replacements), len(removed))
     return PassResult(gm, bool(replacements), tuple(replacements), tuple(removed))
 
 

@@ -13,7 +13,6 @@ rows, the storage is cloned first. Writes into parameters and buffers are left a
 them; an input that is written to gets its final value copied back at the end, for the same reason.
 """
 
-import logging
 import operator
 from typing import Any
 
@@ -42,8 +41,6 @@ from attnres_fx.passes.storages import (
     storage_of,
 )
 
-log = logging.getLogger(__name__)
-
 _FUNCTIONAL = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -68,7 +65,6 @@ def functionalize_mutations_pass(gm: GraphModule) -> PassResult:
     changed = pass_.run()
     if changed:
         gm.graph.lint()
-        log.info("functionalize mutations: %d writes made values", len(changed))
     return PassResult(gm, bool(changed), (), tuple(changed))
 
 

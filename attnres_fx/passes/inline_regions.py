@@ -11,7 +11,6 @@ Checkpointed bodies keep their effect as recompute tags; a `set_grad_enabled` re
 back what it found. Other bodies with no addition of two tensors hide no stream and are left as they are.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ from torch.fx.node import map_arg
 from attnres_fx.passes.graph_tools import copy_meta
 from attnres_fx.passes.result import PassResult
 from attnres_fx.passes.spelling import op_name, read_addition
-
-log = logging.getLogger(__name__)
 
 _REGIONS = {
     "higher_order::wrap_with_set_grad_enabled": 1,
@@ -45,7 +42,6 @@ def inline_regions_pass(gm: GraphModule) -> PassResult:
         _inline(gm, *found)
     if inlined:
         gm.graph.lint()
-        log.info("inline regions: %d bodies inlined", len(inlined))
     return PassResult(gm, bool(inlined), (), tuple(inlined))
 
 

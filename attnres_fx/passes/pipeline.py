@@ -14,12 +14,12 @@ from attnres_fx.passes.functionalize import functionalize_mutations_pass
 from attnres_fx.passes.graph_tools import describe, has_values
 from attnres_fx.passes.inline_regions import getattr_path, hidden_regions, inline_regions_pass
 from attnres_fx.passes.refusals import Refusal
-from attnres_fx.passes.result import PassResult
+from attnres_fx.passes.result import PassResult, run_pass
 from attnres_fx.passes.spelling import op_name
 from attnres_fx.passes.streams import StreamSet, find_streams
 from attnres_fx.passes.unfuse_additions import unfuse_additions_pass
 
-#: In this order, each in place, each linted when it changed something.
+#: In this order, each in place, each linted and logged when it changed something.
 NORMALIZATION: tuple[Callable[[GraphModule], PassResult], ...] = (
     inline_regions_pass,  # first: what is hidden in a body is seen by none of the others
     functionalize_mutations_pass,  # before anything asks which value a node holds
@@ -30,7 +30,7 @@ NORMALIZATION: tuple[Callable[[GraphModule], PassResult], ...] = (
 def normalize_(gm: GraphModule) -> tuple[PassResult, ...]:
     """Run the normalisation passes on a graph, in place. Its nodes must carry values."""
     set_attribute_values_(gm)
-    results = tuple(run(gm) for run in NORMALIZATION)
+    results = tuple(run_pass(each, gm) for each in NORMALIZATION)
     set_attribute_values_(gm)
     return results
 

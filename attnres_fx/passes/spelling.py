@@ -28,6 +28,10 @@ _OPERATORS = {
     operator.ior: "bitwise_or_",
     operator.iand: "bitwise_and_",
     operator.ixor: "bitwise_xor_",
+    operator.and_: "bitwise_and",
+    operator.or_: "bitwise_or",
+    operator.not_: "logical_not",
+    operator.is_: "is",
 }
 
 _MODULES: dict[type, str] = {

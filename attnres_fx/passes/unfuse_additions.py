@@ -10,7 +10,6 @@ So are `stack([h, f]).sum(0)`, `h.index_add(...)`, `h.scatter_add(...)` and `ler
 weight. The `0 + x` that Python's `sum` begins with becomes `x`.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from torch.fx import Graph, GraphModule, Node
 from attnres_fx.passes.graph_tools import computed_value, copy_call, insert_call, same_shape, shape_of, tensor_of
 from attnres_fx.passes.result import PassResult
 from attnres_fx.passes.spelling import added_zero_operand, is_aten, is_floating, op_name
-
-log = logging.getLogger(__name__)
 
 # Name of the product, and the keywords of the two factors and the two scales.
 _FUSED = {
@@ -45,7 +42,6 @@ def unfuse_additions_pass(gm: GraphModule) -> PassResult:
         gm.graph.erase_node(node)
     if split:
         gm.graph.lint()
-        log.info("unfuse additions: %d split", len(split))
     return PassResult(gm, bool(split), (), tuple(split))
 
 

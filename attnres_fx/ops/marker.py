@@ -1,0 +1,34 @@
+"""`torch.ops.attnres_fx.parameters`: how queries and gains reach a Dynamo graph, and the guard against plain runs.
+
+An attached model's `forward` calls it first. Under Dynamo it lifts the parameters to inputs of the graph, where
+the backend finds them and takes the call out. Anywhere else it runs, and running it is the error: the model
+would go on to compute plain residuals.
+"""
+
+import torch
+from torch import Tensor
+
+from attnres_fx.errors import EagerCallError
+from attnres_fx.ops.operator import library
+
+library.define("parameters(Tensor[] tensors, str about) -> ()")
+
+
+def _refuse(tensors: list[Tensor], about: str) -> None:
+    raise EagerCallError(
+        "the model is attached and was called outside torch.compile(..., backend='attnres'), where it would "
+        "compute plain residuals. Call model.compile(backend='attnres', fullgraph=True, dynamic=True) first "
+        "(attnres_fx.compile does), look at TORCH_LOGS=graph_breaks,recompiles if it is compiled, or run the "
+        "original on purpose in `with attnres_fx.plain(model):`."
+    )
+
+
+def _fake(tensors: list[Tensor], about: str) -> None:
+    return None
+
+
+library.impl("parameters", _refuse, "CompositeExplicitAutograd")
+library._register_fake("parameters", _fake)
+
+#: What stands in a Dynamo graph: `PARAMETERS(tensors, about)`.
+PARAMETERS = torch.ops.attnres_fx.parameters.default
