@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch._dynamo.backends.registry import CompilerFn, list_backends, lookup_backend
+from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch.fx import GraphModule, Node
 
 from attnres_fx.attach import Attachment, ReadKey, attach, is_attached, read_key, require_attached
@@ -146,7 +146,8 @@ def attnres(gm: GraphModule, example_inputs: Sequence[Any], **given: Any) -> Cal
         rewritten = _rewritten(gm, options["inner"])
     except AttnResError as error:
         return _raiser(error)  # raised here, it would reach the user inside one of Dynamo's own
-    return _inner(options)(rewritten, list(example_inputs))
+    compiled: Callable[..., Any] = _inner(options)(rewritten, list(example_inputs))
+    return compiled
 
 
 def _raiser(error: AttnResError) -> Callable[..., Any]:
@@ -173,7 +174,7 @@ def _checked_options(options: Mapping[str, Any], mode: str | None) -> dict[str, 
     return checked
 
 
-def _inner(options: Mapping[str, Any]) -> CompilerFn:
+def _inner(options: Mapping[str, Any]) -> Callable[..., Any]:
     if options["inner"] != "inductor":
         return lookup_backend(options["inner"])
     from torch._inductor import list_mode_options
