@@ -151,11 +151,11 @@ def attnres(gm: GraphModule, example_inputs: Sequence[Any], **given: Any) -> Cal
 
 
 def _raiser(error: AttnResError) -> Callable[..., Any]:
-    @torch._dynamo.disable
     def refuse(*_: Any) -> Any:
         raise type(error)(str(error)) from error
 
-    return refuse
+    disabled: Callable[..., Any] = torch._dynamo.disable(refuse)
+    return disabled
 
 
 def _checked_options(options: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
@@ -176,7 +176,8 @@ def _checked_options(options: Mapping[str, Any], mode: str | None) -> dict[str, 
 
 def _inner(options: Mapping[str, Any]) -> Callable[..., Any]:
     if options["inner"] != "inductor":
-        return lookup_backend(options["inner"])
+        other: Callable[..., Any] = lookup_backend(options["inner"])
+        return other
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -52,10 +52,10 @@ def attached(name="llama", *, inner="eager", seed=0, config=VARIANTS["block"], *
 
 def outputs_and_gradients(model, kwargs):
     leaves = [x for x in pytree.tree_leaves(model(**kwargs)) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=leaves[0].dtype)
     for i, leaf in enumerate(leaves):
         if leaf.requires_grad:
-            total = total + (leaf * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(i))).sum()
+            total = total + (leaf * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(i)).to(leaf)).sum()
     model.zero_grad()
     total.backward()
     return leaves, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -88,6 +88,7 @@ def test_a_compiled_model_is_the_converted_one(name, variant):
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_inner_compilers_compute_the_same(name, inner):
     model, kwargs = built(name)
+    model = model.double()  # some gradients are zero but for rounding
     converted = with_random_queries(ax.convert(copy.deepcopy(model), kwargs=kwargs, config=VARIANTS["block"]))
     ax.compile(model, kwargs=kwargs, config=VARIANTS["block"], inner=inner)
     model.load_state_dict(converted.state_dict(), strict=True)
@@ -130,8 +131,8 @@ def test_lengths_and_batches_cause_one_compilation_a_mode():
                     model(input_ids=torch.randint(5, 90, shape), use_cache=False)
             assert len(ax.explain(model).graphs) - before <= 1, (train, grad)
     before = len(ax.explain(model).graphs)
-    model(input_ids=IDS[:1], use_cache=False)
-    model(input_ids=IDS[:1, :5], use_cache=False)
+    for length in (9, 5):
+        model(input_ids=torch.randint(5, 90, (1, length)), use_cache=False)
     assert len(ax.explain(model).graphs) - before <= 1
 
 
@@ -190,7 +191,7 @@ def test_a_model_saved_and_attached_afresh_computes_the_same(tmp_path):
 
 
 def test_the_checkpoint_of_the_original_lacks_nothing_but_the_queries():
-    original, kwargs = built()
+    original, _ = built()
     model, _ = attached()
     missing, unexpected = model.load_state_dict(original.state_dict(), strict=False)
     assert not unexpected and missing and all(n.startswith("attnres.") for n in missing)
@@ -215,13 +216,15 @@ def test_half_precision_models_compile_as_they_convert(dtype):
     assert model.attnres.reads[0].query.dtype == dtype
 
 
-def test_autocast_computes_in_half_precision_near_the_float_result():
-    model, kwargs = attached(inner="aot_eager")
-    wanted = model(**kwargs, use_cache=False).logits
+def test_autocast_computes_what_the_converted_model_computes_under_it():
+    model, kwargs = built()
+    converted = with_random_queries(ax.convert(copy.deepcopy(model), kwargs=kwargs, config=VARIANTS["full"]))
+    ax.compile(model, kwargs=kwargs, config=VARIANTS["full"], inner="eager")
+    model.load_state_dict(converted.state_dict(), strict=True)
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(**kwargs, use_cache=False).logits
-    assert found.dtype == torch.bfloat16
-    assert 0 < (found.float() - wanted).abs().max() <= 5e-2 * wanted.abs().max()
+        found, wanted = model(**kwargs, use_cache=False).logits, converted(**kwargs).logits
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    assert (found - wanted).abs().max() <= 2e-2 * wanted.abs().max()
 
 
 def test_checkpointed_layers_train_the_same_and_keep_their_tags():
@@ -279,7 +282,7 @@ def test_an_eager_call_of_an_attached_model_raises_and_plain_runs_the_original()
 
 
 def test_running_out_of_recompilations_raises():
-    model, kwargs = attached(fullgraph=False, dynamic=False)
+    model, _ = attached(fullgraph=False, dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(EagerCallError, match="recompiles"):
         for length in range(3, 9):
             model(input_ids=IDS[:, :length], use_cache=False)
@@ -322,7 +325,7 @@ def test_a_graph_break_inside_the_stream_is_an_error_that_shows_the_line():
 def test_a_model_changed_after_attach_names_the_reads_that_no_longer_match():
     model, kwargs = attached()
     model.model.layers = model.model.layers[:1]
-    with pytest.raises(BackendError, match=r"2 of the 4 reads.*model\.layers\.1\.post_attention_layernorm"):
+    with pytest.raises(BackendError, match=r"1 of the 4 reads.*model\.layers\.1\.post_attention_layernorm"):
         model(**kwargs)
 
 
