@@ -11,7 +11,7 @@ from attnres_fx.cli import main
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-@pytest.mark.parametrize("name", ["convert_symbolic_trace", "convert_huggingface", "train_converted"])
+@pytest.mark.parametrize("name", ["convert_symbolic_trace", "convert_huggingface", "train_converted", "deploy_aot"])
 def test_an_example_runs(name):
     done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

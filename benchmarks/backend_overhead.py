@@ -1,0 +1,161 @@
+"""What the attnres backend costs beside Inductor alone: compile time, forward, training step.
+
+    python benchmarks/backend_overhead.py                 # the example GPT, 12 layers, width 512, 512 tokens
+    python benchmarks/backend_overhead.py --layers 4 --width 128 --repeats 3
+
+Side by side in one process: (a) Inductor on the original, (b) this backend in each variant, (c) a naive AttnRes
+model written by hand (stack, norm, einsum) under Inductor. Runs are interleaved; medians and ratios to (a).
+"""
+
+import argparse
+import copy
+import importlib.util
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import attnres_fx as ax
+
+
+def load_gpt() -> Any:
+    path = Path(__file__).resolve().parent.parent / "examples" / "small_gpt.py"
+    spec = importlib.util.spec_from_file_location("small_gpt", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["small_gpt"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class NaiveAttnRes(nn.Module):
+    """Block Attention Residuals on the example GPT's own submodules, as one would first write it."""
+
+    def __init__(self, gpt: nn.Module, num_blocks: int) -> None:
+        super().__init__()
+        self.gpt: Any = gpt
+        count = 2 * len(self.gpt.blocks)
+        self.starts = {i * count // num_blocks for i in range(num_blocks)}
+        width = self.gpt.norm.weight.shape[0]
+        self.queries = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(count))
+        self.gains = nn.ParameterList(nn.Parameter(torch.ones(width)) for _ in range(count))
+
+    def read(self, i: int, sources: list[Tensor]) -> Tensor:
+        values = torch.stack(sources)
+        keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6) * self.gains[i]
+        weights = torch.einsum("sbtd,d->sbt", keys, self.queries[i]).softmax(0)
+        return len(sources) * torch.einsum("sbt,sbtd->btd", weights, values)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        gpt = self.gpt
+        root = gpt.token(ids) + gpt.position(torch.arange(ids.shape[1], device=ids.device))
+        done, partial, state = [root], None, root
+        sublayers = [f for b in gpt.blocks for f in ((b.attention_norm, b.attention), (b.mlp_norm, b.mlp))]
+        for i, (norm, layer) in enumerate(sublayers):
+            if i in self.starts and partial is not None:
+                done, partial = [*done, partial], None
+            out = layer(norm(state))
+            partial = out if partial is None else partial + out
+            state = self.read(i, [*done, partial])
+        return gpt.head(gpt.norm(state))
+
+
+def step_of(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        logits = model(ids[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def forward_of(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    def forward() -> None:
+        with torch.no_grad():
+            model(ids[:, :-1])
+
+    return forward
+
+
+def seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--num-blocks", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", nargs="*", help="names to run beside the original")
+    options = parser.parse_args()
+    gpt = load_gpt()
+    torch.manual_seed(0)
+    config = gpt.GPTConfig(layers=options.layers, heads=8, width=options.width, context=options.length)
+    original = gpt.SmallGPT(config)
+    ids = torch.randint(0, 256, (options.batch, options.length + 1))
+    models: dict[str, nn.Module] = {"original, Inductor": copy.deepcopy(original)}
+    for variant in ("full", "block", "local"):
+        blocks = None if variant == "full" else options.num_blocks
+        model = copy.deepcopy(original)
+        ax.attach(model, (ids[:, :-1],), config=ax.AttnResConfig(variant=variant, num_blocks=blocks))
+        models[f"attnres, {variant}"] = model
+    models["naive AttnRes, Inductor"] = NaiveAttnRes(copy.deepcopy(original), options.num_blocks)
+    models = {n: m for n, m in models.items() if n.startswith("original") or not options.only or n in options.only}
+
+    torch._inductor.config.force_disable_caches = True
+    compiling: dict[str, float] = {}
+    runs: dict[str, dict[str, Callable[[], None]]] = {}
+    for name, model in models.items():
+        model.compile(backend="attnres" if name.startswith("attnres") else "inductor", fullgraph=True, dynamic=False)
+        runs[name] = {"step": step_of(model, ids), "forward": forward_of(model, ids)}
+        compiling[name] = seconds(runs[name]["step"]) + seconds(runs[name]["forward"])
+        print(f"compiled {name}: {compiling[name]:.1f} s", flush=True)
+        for run in runs[name].values():
+            run()
+    times: dict[str, dict[str, list[float]]] = {n: {"step": [], "forward": []} for n in models}
+    for _ in range(options.repeats):
+        for name in models:
+            for kind, run in runs[name].items():
+                times[name][kind].append(seconds(run))
+    medians = {n: {k: statistics.median(v) for k, v in t.items()} for n, t in times.items()}
+    base = medians["original, Inductor"]
+    rows = [
+        {
+            "model": name,
+            "compile s": compiling[name],
+            "x": compiling[name] / compiling["original, Inductor"],
+            "forward ms": 1e3 * m["forward"],
+            "x ": m["forward"] / base["forward"],
+            "step ms": 1e3 * m["step"],
+            "x  ": m["step"] / base["step"],
+        }
+        for name, m in medians.items()
+    ]
+    print(
+        f"\n{options.layers} layers, width {options.width}, {options.batch} x {options.length} tokens, "
+        f"{options.num_blocks} blocks, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.machine()}, {date.today()}, median of {options.repeats}\n"
+    )
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
+
+
+if __name__ == "__main__":
+    main()
