@@ -7,6 +7,7 @@ gains are inputs that Dynamo lifted itself (see `attach`), so every graph of a m
 """
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from attnres_fx.passes import (
 )
 from attnres_fx.passes.graph_tools import tensor_of
 from attnres_fx.passes.spelling import trains
+from attnres_fx.running import fast_path_off
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +125,14 @@ def compile(
     _checked_options(options, None)
     attached = require_attached(model) if is_attached(model) else attach(model, args, kwargs, config=config)
     model.compile(backend="attnres", fullgraph=fullgraph, dynamic=dynamic, options=options)
+    compiled: Any = model._compiled_call_impl
+
+    @functools.wraps(compiled)
+    def call(*given: Any, **named: Any) -> Any:
+        with fast_path_off():
+            return compiled(*given, **named)
+
+    model._compiled_call_impl = call
     return attached
 
 

@@ -388,3 +388,56 @@ def test_an_attachment_survives_its_text():
     about = model.attnres.about
     assert Attachment.from_text(about).to_text() == about
     assert [k.name for k in Attachment.from_text(about).reads] == list(model.attnres.reads.names)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_an_attached_model_behind_another_backend_raises(backend):
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
+    with pytest.raises(Exception, match="would compute plain residuals"):
+        torch.compile(model, backend=backend)(x)
+
+
+def test_an_attached_model_cannot_be_exported_as_what_it_is_not():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
+    with pytest.raises(ax.AttnResError):
+        torch.export.export(model, (x,)).run_decompositions().module()(x)
+
+
+def test_the_fused_inference_path_of_an_encoder_is_not_taken():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True, dropout=0.0)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(2, 5, 16)
+    expected = model(x)
+    ax.compile(model, (x,), inner="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_parts_attached_by_themselves_are_refused_inside_a_larger_model():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Broken(), Broken()
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model, x = Two(), torch.randn(2, 4, 8)
+    ax.attach(model.a, (x,))
+    ax.attach(model.b, (x,))
+    with pytest.raises(BackendError, match="not attached: a\\.norms"):
+        torch.compile(model, backend="attnres", options={"inner": "eager"})(x)
+
+
+def test_a_checkpoint_brings_its_config_and_the_graph_follows():
+    x = torch.randn(2, 4, 8)
+    one, other = Broken(), Broken()
+    ax.compile(one, (x,), config=VARIANTS["full"], inner="eager")
+    ax.compile(other, (x,), config=VARIANTS["local"], inner="eager")
+    with_random_queries(one)
+    other(x)
+    other.load_state_dict(one.state_dict())
+    assert other.attnres.config.variant == "full"
+    torch.testing.assert_close(other(x), one(x))

@@ -5,8 +5,12 @@ the backend finds them and takes the call out. Anywhere else it runs, and runnin
 would go on to compute plain residuals.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from attnres_fx.errors import EagerCallError
 from attnres_fx.ops.operator import library
@@ -27,8 +31,16 @@ def _fake(tensors: list[Tensor], about: str) -> None:
     return None
 
 
+def _refuse_in_a_trace(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> None:
+    _refuse(*args, **(kwargs or {}))
+
+
 library.impl("parameters", _refuse, "CompositeExplicitAutograd")
 library._register_fake("parameters", _fake)
 
 #: What stands in a Dynamo graph: `PARAMETERS(tensors, about)`.
 PARAMETERS = torch.ops.attnres_fx.parameters.default
+
+# A compiler behind another backend would drop a call without results, and compile plain residuals.
+for _mode in (FunctionalTensorMode, ProxyTorchDispatchMode):
+    torch.library.register_torch_dispatch("attnres_fx::parameters", _mode, _refuse_in_a_trace)
