@@ -441,3 +441,44 @@ def test_a_checkpoint_brings_its_config_and_the_graph_follows():
     other.load_state_dict(one.state_dict())
     assert other.attnres.config.variant == "full"
     torch.testing.assert_close(other(x), one(x))
+
+
+def test_lora_adapters_go_onto_a_compiled_base_model():
+    from peft import LoraConfig, get_peft_model
+
+    model, kwargs = attached(inner="aot_eager")
+    original, _ = built()
+    plain = model(**kwargs, use_cache=False).logits.detach()
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False))
+    found = lora(**kwargs, use_cache=False).logits
+    found.square().mean().backward()
+    assert all((p.grad is not None) == ("lora_" in n) for n, p in lora.named_parameters())
+    with lora.disable_adapter():
+        torch.testing.assert_close(lora(**kwargs, use_cache=False).logits, plain)
+    merged = copy.deepcopy(lora).merge_and_unload()
+    converted = ax.convert(original, kwargs=kwargs, config=VARIANTS["block"])
+    converted.load_state_dict(merged.state_dict(), strict=True)
+    assert (converted(**kwargs).logits - found).abs().max() <= 1e-5 * found.abs().max()
+    assert (found - plain).abs().max() > 1e-2
+
+
+def test_the_copy_that_is_rewritten_keeps_what_dynamo_knows_of_its_inputs(monkeypatch):
+    backend, seen = sys.modules["attnres_fx.compile"], []
+
+    def watched(options):
+        def inner(gm, inputs):
+            nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+            seen.append((nodes, gm.meta))
+            return gm.forward
+
+        return inner
+
+    monkeypatch.setattr(backend, "_inner", watched)
+    model, kwargs = attached()
+    model(**kwargs)
+    (nodes, meta), *_ = seen
+    assert all(hasattr(n, "_dynamo_source") for n in nodes)
+    static = [n.name for n in nodes if n.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")]
+    assert sum("attnres" in n for n in static) == 2 * len(model.attnres.reads)
+    assert len(static) >= len(list(model.parameters()))
+    assert "dynamo_flat_name_to_original_fqn" in meta
