@@ -8,10 +8,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -80,7 +79,7 @@ class AttachedParameters(AttnResParameters):
 
     def tensors(self) -> list[Tensor]:
         """Query, key gain and gate of each read, in the order of `keys`."""
-        return list(self.parameters())
+        return [t for r in self.reads for t in (r.query, r.key_weight, r.gate) if t is not None]
 
 
 def attach(
@@ -112,7 +111,7 @@ def attach(
     keys = [read_key(s, r, config) for s, r in reads_in_order(streams, selected)]
     parameters = AttachedParameters(made, keys)
     model.add_module(_NAME, parameters)
-    model.forward = types.MethodType(_guarded(type(model).forward), model)
+    model.__class__ = _attached_class(cast(Any, type(model)))
     return parameters
 
 
@@ -122,7 +121,10 @@ def detach(model: nn.Module) -> None:
     Raises AttachError where it is not attached.
     """
     require_attached(model)
-    del model.forward
+    base = vars(type(model)).get("_attnres_base")
+    if base is None:
+        raise AttachError(f"the class of this {type(model).__name__} was changed after attach: undo that first.")
+    model.__class__ = base
     delattr(model, _NAME)
     model._compiled_call_impl = None
 
@@ -136,7 +138,9 @@ def plain(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        attached.plain, model._compiled_call_impl = before, compiled
+        attached.plain = before
+        if is_attached(model):
+            model._compiled_call_impl = compiled
 
 
 def require_attached(model: nn.Module) -> AttachedParameters:
@@ -173,7 +177,11 @@ def _check_attachable(model: Any, config: Any) -> None:
         )
 
 
-def _guarded(original: Any) -> Any:
+@functools.cache
+def _attached_class(base: Any) -> Any:
+    """A class that differs from a model's own in its forward alone, so that copies and pickles have it too."""
+    original = base.forward
+
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self.attnres
@@ -181,7 +189,17 @@ def _guarded(original: Any) -> Any:
             PARAMETERS(attached.tensors(), attached.about)
         return original(self, *args, **kwargs)
 
-    return forward
+    def reduce(self: Any, _: Any) -> Any:
+        return _new, (base,), self.__getstate__()
+
+    kept = {"forward": forward, "_attnres_base": base, "__reduce_ex__": reduce}
+    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**named, **kept})
+
+
+def _new(base: type[nn.Module]) -> Any:
+    made = _attached_class(cast(Any, base))
+    return made.__new__(made)
 
 
 def is_attached(model: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from attnres_fx.attach import Attachment, ReadKey, attach, is_attached, read_key, require_attached
 from attnres_fx.config import AttnResConfig
-from attnres_fx.errors import AttnResError, BackendError
+from attnres_fx.errors import AttachError, AttnResError, BackendError
 from attnres_fx.ops.marker import PARAMETERS
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import (
@@ -123,6 +123,10 @@ def compile(
     options |= {"mode": mode} if mode is not None else {}
     options |= {"inductor": dict(inductor)} if inductor is not None else {}
     _checked_options(options, None)
+    if config is not None and is_attached(model) and require_attached(model).config != config:
+        raise AttachError(
+            f"{type(model).__name__} is attached with another config: detach(model) first, or leave config out."
+        )
     attached = require_attached(model) if is_attached(model) else attach(model, args, kwargs, config=config)
     model.compile(backend="attnres", fullgraph=fullgraph, dynamic=dynamic, options=options)
     compiled: Any = model._compiled_call_impl
@@ -181,7 +185,21 @@ def _checked_options(options: Mapping[str, Any], mode: str | None) -> dict[str, 
         raise BackendError(f"options['inner'] is {checked['inner']!r}, which is no backend here: {', '.join(names)}.")
     if checked["inner"] != "inductor" and (checked["mode"] or checked["inductor"]):
         raise BackendError(f"'mode' and 'inductor' are for inner='inductor'; inner is {checked['inner']!r}.")
+    if not isinstance(checked["inductor"], Mapping):
+        raise BackendError(f"options['inductor'] must be a dict of Inductor's options; it is {checked['inductor']!r}.")
+    _check_inductor(checked["mode"], checked["inductor"])
     return checked
+
+
+def _check_inductor(mode: Any, options: Mapping[str, Any]) -> None:
+    from torch._inductor import config, list_mode_options
+
+    if mode is not None and mode not in (modes := list_mode_options()):
+        raise BackendError(f"mode {mode!r} is none of Inductor's: {', '.join(modes)}.")
+    known = config.get_config_copy()
+    unknown = [n for n in options if n.replace("-", "_") not in known]
+    if unknown:
+        raise BackendError(f"options['inductor'] has {', '.join(map(repr, unknown))}, which Inductor does not know.")
 
 
 def _inner(options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -241,6 +259,8 @@ def _copied(gm: GraphModule) -> GraphModule:
 
 
 def _weights(keys: Sequence[ReadKey], tensors: Sequence[Node]) -> dict[str, ReadParameters]:
+    if len(tensors) != sum(2 + k.gated for k in keys):
+        raise BackendError(f"model.attnres holds {len(tensors)} tensors for {len(keys)} reads: attach the model anew.")
     given = iter(tensors)
     return {k.name: ReadParameters(next(given), next(given), next(given) if k.gated else None) for k in keys}
 
@@ -267,9 +287,15 @@ def _mismatch_message(gm: GraphModule, expected: set[ReadKey], found: set[ReadKe
     broken = _break_of(gm)
     if broken:
         return f"{text}. {broken}"
+    if any(name.endswith(f".{part}") for name in other for part in missing):
+        return (
+            f"{text}. The attached model is part of a larger compiled one: compile the attached model itself, in place "
+            f"(attnres_fx.compile), and leave what calls it uncompiled; or attach the larger one."
+        )
     return (
         f"{text}. The model was changed since attach, or takes another path than with the example arguments: "
-        f"detach(model) and attach it again with arguments like these."
+        f"detach(model) and attach it again with arguments like these. A generate() that runs an encoder by itself "
+        f"takes another path too: attach the decoder alone."
     )
 
 

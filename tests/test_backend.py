@@ -1,6 +1,7 @@
 """The compile backend computes what convert computes, for every graph of a model, and never anything else."""
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -332,6 +333,8 @@ def test_a_model_changed_after_attach_names_the_reads_that_no_longer_match():
 BAD = {
     "an unknown option": ({"outer": 1}, r"'outer' are unknown.*inner, mode, inductor"),
     "an inner backend that does not exist": ({"inner": "nothing"}, "'nothing', which is no backend here"),
+    "a mode that does not exist": ({"mode": "nonsense"}, "none of Inductor's"),
+    "an Inductor option that does not exist": ({"inductor": {"no_such": 1}}, "Inductor does not know"),
     "Inductor's options for another compiler": ({"inner": "eager", "mode": "max-autotune"}, "for inner='inductor'"),
 }
 
@@ -427,7 +430,7 @@ def test_parts_attached_by_themselves_are_refused_inside_a_larger_model():
     model, x = Two(), torch.randn(2, 4, 8)
     ax.attach(model.a, (x,))
     ax.attach(model.b, (x,))
-    with pytest.raises(BackendError, match="not attached: a\\.norms"):
+    with pytest.raises(BackendError, match="part of a larger compiled one"):
         torch.compile(model, backend="attnres", options={"inner": "eager"})(x)
 
 
@@ -482,3 +485,63 @@ def test_the_copy_that_is_rewritten_keeps_what_dynamo_knows_of_its_inputs(monkey
     assert sum("attnres" in n for n in static) == 2 * len(model.attnres.reads)
     assert len(static) >= len(list(model.parameters()))
     assert "dynamo_flat_name_to_original_fqn" in meta
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "copy"])
+def test_copies_of_an_attached_model_are_attached(how):
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.compile(model, (x,), config=VARIANTS["full"], inner="eager")
+    wanted = with_random_queries(model)(x)
+    copied = {
+        "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+        "deepcopy": copy.deepcopy,
+        "copy": copy.copy,
+    }[how](model)
+    with pytest.raises(EagerCallError):
+        copied(x)
+    copied.compile(backend="attnres", options={"inner": "eager"})
+    torch.testing.assert_close(copied(x), wanted)
+    with pytest.raises(EagerCallError):
+        torch.fx.symbolic_trace(copied)(x)
+
+
+def test_a_shallow_copy_with_queries_of_its_own_uses_them():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,), config=VARIANTS["full"])
+    with_random_queries(model)
+    copied = copy.copy(model)
+    copied._modules = {**model._modules, "attnres": copy.deepcopy(model.attnres)}
+    with torch.no_grad():
+        for read in copied.attnres.reads:
+            read.query.zero_()
+            read.key_weight.fill_(1.0)
+    copied.compile(backend="attnres", options={"inner": "eager"})
+    with ax.plain(model):
+        torch.testing.assert_close(copied(x), model(x))
+
+
+def test_parameters_are_matched_by_read_and_not_by_position():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.compile(model, (x,), config=VARIANTS["full"], inner="eager")
+    wanted = with_random_queries(model)(x)
+    model.attnres.register_parameter("temperature", nn.Parameter(torch.ones(8)))
+    torch.testing.assert_close(model(x), wanted)
+    model.attnres.reads[1].query = model.attnres.reads[0].query
+    assert not torch.allclose(model(x), wanted)
+
+
+def test_compiling_an_attached_model_with_another_config_is_an_error():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,), config=VARIANTS["full"])
+    with pytest.raises(AttachError, match="another config"):
+        ax.compile(model, (x,), config=VARIANTS["block"])
+
+
+def test_detaching_inside_plain_leaves_the_original():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    expected = model(x)
+    ax.compile(model, (x,), inner="eager")
+    with ax.plain(model):
+        ax.detach(model)
+    assert type(model) is Broken
+    torch.testing.assert_close(model(x), expected)
