@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.fx import GraphModule
 
 from attnres_fx.capture import capture
@@ -121,6 +122,7 @@ def detach(model: nn.Module) -> None:
     Raises AttachError where it is not attached.
     """
     require_attached(model)
+    model = unwrapped(model)
     base = vars(type(model)).get("_attnres_base")
     if base is None:
         raise AttachError(f"the class of this {type(model).__name__} was changed after attach: undo that first.")
@@ -133,6 +135,7 @@ def detach(model: nn.Module) -> None:
 def plain(model: nn.Module) -> Iterator[nn.Module]:
     """Run an attached model's original function on purpose, uncompiled, inside this context."""
     attached = require_attached(model)
+    model = unwrapped(model)
     compiled, before = model._compiled_call_impl, attached.plain
     attached.plain, model._compiled_call_impl = True, None
     try:
@@ -144,12 +147,17 @@ def plain(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def require_attached(model: nn.Module) -> AttachedParameters:
-    found = model._modules.get(_NAME)
+    found = unwrapped(model)._modules.get(_NAME)
     if not isinstance(found, AttachedParameters):
         raise AttachError(
             f"{type(model).__name__} is not attached: call attnres_fx.attach(model, args, kwargs, config=...) first."
         )
     return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, of what `torch.compile(model)` returned for it."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def read_key(stream: Stream, read: Read, config: AttnResConfig) -> ReadKey:

@@ -19,7 +19,7 @@ from torch import nn
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch.fx import GraphModule, Node
 
-from attnres_fx.attach import Attachment, ReadKey, attach, is_attached, read_key, require_attached
+from attnres_fx.attach import Attachment, ReadKey, attach, is_attached, read_key, require_attached, unwrapped
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import AttachError, AttnResError, BackendError
 from attnres_fx.ops.marker import PARAMETERS
@@ -147,7 +147,7 @@ def explain(model: nn.Module) -> Explanation:
     """
     attached = require_attached(model)
     graphs = _COMPILED.get(attached.about, [])
-    return Explanation(type(model).__name__, attached.config, attached.reads.names, list(graphs))
+    return Explanation(type(unwrapped(model)).__name__, attached.config, attached.reads.names, list(graphs))
 
 
 def attnres(gm: GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:

@@ -131,6 +131,10 @@ def _refuse_converted(model: Any) -> None:
             "the model reads through depth attention already: convert the original again, with another config "
             "if you like."
         )
+    if isinstance(getattr(model, "_modules", {}).get("attnres"), AttnResParameters):
+        raise AlreadyConvertedError(
+            f"{type(model).__name__} is attached for the compile backend: detach(model) first, to convert it."
+        )
 
 
 def _name(model: Any) -> str:

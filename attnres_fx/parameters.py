@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from attnres_fx.config import AttnResConfig
+from attnres_fx.errors import ConfigError
 
 
 class DepthRead(nn.Module):
@@ -86,7 +87,10 @@ class AttnResParameters(nn.Module):
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.config = AttnResConfig(**json.loads(bytes(state.cpu().tolist())))
+        try:
+            self.config = AttnResConfig(**json.loads(bytes(state.cpu().tolist())))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the state's config (attnres._extra_state) cannot be read: {error}") from error
 
     def extra_repr(self) -> str:
         return f"variant={self.config.variant!r}, output={self.config.output!r}"

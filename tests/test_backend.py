@@ -545,3 +545,33 @@ def test_detaching_inside_plain_leaves_the_original():
         ax.detach(model)
     assert type(model) is Broken
     torch.testing.assert_close(model(x), expected)
+
+
+def test_what_torch_compile_returned_is_taken_for_the_model():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    expected = model(x)
+    ax.attach(model, (x,), config=VARIANTS["full"])
+    compiled = torch.compile(model, backend="attnres", options={"inner": "eager"})
+    compiled(x)
+    assert ax.explain(compiled).model == "Broken"
+    with ax.plain(compiled):
+        torch.testing.assert_close(model(x), expected)
+    ax.detach(compiled)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_attached_model_is_converted_after_detach():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
+    for call in (ax.convert, ax.inspect):
+        with pytest.raises(ax.errors.AlreadyConvertedError, match="detach"):
+            call(model, (x,))
+
+
+def test_a_config_that_cannot_be_read_is_named():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
+    state = model.state_dict()
+    state["attnres._extra_state"] = torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises(ax.errors.ConfigError, match="_extra_state"):
+        model.load_state_dict(state)
