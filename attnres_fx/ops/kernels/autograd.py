@@ -1,0 +1,202 @@
+"""A read of any number of sources on the kernels, differentiable."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnres_fx.ops.kernels import launch
+from attnres_fx.ops.kernels.read import MOST_SOURCES
+
+log = logging.getLogger(__name__)
+
+#: The same read in differentiable aten operations: what create_graph=True differentiates.
+Definition = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What of a read is no tensor. norm: 0 none, 1 RMSNorm, 2 LayerNorm; dtype: of the result."""
+
+    eps: float
+    gain: float
+    dtype: torch.dtype
+    norm: int = 0
+    norm_eps: float = 0.0
+    delta: bool = False
+    threaded: bool = False
+
+
+class KernelRead(torch.autograd.Function):
+    """Groups of at most 16 sources, each one kernel; the mixture of one group is carried into the next.
+
+    Saves the sources, two numbers a row for each, and a norm's two; no mixture but the carried ones.
+    Returns the read, the new partial sum (empty without delta), and in `threaded` form every source again, so that
+    what comes back for it in backward is added inside the kernel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: ReadOptions,
+        definition: Definition,
+        query: Tensor,
+        key_weight: Tensor,
+        delta: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        *sources: Tensor,
+    ) -> tuple[Tensor, ...]:
+        shape = sources[0].shape
+        rows = [as_rows(s) for s in sources]
+        delta_rows = as_rows(delta) if delta is not None else None
+        saves = any(ctx.needs_input_grad)
+        starts = range(0, len(rows), MOST_SOURCES)
+        carry: Tensor | None = None
+        carry_lse: Tensor | None = None
+        saved: list[Tensor] = []
+        for start in starts:
+            group = rows[start : start + MOST_SOURCES]
+            last = start + MOST_SOURCES >= len(rows)
+            norm = options.norm if last else 0
+            out, partial, lse, stats, norm_stats = torch.ops.attnres_fx.read_forward(
+                group,
+                query,
+                key_weight,
+                options.eps,
+                options.gain if last else 1.0,
+                delta_rows if last else None,
+                carry,
+                carry_lse,
+                norm,
+                norm_weight if norm else None,
+                norm_bias if norm else None,
+                options.norm_eps,
+                options.dtype if last else torch.float32,
+                saves,
+            )
+            saved += [lse, stats, norm_stats]
+            carry, carry_lse = out, lse
+            if not last:
+                saved.append(out)
+        if delta is not None:
+            partial = partial.view(shape)
+        ctx.set_materialize_grads(False)
+        if saves:
+            kept = [*sources[:-1], partial] if delta is not None else list(sources)
+            ctx.save_for_backward(query, key_weight, norm_weight, norm_bias, delta, sources[-1], *kept, *saved)
+        ctx.options, ctx.definition, ctx.count = options, definition, len(sources)
+        threaded = [s.view_as(s) for s in sources] if options.threaded else []
+        return out.view(shape), partial, *threaded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_partial: Tensor | None, *arrived: Tensor | None) -> tuple[Any, ...]:
+        options: ReadOptions = ctx.options
+        query, key_weight, norm_weight, norm_bias, delta, last_source, *rest = ctx.saved_tensors
+        sources, saved = rest[: ctx.count], rest[ctx.count :]
+        if torch.is_grad_enabled():  # create_graph=True: differentiate the definition itself
+            inputs = (query, key_weight, delta, norm_weight, norm_bias, *sources[:-1], last_source)
+            return None, None, *_of_definition(ctx, inputs, (grad, grad_partial, *arrived))
+        needs = ctx.needs_input_grad[2:]
+        into_last = grad_partial if options.delta else None
+        coming = [*arrived] if arrived else [None] * len(sources)
+        if into_last is not None:
+            coming[-1] = into_last if coming[-1] is None else coming[-1] + into_last
+        if grad is None:
+            from_last = coming[-1]
+            for_sources = [c if n else None for c, n in zip(coming, needs[5:], strict=True)]
+            return None, None, None, None, from_last if needs[2] else None, None, None, *for_sources
+        rows = [as_rows(s) for s in sources]
+        coming_rows = [as_rows(c).contiguous() if c is not None else None for c in coming]
+        into: Tensor = as_rows(grad)
+        into_lse: Tensor | None = None
+        width = query.shape[0]
+        grads: list[Any] = [None] * len(rows)
+        totals: list[Tensor | None] = [None] * 2
+        norms: list[Tensor | None] = [None] * 2
+        for_weights = bool(needs[0] or needs[1])
+        wanted = [bool(n) for n in needs[5:]]
+        wanted[-1] = wanted[-1] or bool(options.delta and needs[2])
+        starts = list(range(0, len(rows), MOST_SOURCES))
+        for at in reversed(range(len(starts))):
+            start, stop = starts[at], min(starts[at] + MOST_SOURCES, len(rows))
+            lse, stats, norm_stats = saved[4 * at : 4 * at + 3]
+            carry = saved[4 * at - 1] if at else None
+            carry_lse = saved[4 * at - 4] if at else None
+            last = at == len(starts) - 1
+            *found, for_query, for_key, for_norm, for_bias, for_carry, for_carry_lse = torch.ops.attnres_fx.read_backward(
+                into,
+                into_lse,
+                coming_rows[start:stop],
+                rows[start:stop],
+                query,
+                key_weight,
+                options.gain if last else 1.0,
+                carry,
+                carry_lse,
+                options.norm if last else 0,
+                norm_weight if last else None,
+                norm_bias if last else None,
+                lse,
+                stats,
+                norm_stats,
+                wanted[start:stop],
+                for_weights,
+            )
+            grads[start:stop] = found
+            if for_weights:
+                totals = [t + new if t is not None else new for t, new in zip(totals, (for_query, for_key), strict=True)]
+            if last:
+                norms = [for_norm if norm_weight is not None else None, for_bias if norm_bias is not None else None]
+            into, into_lse = for_carry, for_carry_lse
+        assert width == rows[0].shape[1]
+        shaped = [g.view(grad.shape) if w else None for g, w in zip(grads, wanted, strict=True)]
+        for_delta = shaped[-1].to(delta.dtype) if options.delta and needs[2] else None
+        if options.delta and shaped[-1] is not None:
+            shaped[-1] = shaped[-1].to(last_source.dtype) if needs[-1] else None
+        return None, None, *totals, for_delta, *norms, *shaped
+
+
+def as_rows(value: Tensor) -> Tensor:
+    """[..., D] as [N, D] with numbers of a row side by side: a view where strides allow, else a copy."""
+    rows = value.reshape(-1, value.shape[-1])
+    if rows.stride(-1) != 1 and rows.shape[-1] > 1:
+        rows = rows.contiguous()
+    if not torch.compiler.is_compiling() and type(value) is Tensor and rows.numel() and rows.data_ptr() != value.data_ptr():
+        _say_copied(tuple(value.shape), tuple(value.stride()))
+    return rows
+
+
+_said: set[tuple[Any, ...]] = set()
+
+
+def _say_copied(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    if (shape, strides) not in _said:
+        _said.add((shape, strides))
+        log.warning("a depth-attention source %s with strides %s is copied: the kernels need whole rows", shape, strides)
+
+
+def _of_definition(ctx: Any, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    needed = ctx.needs_input_grad[2:]
+    # The same tensor may stand twice in `inputs`; views keep its two gradients apart.
+    query, key_weight, delta, norm_weight, norm_bias, *sources = aliases = [
+        t.view_as(t) if t is not None else None for t in inputs
+    ]
+    outputs = [*ctx.definition(query, key_weight, delta, norm_weight, norm_bias, sources)]
+    if not ctx.options.delta:
+        outputs.insert(1, None)
+    outputs += sources if ctx.options.threaded else []
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+    wanted = [a for a, need in zip(aliases, needed, strict=True) if need and a is not None]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if need and a is not None else None for a, need in zip(aliases, needed, strict=True)]
+
+
+__all__ = ["KernelRead", "ReadOptions", "as_rows", "launch"]
