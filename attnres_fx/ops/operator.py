@@ -6,14 +6,18 @@ look for.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
+from attnres_fx.ops import kernels
 from attnres_fx.ops.reference import RecomputedDepthAttention, definition
 
 SCHEMA = "depth_attention(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain) -> Tensor"
@@ -86,10 +90,34 @@ def _check(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, eps: fl
 
 def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, eps: float, gain: float) -> Tensor:
     _check(sources, query, key_weight, eps)
+    if not _is_transformed(sources) and kernels.usable(sources, query, key_weight):
+        (read,) = kernels.kernel_read(sources, query, key_weight, eps, gain, _as_kernels_take_it(eps, gain))
+        return read
     if _runs_in_plain_eager(sources):
         mixed: Tensor = RecomputedDepthAttention.apply(query, key_weight, eps, gain, *sources)
         return mixed
     return definition(sources, query, key_weight, eps, gain)
+
+
+def _as_kernels_take_it(eps: float, gain: float) -> Callable[..., list[Tensor]]:
+    def defined(
+        query: Tensor, key_weight: Tensor, _: Any, __: Any, ___: Any, sources: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return [definition(sources, query, key_weight, eps, gain)]
+
+    return defined
+
+
+def _is_transformed(sources: Sequence[Tensor]) -> bool:
+    """Whether a transform of `torch.func`, forward mode or another library's tensors must see the definition."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(not isinstance(s, FakeTensor | FunctionalTensor) and type(s) not in _PLAIN for s in sources)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _runs_in_plain_eager(sources: Sequence[Tensor]) -> bool:

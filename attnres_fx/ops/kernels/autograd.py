@@ -54,23 +54,19 @@ class KernelRead(torch.autograd.Function):
         rows = [as_rows(s) for s in sources]
         delta_rows = as_rows(delta) if delta is not None else None
         saves = any(ctx.needs_input_grad)
-        starts = range(0, len(rows), MOST_SOURCES)
-        carry: Tensor | None = None
-        carry_lse: Tensor | None = None
         saved: list[Tensor] = []
-        for start in starts:
-            group = rows[start : start + MOST_SOURCES]
+        carry: tuple[Tensor | None, Tensor | None] = (None, None)
+        for start in range(0, len(rows), MOST_SOURCES):
             last = start + MOST_SOURCES >= len(rows)
             norm = options.norm if last else 0
             out, partial, lse, stats, norm_stats = torch.ops.attnres_fx.read_forward(
-                group,
+                rows[start : start + MOST_SOURCES],
                 query,
                 key_weight,
                 options.eps,
                 options.gain if last else 1.0,
                 delta_rows if last else None,
-                carry,
-                carry_lse,
+                *carry,
                 norm,
                 norm_weight if norm else None,
                 norm_bias if norm else None,
@@ -78,10 +74,8 @@ class KernelRead(torch.autograd.Function):
                 options.dtype if last else torch.float32,
                 saves,
             )
-            saved += [lse, stats, norm_stats]
-            carry, carry_lse = out, lse
-            if not last:
-                saved.append(out)
+            saved += [lse, stats, norm_stats] if last else [lse, stats, norm_stats, out]
+            carry = out, lse
         if delta is not None:
             partial = partial.view(shape)
         ctx.set_materialize_grads(False)
@@ -93,71 +87,90 @@ class KernelRead(torch.autograd.Function):
         return out.view(shape), partial, *threaded
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_partial: Tensor | None, *arrived: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_partial: Tensor | None, *arrived: Tensor | None
+    ) -> tuple[Any, ...]:
         options: ReadOptions = ctx.options
         query, key_weight, norm_weight, norm_bias, delta, last_source, *rest = ctx.saved_tensors
-        sources, saved = rest[: ctx.count], rest[ctx.count :]
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition itself
-            inputs = (query, key_weight, delta, norm_weight, norm_bias, *sources[:-1], last_source)
+            inputs = (query, key_weight, delta, norm_weight, norm_bias, *rest[: ctx.count - 1], last_source)
             return None, None, *_of_definition(ctx, inputs, (grad, grad_partial, *arrived))
         needs = ctx.needs_input_grad[2:]
-        into_last = grad_partial if options.delta else None
-        coming = [*arrived] if arrived else [None] * len(sources)
-        if into_last is not None:
-            coming[-1] = into_last if coming[-1] is None else coming[-1] + into_last
-        if grad is None:
-            from_last = coming[-1]
-            for_sources = [c if n else None for c, n in zip(coming, needs[5:], strict=True)]
-            return None, None, None, None, from_last if needs[2] else None, None, None, *for_sources
-        rows = [as_rows(s) for s in sources]
-        coming_rows = [as_rows(c).contiguous() if c is not None else None for c in coming]
-        into: Tensor = as_rows(grad)
-        into_lse: Tensor | None = None
-        width = query.shape[0]
-        grads: list[Any] = [None] * len(rows)
-        totals: list[Tensor | None] = [None] * 2
-        norms: list[Tensor | None] = [None] * 2
-        for_weights = bool(needs[0] or needs[1])
         wanted = [bool(n) for n in needs[5:]]
         wanted[-1] = wanted[-1] or bool(options.delta and needs[2])
-        starts = list(range(0, len(rows), MOST_SOURCES))
-        for at in reversed(range(len(starts))):
-            start, stop = starts[at], min(starts[at] + MOST_SOURCES, len(rows))
-            lse, stats, norm_stats = saved[4 * at : 4 * at + 3]
-            carry = saved[4 * at - 1] if at else None
-            carry_lse = saved[4 * at - 4] if at else None
-            last = at == len(starts) - 1
-            *found, for_query, for_key, for_norm, for_bias, for_carry, for_carry_lse = torch.ops.attnres_fx.read_backward(
-                into,
-                into_lse,
-                coming_rows[start:stop],
-                rows[start:stop],
-                query,
-                key_weight,
-                options.gain if last else 1.0,
-                carry,
-                carry_lse,
-                options.norm if last else 0,
-                norm_weight if last else None,
-                norm_bias if last else None,
-                lse,
-                stats,
-                norm_stats,
-                wanted[start:stop],
-                for_weights,
-            )
-            grads[start:stop] = found
-            if for_weights:
-                totals = [t + new if t is not None else new for t, new in zip(totals, (for_query, for_key), strict=True)]
-            if last:
-                norms = [for_norm if norm_weight is not None else None, for_bias if norm_bias is not None else None]
-            into, into_lse = for_carry, for_carry_lse
-        assert width == rows[0].shape[1]
-        shaped = [g.view(grad.shape) if w else None for g, w in zip(grads, wanted, strict=True)]
-        for_delta = shaped[-1].to(delta.dtype) if options.delta and needs[2] else None
-        if options.delta and shaped[-1] is not None:
-            shaped[-1] = shaped[-1].to(last_source.dtype) if needs[-1] else None
-        return None, None, *totals, for_delta, *norms, *shaped
+        coming: list[Tensor | None] = [*arrived] if arrived else [None] * ctx.count
+        if options.delta and grad_partial is not None:
+            coming[-1] = grad_partial if coming[-1] is None else coming[-1] + grad_partial
+        weights: list[Tensor | None] = [None] * 4
+        grads: list[Tensor | None] = [c if w else None for c, w in zip(coming, wanted, strict=True)]
+        if grad is not None:
+            saved = _Saved(query, key_weight, norm_weight, norm_bias, rest[: ctx.count], rest[ctx.count :])
+            weights, grads = _backward(options, saved, grad, coming, wanted, bool(needs[0] or needs[1]))
+        for_last = grads[-1]
+        for_delta = for_last.to(delta.dtype) if for_last is not None and options.delta and needs[2] else None
+        if options.delta and for_last is not None:
+            grads[-1] = for_last.to(last_source.dtype) if needs[-1] else None
+        return None, None, *weights[:2], for_delta, *weights[2:], *grads
+
+
+@dataclass(frozen=True)
+class _Saved:
+    query: Tensor
+    key_weight: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    sources: Sequence[Tensor]
+    groups: Sequence[Tensor]
+
+
+def _backward(
+    options: ReadOptions,
+    saved: _Saved,
+    grad: Tensor,
+    coming: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    for_weights: bool,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of query, key_weight, norm_weight and norm_bias, and of the sources; the last group first."""
+    rows = [as_rows(s) for s in saved.sources]
+    coming_rows = [as_rows(c).contiguous() if c is not None else None for c in coming]
+    into, into_lse = as_rows(grad), None
+    weights: list[Tensor | None] = [None] * 4
+    grads: list[Tensor | None] = [None] * len(rows)
+    starts = range(0, len(rows), MOST_SOURCES)
+    for at in reversed(range(len(starts))):
+        group, last = slice(starts[at], starts[at] + MOST_SOURCES), at == len(starts) - 1
+        lse, stats, norm_stats = saved.groups[4 * at : 4 * at + 3]
+        carry, carry_lse = (saved.groups[4 * at - 1], saved.groups[4 * at - 4]) if at else (None, None)
+        *found, for_query, for_key, for_norm, for_bias, into, into_lse = torch.ops.attnres_fx.read_backward(
+            into,
+            into_lse,
+            coming_rows[group],
+            rows[group],
+            saved.query,
+            saved.key_weight,
+            options.gain if last else 1.0,
+            carry,
+            carry_lse,
+            options.norm if last else 0,
+            saved.norm_weight if last else None,
+            saved.norm_bias if last else None,
+            lse,
+            stats,
+            norm_stats,
+            list(wanted[group]),
+            for_weights,
+        )
+        grads[group] = [g.view(grad.shape) if w else None for g, w in zip(found, wanted[group], strict=True)]
+        if for_weights:
+            before = weights[:2]
+            weights[:2] = [
+                new if old is None else old + new for old, new in zip(before, (for_query, for_key), strict=True)
+            ]
+        if last:
+            weights[2] = for_norm if saved.norm_weight is not None else None
+            weights[3] = for_bias if saved.norm_bias is not None else None
+    return weights, grads
 
 
 def as_rows(value: Tensor) -> Tensor:
@@ -165,7 +178,12 @@ def as_rows(value: Tensor) -> Tensor:
     rows = value.reshape(-1, value.shape[-1])
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         rows = rows.contiguous()
-    if not torch.compiler.is_compiling() and type(value) is Tensor and rows.numel() and rows.data_ptr() != value.data_ptr():
+    if (
+        not torch.compiler.is_compiling()
+        and type(value) is Tensor
+        and rows.numel()
+        and rows.data_ptr() != value.data_ptr()
+    ):
         _say_copied(tuple(value.shape), tuple(value.stride()))
     return rows
 
@@ -176,7 +194,9 @@ _said: set[tuple[Any, ...]] = set()
 def _say_copied(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
     if (shape, strides) not in _said:
         _said.add((shape, strides))
-        log.warning("a depth-attention source %s with strides %s is copied: the kernels need whole rows", shape, strides)
+        log.warning(
+            "a depth-attention source %s with strides %s is copied: the kernels need whole rows", shape, strides
+        )
 
 
 def _of_definition(ctx: Any, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -192,9 +212,7 @@ def _of_definition(ctx: Any, inputs: tuple[Any, ...], grads: tuple[Tensor | None
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
     wanted = [a for a, need in zip(aliases, needed, strict=True) if need and a is not None]
     found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-        )
+        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
     )
     return [next(found) if need and a is not None else None for a, need in zip(aliases, needed, strict=True)]
 

@@ -16,7 +16,7 @@ _OLDEST = (3, 4)
 def why_not() -> str | None:
     """Why no kernel can run in this process, or None."""
     try:
-        import triton
+        import triton  # type: ignore[import-untyped]
     except ImportError:
         return "Triton is not installed"
     version = tuple(int(p) for p in triton.__version__.split("+")[0].split(".")[:2])

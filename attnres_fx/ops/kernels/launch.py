@@ -37,6 +37,14 @@ def _padded(values: Sequence[Any], fill: Any = None) -> list[Any]:
     return [*values, *[fill] * (read.MOST_SOURCES - len(values))]
 
 
+def _itemsize(sources: Sequence[Tensor]) -> int:
+    return max(s.dtype.itemsize for s in sources)
+
+
+def _packed(sources: Sequence[Tensor]) -> bool:
+    return all(isinstance(s.stride(0), int) and s.stride(0) == s.shape[1] for s in sources)
+
+
 @functools.cache
 def _processors(device: torch.device) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(device)
@@ -79,7 +87,7 @@ def read_forward(
     if isinstance(count, int) and count == 0:
         return outputs
     out, partial, lse, stats, norm_stats = outputs
-    layout, (chosen, programs) = layout_of(width), _launch_for("forward", sources)
+    layout, (chosen, programs) = layout_of(width, "forward", _itemsize(sources)), _launch_for("forward", sources)
     launch(
         read.read_forward,
         (torch.sym_min(count, programs),),
@@ -107,6 +115,7 @@ def read_forward(
         K=layout.chunks,
         C=layout.chunk,
         NORM=norm,
+        PACKED=_packed(sources),
         num_warps=layout.warps,
         num_stages=chosen.num_stages,
     )
@@ -163,9 +172,9 @@ def read_backward(
             made.zero_()
         return outputs
     *grads, for_query, for_key, for_norm_weight, for_norm_bias, for_carry, for_carry_lse = outputs
-    layout, (chosen, programs) = layout_of(width), _launch_for("backward", sources)
+    layout, (chosen, programs) = layout_of(width, "backward", _itemsize(sources)), _launch_for("backward", sources)
     rows = [
-        torch.empty((programs, width), dtype=torch.float32, device=grad.device) if wanted else None
+        torch.zeros((programs, width), dtype=torch.float32, device=grad.device) if wanted else None
         for wanted in (for_weights, norm_weight is not None, norm_bias is not None)
     ]
     launch(
@@ -196,6 +205,7 @@ def read_backward(
         K=layout.chunks,
         C=layout.chunk,
         NORM=norm,
+        PACKED=_packed(sources),
         num_warps=layout.warps,
         num_stages=chosen.num_stages,
     )
@@ -213,7 +223,18 @@ def _sum_rows(rows: Tensor, factor: Tensor | None, out: Tensor, other: Tensor | 
     count, width = rows.shape
     grid = (-(-width // _SUM_BLOCK),)
     launch(
-        read.sum_rows, grid, rows, factor, other, out, second, count, width, BLOCK=_SUM_BLOCK, TILE=_SUM_TILE, num_warps=4
+        read.sum_rows,
+        grid,
+        rows,
+        factor,
+        other,
+        out,
+        second,
+        count,
+        width,
+        BLOCK=_SUM_BLOCK,
+        TILE=_SUM_TILE,
+        num_warps=4,
     )
 
 

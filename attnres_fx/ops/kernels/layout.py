@@ -1,12 +1,16 @@
-"""How a row of D numbers lies on a program: decided by D alone, so that tuning never changes a sum's order."""
+"""How a row of D numbers lies on a program: by D and the dtype alone, so that tuning never changes a sum's order."""
 
-import math
 from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["forward", "backward"]
 
 #: Numbers of a row a chunk gives to one warp: 32 lanes with 16 bytes of bfloat16 each.
 _PER_WARP = 256
-_MOST_CHUNKS = 4
-MOST_WIDTH = 32 * _PER_WARP * _MOST_CHUNKS
+_MOST_WARPS = 32
+#: Chunks a row is held in.
+_CHUNKS = 4
+MOST_WIDTH = _MOST_WARPS * _PER_WARP * _CHUNKS
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,12 @@ class Layout:
     warps: int
 
 
-def layout_of(width: int) -> Layout:
-    """The layout of rows of `width` numbers, 1 to MOST_WIDTH."""
+def layout_of(width: int, direction: Direction, itemsize: int) -> Layout:
+    """The layout of rows of `width` numbers, 1 to MOST_WIDTH, of `itemsize` bytes each."""
+    # Backward holds several rows in registers at a time: with 16-bit loads in flight beside them, half a row each.
+    most = 2 if direction == "backward" and itemsize == 2 else _CHUNKS
     warps = 1
-    while warps < 32 and width > warps * _PER_WARP * _MOST_CHUNKS:
+    while warps < _MOST_WARPS and width > warps * _PER_WARP * most:
         warps *= 2
-    chunk = min(warps * _PER_WARP, 1 << max(0, math.ceil(math.log2(max(width, 1)))))
+    chunk = min(warps * _PER_WARP, 1 << (width - 1).bit_length())
     return Layout(chunk, -(-width // chunk), warps)

@@ -35,7 +35,7 @@ def read_forward(
     delta, delta_stride, carry, carry_lse, query, key_weight, norm_weight, norm_bias,
     out, partial, lse, stats, norm_stats,
     N, eps, gain, norm_eps,
-    S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Rows `pid, pid + programs, …` of the read.
 
@@ -45,11 +45,11 @@ def read_forward(
     """
     sources = (s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)
     strides = (t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
-    weight = times(load_row(query, D, K, C, ""), load_row(key_weight, D, K, C, ""), K)
+    weight = times(load_row(query, 0, D, K, C, ""), load_row(key_weight, 0, D, K, C, ""), K)
     for at in range(tl.program_id(0), N, tl.num_programs(0)):
         row = tl.full([], 0, tl.int64) + at
         if carry is not None:
-            mixed = load_row(carry + row * D, D, K, C, "evict_first")
+            mixed = load_row(carry, row * D, D, K, C, "evict_first")
             top = tl.load(carry_lse + row)
             mass = tl.full([], 1.0, tl.float32)
         else:
@@ -57,10 +57,10 @@ def read_forward(
             top = tl.full([], float("-inf"), tl.float32)
             mass = tl.full([], 0.0, tl.float32)
         for i in tl.static_range(S):
-            value = load_row(sources[i] + row * strides[i], D, K, C, "evict_first")
+            value = load_row(sources[i], row * (D if PACKED else strides[i]), D, K, C, "evict_first")
             if i == S - 1 and delta is not None:
-                value = rounded(plus(value, load_row(delta + row * delta_stride, D, K, C, "evict_first"), K), partial, K)
-                store_row(partial + row * D, value, D, K, C)
+                value = rounded(plus(value, load_row(delta, row * delta_stride, D, K, C, "evict_first"), K), partial, K)
+                store_row(partial, row * D, value, D, K, C)
             scale = tl.rsqrt(dot(value, value, K) / D + eps)
             logit = dot(value, weight, K) * scale
             if stats is not None:
@@ -75,20 +75,20 @@ def read_forward(
         if lse is not None:
             tl.store(lse + row, top + tl.log(mass))
         if NORM != 0:
+            mean = tl.full([], 0.0, tl.float32)
             if NORM == 2:
                 mean = total(mixed, K) / D
                 mixed = centred(mixed, mean, D, K, C)
             norm_scale = tl.rsqrt(dot(mixed, mixed, K) / D + norm_eps)
             if norm_stats is not None:
-                if NORM == 2:
-                    tl.store(norm_stats + row, mean)
+                tl.store(norm_stats + row, mean)
                 tl.store(norm_stats + N + row, norm_scale)
             mixed = scaled(mixed, norm_scale, K)
             if norm_weight is not None:
-                mixed = times(mixed, load_row(norm_weight, D, K, C, "evict_last"), K)
+                mixed = times(mixed, load_row(norm_weight, 0, D, K, C, "evict_last"), K)
             if norm_bias is not None:
-                mixed = plus(mixed, load_row(norm_bias, D, K, C, "evict_last"), K)
-        store_row(out + row * D, mixed, D, K, C)
+                mixed = plus(mixed, load_row(norm_bias, 0, D, K, C, "evict_last"), K)
+        store_row(out, row * D, mixed, D, K, C)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def read_backward(
     grad, grad_stride, grad_lse, lse, stats, norm_stats,
     carry_grad, carry_lse_grad, weight_rows, norm_weight_rows, norm_bias_rows,
     N, gain,
-    S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the rows `pid, pid + programs, …`.
 
@@ -113,22 +113,20 @@ def read_backward(
     strides = (t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
     grads = (g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, g10, g11, g12, g13, g14, g15)
     arrived = (a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15)
-    weight = times(load_row(query, D, K, C, ""), load_row(key_weight, D, K, C, ""), K)
     for_weight = no_row(K, C)
-    for_norm_weight = no_row(K, C)
-    for_norm_bias = no_row(K, C)
+    place = tl.program_id(0).to(tl.int64) * D
     for at in range(tl.program_id(0), N, tl.num_programs(0)):
         row = tl.full([], 0, tl.int64) + at
         level = tl.load(lse + row)
-        inward = load_row(grad + row * grad_stride, D, K, C, "evict_first")
+        inward = load_row(grad, row * grad_stride, D, K, C, "evict_first")
         if carry is not None:
             share = tl.exp(tl.load(carry_lse + row) - level)
-            mixed = scaled(load_row(carry + row * D, D, K, C, "evict_last"), share, K)
+            mixed = scaled(load_row(carry, row * D, D, K, C, "evict_last"), share, K)
         else:
             mixed = no_row(K, C)
         for i in tl.static_range(S):
             share = tl.exp(tl.load(stats + tl.full([], i, tl.int64) * N + row) - level)
-            value = load_row(sources[i] + row * strides[i], D, K, C, "evict_last")
+            value = load_row(sources[i], row * (D if PACKED else strides[i]), D, K, C, "evict_last")
             mixed = combined(1.0, mixed, share, value, K)
         if NORM != 0:
             norm_scale = tl.load(norm_stats + N + row)
@@ -136,27 +134,37 @@ def read_backward(
             if NORM == 2:
                 normed = centred(normed, tl.load(norm_stats + row), D, K, C)
             normed = scaled(normed, norm_scale, K)
+            # Summed in memory, where it stays in L2: registers have no room for more rows.
             if norm_bias_rows is not None:
-                for_norm_bias = plus(for_norm_bias, inward, K)
+                store_row(
+                    norm_bias_rows,
+                    place,
+                    plus(load_row(norm_bias_rows, place, D, K, C, "evict_last"), inward, K),
+                    D,
+                    K,
+                    C,
+                )
             if norm_weight_rows is not None:
-                for_norm_weight = plus(for_norm_weight, times(inward, normed, K), K)
+                seen = load_row(norm_weight_rows, place, D, K, C, "evict_last")
+                store_row(norm_weight_rows, place, plus(seen, times(inward, normed, K), K), D, K, C)
             if norm_weight is not None:
-                inward = times(inward, load_row(norm_weight, D, K, C, "evict_last"), K)
+                inward = times(inward, load_row(norm_weight, 0, D, K, C, "evict_last"), K)
             along = dot(inward, normed, K) / D
             if NORM == 2:
                 inward = centred(inward, total(inward, K) / D, D, K, C)
             inward = combined(norm_scale, inward, -norm_scale * along, normed, K)
         inward = scaled(inward, gain, K)
         mean_score = dot(inward, mixed, K)
+        weight = times(load_row(query, 0, D, K, C, "evict_last"), load_row(key_weight, 0, D, K, C, "evict_last"), K)
         if grad_lse is not None:
             mean_score -= tl.load(grad_lse + row)
         if carry is not None:
-            value = load_row(carry + row * D, D, K, C, "evict_first")
+            value = load_row(carry, row * D, D, K, C, "evict_first")
             share = tl.exp(tl.load(carry_lse + row) - level)
             tl.store(carry_lse_grad + row, share * (dot(inward, value, K) - mean_score))
-            store_row(carry_grad + row * D, scaled(inward, share, K), D, K, C)
+            store_row(carry_grad, row * D, scaled(inward, share, K), D, K, C)
         for i in tl.static_range(S):
-            value = load_row(sources[i] + row * strides[i], D, K, C, "evict_first")
+            value = load_row(sources[i], row * (D if PACKED else strides[i]), D, K, C, "evict_first")
             logit = tl.load(stats + tl.full([], i, tl.int64) * N + row)
             scale = tl.load(stats + tl.full([], S + i, tl.int64) * N + row)
             share = tl.exp(logit - level)
@@ -169,15 +177,10 @@ def read_backward(
                 outward = combined(share, inward, for_logit * scale, weight, K)
                 outward = combined(1.0, outward, -for_logit * scale * scale * logit / D, value, K)
                 if arrived[i] is not None:
-                    outward = plus(outward, load_row(arrived[i] + row * D, D, K, C, "evict_first"), K)
-                store_row(grads[i] + row * D, outward, D, K, C)
-    place = tl.program_id(0).to(tl.int64) * D
+                    outward = plus(outward, load_row(arrived[i], row * D, D, K, C, "evict_first"), K)
+                store_row(grads[i], row * D, outward, D, K, C)
     if weight_rows is not None:
-        store_row(weight_rows + place, for_weight, D, K, C)
-    if norm_weight_rows is not None:
-        store_row(norm_weight_rows + place, for_norm_weight, D, K, C)
-    if norm_bias_rows is not None:
-        store_row(norm_bias_rows + place, for_norm_bias, D, K, C)
+        store_row(weight_rows, place, for_weight, D, K, C)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ lane before they are reduced, so a row costs one reduction however many chunks i
 """
 
 # mypy: ignore-errors
+# ruff: noqa: RUF005 (Triton adds tuples; it does not unpack into them)
 import triton
 import triton.language as tl
 
@@ -18,28 +19,32 @@ def no_row(K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def load_row(pointer, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, POLICY: tl.constexpr):
-    """The D numbers at `pointer`; zero beyond them."""
+def load_row(pointer, start, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, POLICY: tl.constexpr):
+    """The D numbers `start` after `pointer`; zero beyond them.
+
+    The place of a number is added up before the pointer is: pointers to lanes of every source, kept in registers
+    over a loop of rows, would not leave room for the rows.
+    """
     row = ()
     for k in tl.static_range(K):
         cols = k * C + tl.arange(0, C)
         if (k + 1) * C <= D:
-            chunk = tl.load(pointer + cols, eviction_policy=POLICY)
+            chunk = tl.load(pointer + (start + cols), eviction_policy=POLICY)
         else:
-            chunk = tl.load(pointer + cols, mask=cols < D, other=0.0, eviction_policy=POLICY)
+            chunk = tl.load(pointer + (start + cols), mask=cols < D, other=0.0, eviction_policy=POLICY)
         row = row + (chunk.to(tl.float32),)
     return row
 
 
 @triton.jit
-def store_row(pointer, row, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+def store_row(pointer, start, row, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
     for k in tl.static_range(K):
         cols = k * C + tl.arange(0, C)
         chunk = row[k].to(pointer.dtype.element_ty)
         if (k + 1) * C <= D:
-            tl.store(pointer + cols, chunk)
+            tl.store(pointer + (start + cols), chunk)
         else:
-            tl.store(pointer + cols, chunk, mask=cols < D)
+            tl.store(pointer + (start + cols), chunk, mask=cols < D)
 
 
 @triton.jit

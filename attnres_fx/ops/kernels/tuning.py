@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-Direction = Literal["forward", "backward"]
+from attnres_fx.ops.kernels.layout import Direction
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ def _table() -> dict[tuple[str, str, int, int, str], Launch]:
     if not table_path().exists():
         return {}
     return {
-        (r["direction"], r["device"], r["sources"], r["width"], r["dtype"]): Launch(r["num_stages"], r["programs_per_sm"])
+        (r["direction"], r["device"], r["sources"], r["width"], r["dtype"]): Launch(
+            r["num_stages"], r["programs_per_sm"]
+        )
         for r in json.loads(table_path().read_text())
     }
