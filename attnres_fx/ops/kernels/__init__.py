@@ -33,9 +33,7 @@ def usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
 
 
 def _unsupported(sources: Sequence[Tensor], others: Sequence[Tensor | None]) -> str | None:
-    width = sources[0].shape[-1]
-    if not isinstance(width, int):
-        return "the width of the sources is not a fixed number"
+    width = int(sources[0].shape[-1])  # a kernel is compiled for one width: a symbolic one becomes fixed here
     if width == 0 or width > MOST_WIDTH:
         return f"sources are {width} wide; the kernels take 1 to {MOST_WIDTH}"
     dtypes = {t.dtype for t in (*sources, *others) if t is not None}

@@ -55,7 +55,7 @@ def _launch_for(direction: Any, sources: Sequence[Tensor]) -> tuple[Launch, int]
     if sources[0].device.type != "cuda":
         return DEFAULT, _INTERPRETED_PROGRAMS
     name, processors = _processors(sources[0].device)
-    found = launch_for(direction, name, len(sources), sources[0].shape[-1], sources[0].dtype)
+    found = launch_for(direction, name, len(sources), int(sources[0].shape[-1]), sources[0].dtype)
     per_processor = found.programs_per_sm if direction == "forward" else DEFAULT.programs_per_sm
     return found, processors * per_processor
 
@@ -83,7 +83,7 @@ def read_forward(
     what is not asked for is empty.
     """
     outputs = _forward_outputs(sources, delta, norm, dtype, saves)
-    count, width = sources[0].shape
+    count, width = sources[0].shape[0], int(sources[0].shape[1])
     if isinstance(count, int) and count == 0:
         return outputs
     out, partial, lse, stats, norm_stats = outputs
@@ -166,7 +166,7 @@ def read_backward(
     not wanted.
     """
     outputs = _backward_outputs(sources, query, key_weight, carry, norm_weight, norm_bias, needed, for_weights)
-    count, width = sources[0].shape
+    count, width = sources[0].shape[0], int(sources[0].shape[1])
     if isinstance(count, int) and count == 0:
         for made in outputs:
             made.zero_()
