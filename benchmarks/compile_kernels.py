@@ -180,14 +180,15 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--targets", nargs="+", default=["sm_80", "sm_90", "sm_100"])
     parser.add_argument("--only", default="", help="part of a case's text")
+    parser.add_argument("--exactly", nargs="+", help="whole texts of cases, in this order")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(given)
+    named = {str(c): c for c in all_cases() if options.only in str(c)}
     done = []
-    for case in all_cases():
+    for text in options.exactly or named:
         for target in options.targets:
-            if options.only in str(case):
-                done.append(compile_case(case, target))
-                print(done[-1], file=sys.stderr, flush=True)
+            done.append(compile_case(named[text], target))
+            print(done[-1], file=sys.stderr, flush=True)
     print(tabulate([asdict(c) for c in done], headers="keys", tablefmt="github"))
     if options.output:
         about: dict[str, Any] = {

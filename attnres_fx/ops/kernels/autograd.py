@@ -34,8 +34,8 @@ class KernelRead(torch.autograd.Function):
     """Groups of at most 16 sources, each one kernel; the mixture of one group is carried into the next.
 
     Saves the sources, two numbers a row for each, and a norm's two; no mixture but the carried ones.
-    Returns the read, the new partial sum (empty without delta), and in `threaded` form every source again, so that
-    what comes back for it in backward is added inside the kernel.
+    Returns the read, the new partial sum (empty without delta), and in `threaded` form every source again but one
+    that a delta made new, so that what comes back for it in backward is added inside the kernel.
     """
 
     @staticmethod
@@ -83,7 +83,8 @@ class KernelRead(torch.autograd.Function):
             kept = [*sources[:-1], partial] if delta is not None else list(sources)
             ctx.save_for_backward(query, key_weight, norm_weight, norm_bias, delta, sources[-1], *kept, *saved)
         ctx.options, ctx.definition, ctx.count = options, definition, len(sources)
-        threaded = [s.view_as(s) for s in sources] if options.threaded else []
+        again = sources[:-1] if options.delta else sources
+        threaded = [s.view_as(s) for s in again] if options.threaded else []
         return out.view(shape), partial, *threaded
 
     @staticmethod
@@ -98,9 +99,8 @@ class KernelRead(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         wanted = [bool(n) for n in needs[5:]]
         wanted[-1] = wanted[-1] or bool(options.delta and needs[2])
-        coming: list[Tensor | None] = [*arrived] if arrived else [None] * ctx.count
-        if options.delta and grad_partial is not None:
-            coming[-1] = grad_partial if coming[-1] is None else coming[-1] + grad_partial
+        coming: list[Tensor | None] = list(arrived) if arrived else [None] * (ctx.count - options.delta)
+        coming += [grad_partial] if options.delta else []
         weights: list[Tensor | None] = [None] * 4
         grads: list[Tensor | None] = [c if w else None for c, w in zip(coming, wanted, strict=True)]
         if grad is not None:
@@ -208,7 +208,8 @@ def _of_definition(ctx: Any, inputs: tuple[Any, ...], grads: tuple[Tensor | None
     outputs = [*ctx.definition(query, key_weight, delta, norm_weight, norm_bias, sources)]
     if not ctx.options.delta:
         outputs.insert(1, None)
-    outputs += sources if ctx.options.threaded else []
+    if ctx.options.threaded:
+        outputs += sources[:-1] if ctx.options.delta else sources
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
     wanted = [a for a, need in zip(aliases, needed, strict=True) if need and a is not None]
     found = iter(
