@@ -33,7 +33,7 @@ def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> No
     kernel[grid](*args, **options)
 
 
-def _padded(values: Sequence[Any], fill: Any = None) -> list[Any]:
+def padded(values: Sequence[Any], fill: Any = None) -> list[Any]:
     return [*values, *[fill] * (read.MOST_SOURCES - len(values))]
 
 
@@ -91,8 +91,8 @@ def read_forward(
     launch(
         read.read_forward,
         (torch.sym_min(count, programs),),
-        *_padded(sources),
-        *_padded([s.stride(0) for s in sources], 0),
+        *padded(sources),
+        *padded([s.stride(0) for s in sources], 0),
         delta,
         delta.stride(0) if delta is not None else 0,
         carry,
@@ -180,10 +180,10 @@ def read_backward(
     launch(
         read.read_backward,
         (programs,),
-        *_padded(sources),
-        *_padded([s.stride(0) for s in sources], 0),
-        *_padded([g if wanted else None for g, wanted in zip(grads, needed, strict=True)]),
-        *_padded(arrived),
+        *padded(sources),
+        *padded([s.stride(0) for s in sources], 0),
+        *padded([g if wanted else None for g, wanted in zip(grads, needed, strict=True)]),
+        *padded(arrived),
         carry,
         carry_lse,
         query,
