@@ -27,8 +27,8 @@ from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnres_fx.ops.kernels import read
-from attnres_fx.ops.kernels.layout import Direction, layout_of
+from attnres_fx.ops.kernels import batch, batch_launch, read
+from attnres_fx.ops.kernels.layout import layout_of
 from attnres_fx.ops.kernels.tuning import DEFAULT
 
 ALIGNED = [["tt.divisibility", 16]]
@@ -39,7 +39,7 @@ DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 class Case:
     """A kernel as one launch compiles it."""
 
-    direction: Direction
+    direction: str
     sources: int
     width: int
     dtype: str = "bf16"
@@ -70,6 +70,8 @@ class Compiled:
 
 def arguments(case: Case) -> dict[str, str | int | None]:
     """Type of each argument: a pointer or number as text, a constant as itself."""
+    if case.direction.startswith("batch"):
+        return batch_arguments(case)
     rows, most = DTYPES[case.dtype], read.MOST_SOURCES
     layout = layout_of(case.width, case.direction, 4 if case.dtype == "fp32" else 2)
 
@@ -106,9 +108,34 @@ def arguments(case: Case) -> dict[str, str | int | None]:
     return given | {"N": "i32", "gain": "fp32"} | ends
 
 
+def batch_arguments(case: Case) -> dict[str, str | int | None]:
+    """The same for a kernel of phase 1; Q queries are as many as sources."""
+    rows, count = DTYPES[case.dtype], case.sources
+    kernel = getattr(batch, case.direction)
+    given: dict[str, str | int | None] = {}
+    fixed = {"S": count, "Q": count, "QP": 16, "P": 16, "D": case.width, **tiles_of(case)}
+    for name in kernel.arg_names:
+        if name in fixed:
+            given[name] = fixed[name]
+        elif re.fullmatch(r"[sgd]\d+", name):
+            given[name] = rows if int(name[1:]) < count else None
+        elif re.fullmatch(r"t\d+", name):
+            given[name] = "i32" if int(name[1:]) < count else 0
+        else:
+            given[name] = {"N": "i32", "eps": "fp32", "mixed": rows}.get(name, "*fp32")
+    return given
+
+
+def tiles_of(case: Case) -> dict[str, int]:
+    kind = case.direction.removeprefix("batch_")
+    tiles = {"logits": batch_launch._LOGITS, "scores": batch_launch._SCORES, "weights": batch_launch._WEIGHTS}
+    return tiles.get(kind, batch_launch._MIX)
+
+
 def compile_case(case: Case, target: str) -> Compiled:
     """Compile one kernel for a target such as `sm_90`; needs Triton, no GPU."""
-    kernel = read.read_forward if case.direction == "forward" else read.read_backward
+    kernels = {"forward": read.read_forward, "backward": read.read_backward}
+    kernel = kernels.get(case.direction) or getattr(batch, case.direction)
     given = arguments(case)
     constant = {n: v for n, v in given.items() if not isinstance(v, str)}
     signature = {n: v if isinstance(v, str) else "constexpr" for n, v in given.items()}
@@ -118,7 +145,9 @@ def compile_case(case: Case, target: str) -> Compiled:
     ]
     attributes = {(names.index(n),): ALIGNED for n in aligned}
     source = ASTSource(kernel, signature=signature, constexprs=constant, attrs=attributes)
-    warps = layout_of(case.width, case.direction, 4 if case.dtype == "fp32" else 2).warps
+    warps = tiles_of(case)["num_warps"]
+    if case.direction in kernels:
+        warps = layout_of(case.width, case.direction, 4 if case.dtype == "fp32" else 2).warps  # type: ignore[arg-type]
     began = time.perf_counter()
     options = {"num_warps": warps, "num_stages": DEFAULT.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
@@ -173,7 +202,8 @@ def all_cases() -> list[Case]:
         Case("forward", 9, 7168, "fp32"),
         Case("backward", 9, 7168, "fp32"),
     ]
-    return [*plain, *fused]
+    phases = [Case(f"batch_{k}", n, 4096) for k in ("logits", "mix", "scores", "spread", "weights") for n in (4, 9)]
+    return [*plain, *fused, *phases]
 
 
 def main(given: list[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
+from attnres_fx.ops.compiled import TracedDepthAttention
 from attnres_fx.ops.reference import RecomputedDepthAttention, definition
 
 SCHEMA = "depth_attention(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain) -> Tensor"
@@ -96,6 +97,9 @@ def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, e
     if _runs_in_plain_eager(sources):
         mixed: Tensor = RecomputedDepthAttention.apply(query, key_weight, eps, gain, *sources)
         return mixed
+    if _runs_under_a_compiler(sources):
+        traced: Tensor = TracedDepthAttention.apply(query, key_weight, eps, gain, *sources)
+        return traced
     return definition(sources, query, key_weight, eps, gain)
 
 
@@ -131,6 +135,16 @@ def _runs_in_plain_eager(sources: Sequence[Tensor]) -> bool:
         or torch.compiler.is_compiling()
         or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
         or any(type(s) is not Tensor and type(s) is not torch.nn.Parameter for s in sources)
+    )
+
+
+def _runs_under_a_compiler(sources: Sequence[Tensor]) -> bool:
+    """Whether AOTAutograd traces this, for the CPU and under no transform, so that backward may be ours too."""
+    return (
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and all(type(s) is FunctionalTensor and s.device.type == "cpu" for s in sources)
     )
 
 

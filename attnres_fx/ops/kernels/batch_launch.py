@@ -15,7 +15,7 @@ from attnres_fx.ops.kernels.read import MOST_SOURCES
 #: Rows and columns of a tile, and warps; fixed, since they decide the order of sums.
 _LOGITS = {"R": 64, "B": 64, "num_warps": 4}
 _MIX = {"R": 4, "B": 256, "num_warps": 4}
-_SCORES = {"R": 4, "B": 16, "num_warps": 4}
+_SCORES = {"R": 4, "B": 64, "num_warps": 4}
 _WEIGHTS = {"R": 32, "B": 64, "num_warps": 4}
 #: Programs that share the rows of a weight gradient.
 _SHARES = 16
@@ -27,7 +27,9 @@ def _tiles(count: Any, size: int) -> Any:
 
 
 @operator("batch_forward")
-def batch_forward(sources: Sequence[Tensor], weights: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch_forward(
+    sources: Sequence[Tensor], weights: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """At most 16 sources [N, D] against at most 16 weights [Q, D] float32, each a query times its key gain.
 
     Returns mixed [Q, N, D] in `dtype`, lse [Q, N], logits [S, Q, N] and scales [S, N].
@@ -59,7 +61,9 @@ def batch_forward(sources: Sequence[Tensor], weights: Tensor, eps: float, dtype:
     return outputs
 
 
-def _forward_outputs(sources: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_outputs(
+    sources: Sequence[Tensor], weights: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (count, width), queries = sources[0].shape, weights.shape[0]
     return (
         weights.new_empty((queries, count, width), dtype=dtype),
@@ -109,7 +113,9 @@ class KernelBatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, eps: float, dtype: torch.dtype, weights: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
         shape = sources[0].shape
-        mixed, lse, logits, scales = torch.ops.attnres_fx.batch_forward([as_rows(s) for s in sources], weights, eps, dtype)
+        mixed, lse, logits, scales = torch.ops.attnres_fx.batch_forward(
+            [as_rows(s) for s in sources], weights, eps, dtype
+        )
         ctx.save_for_backward(weights, lse, logits, scales, *sources)
         ctx.set_materialize_grads(False)
         return *(m.view(shape) for m in mixed.unbind(0)), *(m.view(shape[:-1]) for m in lse.unbind(0))
@@ -120,9 +126,7 @@ class KernelBatch(torch.autograd.Function):
         rows = [as_rows(s) for s in sources]
         queries = weights.shape[0]
         into = [as_rows(g).contiguous() if g is not None else torch.zeros_like(rows[0]) for g in grads[:queries]]
-        into_lse = torch.stack(
-            [g.reshape(-1) if g is not None else torch.zeros_like(lse[0]) for g in grads[queries:]]
-        )
+        into_lse = torch.stack([g.reshape(-1) if g is not None else torch.zeros_like(lse[0]) for g in grads[queries:]])
         *found, for_weights = torch.ops.attnres_fx.batch_backward(into, into_lse, rows, weights, lse, logits, scales)
         return None, None, for_weights, *(f.view(s.shape) for f, s in zip(found, sources, strict=True))
 
