@@ -200,8 +200,8 @@ def _merge_definition(
     assert query is not None and key_weight is not None
     held = compute_dtype([mixed, partial])
     _, logit = _row_logit(partial, query.to(held) * key_weight.to(held), eps)
-    share = torch.sigmoid(logit - lse.to(held).unsqueeze(-1))
-    weights = torch.cat([1 - share, share], -1) * gain
+    apart = logit - lse.to(held).unsqueeze(-1)
+    weights = torch.cat([torch.sigmoid(-apart), torch.sigmoid(apart)], -1) * gain
     out = _mix([mixed, partial], weights.movedim(-1, 0))
     return normed(out, norm, norm_weight, norm_bias, norm_eps, dtype or result_dtype([mixed, partial]))
 

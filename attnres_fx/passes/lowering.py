@@ -1,7 +1,8 @@
 """The passes that lower depth attention to fused and batched operators, their switches and their order."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from torch.fx import GraphModule
 
@@ -33,6 +34,18 @@ class Lowering:
                 raise ConfigError(f"Lowering: {name} is {getattr(self, name)!r}; it must be True or False.")
         if not isinstance(self.two_phase, bool) and self.two_phase != "auto":
             raise ConfigError(f"Lowering: two_phase is {self.two_phase!r}; it must be True, False or 'auto'.")
+
+
+def checked_lowering(given: Any) -> Lowering:
+    """Lowering() for None, and what a dict of its fields says. Raises ConfigError for anything else."""
+    if given is None or isinstance(given, Lowering):
+        return given or Lowering()
+    names = [f.name for f in fields(Lowering)]
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"lowering is a {type(given).__name__}; it must be a Lowering, or a dict of its fields.")
+    if unknown := sorted(set(given) - set(names), key=str):
+        raise ConfigError(f"lowering has no {', '.join(map(repr, unknown))}; it has {', '.join(names)}.")
+    return Lowering(**given)
 
 
 def lower_(gm: GraphModule, lowering: Lowering | None = None, *, training: bool = True) -> tuple[PassResult, ...]:

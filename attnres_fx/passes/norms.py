@@ -136,7 +136,7 @@ Given = tuple[Node, tuple[Any, ...], Node | str | None, Node | str | None, Any]
 
 
 def _of_module(node: Node) -> Given | None:
-    module = called_module(node)
+    module: Any = called_module(node)
     if type(module) not in (nn.LayerNorm, nn.RMSNorm) or len(node.args) != 1 or node.kwargs or hooked(module):
         return None
     (value,) = node.args
@@ -196,7 +196,8 @@ def _written_out(value: Node, casts: frozenset[Node], users: set[Node], arithmet
 
 
 def _square_of(node: Node, casts: Iterable[Node]) -> bool:
-    name, args = op_name(node), node.args
+    args: tuple[Any, ...] = node.args
+    name = op_name(node)
     if node.kwargs and name != "pow":
         return False
     if name == "square":
@@ -267,12 +268,14 @@ def _is_reciprocal(node: Node, of: Node) -> bool:
     if op_name(node) == "reciprocal":
         return True
     if op_name(node) == "div" and len(node.args) == 2 and not node.kwargs:
-        return node.args[0] == 1 and node.args[1] is of
-    return op_name(node) == "pow" and node.args == (of, -1)
+        one = node.args[0]
+        return isinstance(one, int | float) and one == 1 and node.args[1] is of
+    return op_name(node) == "pow" and bool(node.args == (of, -1))
 
 
 def _scales(product: Node, casts: Iterable[Node], by: Node, divides: bool) -> bool:
-    name, args = op_name(product), product.args
+    args: tuple[Any, ...] = product.args
+    name = op_name(product)
     if name != ("div" if divides else "mul") or len(args) != 2 or product.kwargs:
         return False
     if args[1] is by and args[0] in casts:
