@@ -10,6 +10,7 @@ from attnres_fx.converted import ConvertedModel
 from attnres_fx.depth_weights import depth_weights
 from attnres_fx.errors import AttnResError
 from attnres_fx.parameters import parameter_groups
+from attnres_fx.passes.lowering import Lowering
 from attnres_fx.storage import load
 from attnres_fx.verify import verify
 
@@ -17,6 +18,7 @@ __all__ = [
     "AttnResConfig",
     "AttnResError",
     "ConvertedModel",
+    "Lowering",
     "__version__",
     "attach",
     "compile",

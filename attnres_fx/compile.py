@@ -25,22 +25,26 @@ from attnres_fx.errors import AttachError, AttnResError, BackendError
 from attnres_fx.ops.marker import PARAMETERS
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import (
+    Lowering,
     ReadParameters,
     Stream,
     StreamSet,
+    checked_lowering,
     find_streams,
     insert_depth_attention_pass,
+    lower_,
     normalize_,
     plan_schedule,
     run_pass,
 )
 from attnres_fx.passes.graph_tools import tensor_of
+from attnres_fx.passes.reads import OPERATORS
 from attnres_fx.passes.spelling import trains
 from attnres_fx.running import fast_path_off
 
 log = logging.getLogger(__name__)
 
-OPTIONS = ("inner", "mode", "inductor")
+OPTIONS = ("inner", "mode", "inductor", "lowering")
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,13 @@ def compile(
     inductor: Mapping[str, Any] | None = None,
     fullgraph: bool = True,
     dynamic: bool | None = True,
+    lowering: Lowering | None = None,
 ) -> AttnResParameters:
     """Attach a model, unless it is, and compile it in place with the `attnres` backend.
 
     model, args, kwargs, config: as for `attach`. inner: the compiler behind the rewrite, a registered backend name.
     mode, inductor: Inductor's mode and options. fullgraph, dynamic: as for `torch.compile`.
+    lowering: what is folded into the reads, Lowering() by default.
     Returns `model.attnres`. Calls, `generate` and trainers then run the AttnRes form.
 
     Raises BackendError for a model that is compiled already, and what `attach` raises.
@@ -122,6 +128,7 @@ def compile(
     options: dict[str, Any] = {"inner": inner}
     options |= {"mode": mode} if mode is not None else {}
     options |= {"inductor": dict(inductor)} if inductor is not None else {}
+    options |= {"lowering": lowering} if lowering is not None else {}
     _checked_options(options, None)
     if config is not None and is_attached(model) and require_attached(model).config != config:
         raise AttachError(
@@ -152,12 +159,13 @@ def explain(model: nn.Module) -> Explanation:
 
 def attnres(gm: GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
     """The backend. options: `inner` (any registered backend, `"inductor"` by default), `mode` and `inductor`
-    (Inductor's mode and options). What cannot be rewritten raises an AttnResError when the graph is first run."""
+    (Inductor's mode and options), `lowering` (a Lowering or a dict of its fields). A graph that reads through depth
+    attention already is lowered and compiled. What cannot be rewritten raises an AttnResError when first run."""
     try:
         options = _checked_options(given.pop("options", None) or {}, given.pop("mode", None))
         if given:
             raise BackendError(f"the attnres backend does not know {', '.join(map(repr, sorted(given)))}.")
-        rewritten = _rewritten(gm, options["inner"])
+        rewritten = _rewritten(gm, options["inner"], options["lowering"])
     except AttnResError as error:
         return _raiser(error)  # raised here, it would reach the user inside one of Dynamo's own
     compiled: Callable[..., Any] = _inner(options)(rewritten, list(example_inputs))
@@ -179,7 +187,8 @@ def _checked_options(options: Mapping[str, Any], mode: str | None) -> dict[str, 
             f"options {', '.join(map(repr, unknown))} are unknown to the attnres backend; it takes "
             f"{', '.join(OPTIONS)}. Inductor's own go under 'inductor'."
         )
-    checked = {"inner": "inductor", "mode": mode, "inductor": {}, **options}
+    checked = {"inner": "inductor", "mode": mode, "inductor": {}, "lowering": None, **options}
+    checked["lowering"] = checked_lowering(checked["lowering"])
     names = [n for n in list_backends(exclude_tags=()) if n != "attnres"]
     if checked["inner"] not in names:
         raise BackendError(f"options['inner'] is {checked['inner']!r}, which is no backend here: {', '.join(names)}.")
@@ -216,9 +225,13 @@ def _inner(options: Mapping[str, Any]) -> Callable[..., Any]:
 # --- one graph ---------------------------------------------------------------------------------------
 
 
-def _rewritten(gm: GraphModule, inner: str) -> GraphModule:
+def _rewritten(gm: GraphModule, inner: str, lowering: Lowering) -> GraphModule:
     """A copy of Dynamo's graph whose streams are read through depth attention."""
     marker = next((n for n in gm.graph.nodes if n.target is PARAMETERS), None)
+    if marker is None and any(n.target in OPERATORS for n in gm.graph.nodes):
+        copied = _copied(gm)
+        lower_(copied, lowering, training=torch.is_grad_enabled())
+        return copied
     if marker is None:
         raise BackendError(_no_marker_message(gm))
     about = str(marker.args[1])
@@ -242,8 +255,9 @@ def _rewritten(gm: GraphModule, inner: str) -> GraphModule:
         eps=wanted.config.eps,
         fetch=lambda stream, read, like: weights[read.name],
     )
+    lowered = lower_(copied, lowering, training=torch.is_grad_enabled())
     copied.recompile()
-    changed = [str(r) for r in (*results, result) if r.modified]
+    changed = [str(r) for r in (*results, result, *lowered) if r.modified]
     _note(about, copied, len(wanted.reads), changed, inner)
     return copied
 

@@ -16,22 +16,24 @@ from attnres_fx.errors import (
     ConfigError,
     RewriteError,
 )
-from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.parameters import AttnResParameters, attribute_name
 from attnres_fx.passes import (
     DepthSchedule,
+    Lowering,
     Read,
     ReadParameters,
     Replacement,
     Stream,
     StreamSet,
     analyze_,
+    checked_lowering,
     insert_depth_attention_pass,
     plan_depth_reads,
     plan_schedule,
     run_pass,
 )
 from attnres_fx.passes.graph_tools import fake_parameter, insert_attribute, tensor_of
+from attnres_fx.passes.reads import OPERATORS
 from attnres_fx.report import ConversionReport, ConvertedStream, StreamReport
 from attnres_fx.running import Mode
 from attnres_fx.selection import make_parameters, select_streams
@@ -70,6 +72,7 @@ def convert(
     config: AttnResConfig | None = None,
     dynamic_shapes: Any = None,
     check: bool = True,
+    lowering: Lowering | None = None,
 ) -> ConvertedModel:
     """Replace the residual streams of a model by attention over depth.
 
@@ -77,6 +80,8 @@ def convert(
         it is. args, kwargs: example arguments; other batch sizes and lengths work where they can.
     config: AttnResConfig(); dynamic_shapes: as `torch.export.export` takes them, by default batch and
         sequence are free. check: run original and result once at zero queries and compare (mode `"sum"`).
+    lowering: what is folded into the reads when the model runs, Lowering() by default; reports, `graph_module` and
+        files keep the reads as they were put in.
     Returns a ConvertedModel that shares the original's weights and keeps their names; what it adds is
     under `attnres`.
 
@@ -87,6 +92,7 @@ def convert(
     config = config or AttnResConfig()
     if not isinstance(config, AttnResConfig):
         raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
+    lowering = checked_lowering(lowering)
     _refuse_converted(model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     distinct = {id(g): (mode, g) for mode, g in captured.graphs.items()}
@@ -107,6 +113,7 @@ def convert(
         captured.signature,
         captured.in_spec,
         report,
+        lowering,
     )
     nn.Module.train(converted, _starting_mode(captured) == "train")
     if check:
@@ -125,7 +132,7 @@ def _starting_mode(captured: Captured) -> Mode:
 
 def _refuse_converted(model: Any) -> None:
     graph = model.graph if isinstance(model, GraphModule | ExportedProgram) else None
-    holds_reads = graph is not None and any(n.target is DEPTH_ATTENTION for n in graph.nodes)
+    holds_reads = graph is not None and any(n.target in OPERATORS for n in graph.nodes)
     if isinstance(model, ConvertedModel) or holds_reads:
         raise AlreadyConvertedError(
             "the model reads through depth attention already: convert the original again, with another config "

@@ -19,6 +19,8 @@ from attnres_fx.errors import ArgumentError, ModeError, RewriteError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.depth_attention import Replacement
 from attnres_fx.passes.inline_regions import getattr_path
+from attnres_fx.passes.lowering import Lowering, lower_
+from attnres_fx.passes.norms import hooked
 from attnres_fx.report import ConversionReport
 from attnres_fx.running import Mode
 from attnres_fx.sizes import Guards
@@ -26,15 +28,21 @@ from attnres_fx.sizes import Guards
 CONSTANTS = "_captured"
 
 
+#: Type, eps and shape of a norm module.
+NormModule = tuple[type, float | None, tuple[int, ...]] | None
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """One mode's graph, run on whatever module holds its attributes.
 
     call: generated code, `call(root, *flat_inputs)`. replacements: the reads that were put in.
+    lowered: what a model's forward runs, the same function with its reads lowered.
     """
 
     graph: Graph
     call: Callable[..., Any]
+    lowered: "LoweredProgram"
     out_spec: Any
     shapes: tuple[InputShape | None, ...]
     ranges: Mapping[str, tuple[int, int | None]]
@@ -43,6 +51,27 @@ class Program:
 
     def __deepcopy__(self, memo: Any) -> "Program":
         return self  # holds no tensors of a model; attributes are found on the root of the call
+
+
+@dataclass(frozen=True, eq=False)
+class LoweredProgram:
+    """A lowered copy of a program's graph: on the same attributes, so it holds no tensors either.
+
+    norms: modules whose norm was folded into a read, each with what it was when that was done. typed: whether the
+    graph has dtypes written into it, so that it means under autocast what the program means.
+    """
+
+    graph: Graph
+    call: Callable[..., Any]
+    passes: tuple[str, ...]
+    norms: tuple[tuple[str, NormModule], ...]
+    typed: bool
+
+    def fits(self, root: nn.Module) -> bool:
+        """Whether it still computes what the program does: its norms are unchanged and no autocast is on."""
+        if not self.typed and _autocasts():
+            return False
+        return all(_norm_module(root, path) == before for path, before in self.norms)
 
 
 class ConvertedModel(nn.Module):
@@ -64,6 +93,7 @@ class ConvertedModel(nn.Module):
         signature: CallSignature,
         in_spec: Any,
         report: ConversionReport,
+        lowering: Lowering | None = None,
     ) -> None:
         super().__init__()
         for store in ("_parameters", "_buffers", "_modules"):
@@ -74,24 +104,52 @@ class ConvertedModel(nn.Module):
         self.signature = signature
         self.in_spec = in_spec
         self.failures = dict(failures)
+        self.lowering = lowering or Lowering()
         made: dict[int, Program] = {}
         programs = {}
+        trained = {id(graph) for mode, (graph, _) in graphs.items() if mode == "train"}
         for mode, (graph, replacements) in graphs.items():
             if id(graph) not in made:
-                made[id(graph)] = self._program(mode, graph, replacements)
+                made[id(graph)] = self._program(mode, graph, replacements, id(graph) in trained)
             programs[mode] = made[id(graph)]
         self.programs: dict[Mode, Program] = programs
         self.__class__ = _with_signature(signature)
 
-    def _program(self, mode: Mode, captured: CapturedGraph, replacements: tuple[Replacement, ...]) -> Program:
+    def _program(
+        self, mode: Mode, captured: CapturedGraph, replacements: tuple[Replacement, ...], training: bool
+    ) -> Program:
         gm = captured.gm
         for node in gm.graph.nodes:
             if node.op in ("get_attr", "call_module"):
                 node.target = self._adopt(gm, str(node.target), mode)
         call = type(GraphModule(self, gm.graph)).forward
+        lowered = self._lowered(gm.graph, training)
         _forget_tensors(gm.graph)
         return Program(
-            gm.graph, call, captured.out_spec, captured.shapes, captured.ranges, replacements, captured.guards
+            gm.graph,
+            call,
+            lowered,
+            captured.out_spec,
+            captured.shapes,
+            captured.ranges,
+            replacements,
+            captured.guards,
+        )
+
+    def _lowered(self, graph: Graph, training: bool) -> LoweredProgram:
+        copied = Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
+        copied.set_codegen(copy.deepcopy(graph._codegen))
+        copied.output(copied.graph_copy(graph, {}))
+        gm = GraphModule(self, copied)
+        results = lower_(gm, self.lowering, training=training)
+        paths = dict.fromkeys(path for r in results for f in r.replaced for path in getattr(f, "modules", ()))
+        _forget_tensors(gm.graph)
+        return LoweredProgram(
+            gm.graph,
+            type(gm).forward,
+            tuple(str(r) for r in results if r.modified),
+            tuple((path, _norm_module(self, path)) for path in paths),
+            self.in_spec is not None,
         )
 
     def _adopt(self, gm: GraphModule, target: str, mode: Mode) -> str:
@@ -131,7 +189,8 @@ class ConvertedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         program = self.programs["train" if self.training else "eval"]
         leaves = self.flatten_arguments(*args, **kwargs)
-        outputs = program.call(self, *leaves)
+        run = program.lowered.call if program.lowered.fits(self) else program.call
+        outputs = run(self, *leaves)
         if program.out_spec is None:
             return outputs
         return pytree.tree_unflatten(outputs, program.out_spec)
@@ -153,13 +212,16 @@ class ConvertedModel(nn.Module):
             _check_guards(program.guards, leaves)
         return leaves
 
-    def graph_module(self, mode: Mode | None = None) -> GraphModule:
-        """The program of a mode as a `torch.fx.GraphModule` on this model's own tensors; flat inputs."""
+    def graph_module(self, mode: Mode | None = None, *, lowered: bool = False) -> GraphModule:
+        """The program of a mode as a `torch.fx.GraphModule` on this model's own tensors; flat inputs.
+
+        lowered: the form that calls run, with norms and additions folded into the reads.
+        """
         mode = mode or self.mode
         if mode not in self.programs:
             raise ModeError(f"this model has no {mode} graph: {self.failures.get(mode, 'it was not captured')}.")
         program = self.programs[mode]
-        return GraphModule(self, copy.deepcopy(program.graph))
+        return GraphModule(self, copy.deepcopy(program.lowered.graph if lowered else program.graph))
 
     def replacements(self, mode: Mode | None = None) -> tuple[Replacement, ...]:
         """The depth-attention nodes of a mode's graph, in execution order."""
@@ -199,6 +261,18 @@ class ConvertedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.signature}, modes={'/'.join(self.programs)}"
+
+
+def _norm_module(root: nn.Module, path: str) -> NormModule:
+    """What a norm module computes; None where it is no plain norm, or does more when it is called."""
+    module: Any = root.get_submodule(path)
+    if type(module) not in (nn.LayerNorm, nn.RMSNorm) or hooked(module):
+        return None
+    return type(module), module.eps, tuple(module.normalized_shape)
+
+
+def _autocasts() -> bool:
+    return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
 def _check_guards(guards: Guards, leaves: list[Any]) -> None:

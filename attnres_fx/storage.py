@@ -29,6 +29,7 @@ from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.parameters import AttnResParameters, DepthRead
 from attnres_fx.passes.depth_attention import DepthReadPlan, Replacement
 from attnres_fx.passes.graph_tools import plain_size
+from attnres_fx.passes.lowering import Lowering
 from attnres_fx.passes.refusals import Refusal
 from attnres_fx.passes.schedule import DepthSchedule
 from attnres_fx.passes.streams import Read, Stream, Term
@@ -47,6 +48,7 @@ _DATA = {
         DepthReadPlan,
         DepthSchedule,
         InputShape,
+        Lowering,
         Read,
         Refusal,
         Replacement,
@@ -110,6 +112,7 @@ def _about(converted: ConvertedModel, programs: dict[int, str]) -> dict[str, Any
         "failures": converted.failures,
         "report": _encode(converted.report),
         "signature": _encode(converted.signature),
+        "lowering": _encode(converted.lowering),
         "in_spec": _dump_spec(converted.in_spec),
         "imports": sorted({t.__module__ for s in specs if s is not None for t in _types_in(s)}),
         "reads": [[r.name, r.query.shape[0], r.gate is not None] for r in converted.attnres.reads],
@@ -265,6 +268,7 @@ def _rebuilt(about: dict[str, Any], stored: dict[str, Any]) -> ConvertedModel:
         _decode(about["signature"]),
         _load_spec(about["in_spec"]),
         report,
+        _decode(about.get("lowering")),
     )
     nn.Module.train(converted, about["training"])
     return converted

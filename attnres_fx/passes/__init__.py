@@ -11,35 +11,55 @@ from attnres_fx.passes.depth_attention import (
     insert_depth_attention_pass,
     plan_depth_reads,
 )
+from attnres_fx.passes.block_cost import BlockReads, PhaseChoice, choose_phases
 from attnres_fx.passes.functionalize import functionalize_mutations_pass
+from attnres_fx.passes.fuse_norms import NormFusion, fuse_norms_pass, plan_norm_fusions
+from attnres_fx.passes.fuse_partial_sums import SumFusion, fuse_partial_sums_pass, plan_sum_fusions
 from attnres_fx.passes.inline_regions import inline_regions_pass
+from attnres_fx.passes.lowering import Lowering, checked_lowering, lower_
 from attnres_fx.passes.pipeline import NORMALIZATION, analyze_, normalize_, propagate_values_
 from attnres_fx.passes.result import PassResult, run_pass
 from attnres_fx.passes.schedule import DepthSchedule, Source, plan_schedule
 from attnres_fx.passes.streams import Read, Stream, StreamSet, Term, find_streams
+from attnres_fx.passes.two_phase import PhasePlan, plan_phases, two_phase_pass
 from attnres_fx.passes.unfuse_additions import unfuse_additions_pass
 
 __all__ = [
-    "NORMALIZATION",
+    "BlockReads",
     "DepthReadPlan",
     "DepthSchedule",
+    "Lowering",
+    "NORMALIZATION",
+    "NormFusion",
     "PassResult",
+    "PhaseChoice",
+    "PhasePlan",
     "Read",
     "ReadParameters",
     "Replacement",
     "Source",
     "Stream",
     "StreamSet",
+    "SumFusion",
     "Term",
     "analyze_",
+    "checked_lowering",
+    "choose_phases",
     "find_streams",
     "functionalize_mutations_pass",
+    "fuse_norms_pass",
+    "fuse_partial_sums_pass",
     "inline_regions_pass",
     "insert_depth_attention_pass",
+    "lower_",
     "normalize_",
     "plan_depth_reads",
+    "plan_norm_fusions",
+    "plan_phases",
     "plan_schedule",
+    "plan_sum_fusions",
     "propagate_values_",
     "run_pass",
+    "two_phase_pass",
     "unfuse_additions_pass",
 ]

@@ -1,0 +1,52 @@
+"""Eager autograd for a definition in plain PyTorch: save the inputs, compute again in backward.
+
+One operator's temporaries live at a time, where autograd alone would keep those of every read of a model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Takes the tensors of an operator, `None` where an optional one is absent; gives its outputs.
+Definition = Callable[[Sequence[Tensor | None]], list[Tensor]]
+
+
+def recomputed(definition: Definition, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Outputs of `definition(tensors)`, differentiable any number of times, with only `tensors` saved."""
+    return list(_Recomputed.apply(definition, *tensors))
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, definition: Definition, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.definition = definition
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(definition(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        higher = torch.is_grad_enabled()  # create_graph=True: differentiate the definition itself
+        with torch.enable_grad():
+            # Fresh tensors: the same one may stand twice among the inputs, and its gradients are kept apart.
+            inputs = [_again(t, need, higher) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+            outputs = ctx.definition(inputs)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+            found = iter(
+                torch.autograd.grad(
+                    [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=higher, allow_unused=True
+                )
+                if pairs
+                else [None] * len(wanted)
+            )
+        return None, *(next(found) if need else None for need in needed)
+
+
+def _again(tensor: Tensor | None, need: bool, higher: bool) -> Tensor | None:
+    if tensor is None or not need:
+        return tensor
+    return tensor.view_as(tensor) if higher else tensor.detach().requires_grad_()

@@ -1,0 +1,103 @@
+"""What the reads of one block cost, read by read and in two phases: byte counts, and the choice between the two.
+
+Pure arithmetic, no graph and no torch. U is one pass over [N, D]: as many bytes as one source has.
+"""
+
+from dataclasses import dataclass
+
+#: Phase-1 outputs may take this share of what the block keeps for backward anyway.
+MEMORY_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class BlockReads:
+    """The reads of a block that share their completed sources.
+
+    completed: sources that all of them see. merged: reads that see the partial sum as well. folded: how many of those
+    also take in the addition that builds it. alone: reads of the completed sources only; folded_alone: how many of
+    those take in an addition, which they can only outside of two phases. kept: U that the block's sublayers keep for
+    backward, whatever the reads do.
+    """
+
+    completed: int
+    merged: int
+    folded: int = 0
+    alone: int = 0
+    folded_alone: int = 0
+    kept: float = 0.0
+
+    @property
+    def reads(self) -> int:
+        return self.merged + self.alone
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """U moved in forward and backward, and U kept alive over the block beyond sources and results."""
+
+    forward: int
+    backward: int
+    live: int
+
+    def moved(self, training: bool) -> int:
+        return self.forward + (self.backward if training else 0)
+
+
+def cost_read_by_read(block: BlockReads) -> BlockCost:
+    """A fused read of S sources moves S + 1 U forward, 2 more with an addition, and 3S + 1 backward.
+
+    Backward reads each source, the gradient it has so far and the incoming one, and writes each gradient once.
+    """
+    sources = [block.completed + 1] * block.merged + [block.completed] * block.alone
+    additions = 2 * (block.folded + block.folded_alone)
+    return BlockCost(sum(s + 1 for s in sources) + additions, sum(3 * s + 1 for s in sources), 0)
+
+
+def cost_two_phase(block: BlockReads) -> BlockCost:
+    """Phase 1 reads the completed sources once and writes an output a read; each merge reads that and the partial.
+
+    A merge moves 3 U forward, 2 more with an addition, and 6 backward (it reads the incoming gradient, its two
+    sources and the partial sum's gradient so far, and writes two gradients). A read of the completed sources alone
+    takes its phase-1 output as it is, 2 U each way, and leaves an addition where it was, 3 U. Phase 1 moves
+    3C + Q backward.
+    """
+    forward = block.completed + block.reads + 3 * block.merged + 2 * block.folded
+    forward += 2 * block.alone + 3 * block.folded_alone
+    backward = 3 * block.completed + block.reads + 6 * block.merged + 2 * block.alone
+    return BlockCost(forward, backward, block.reads)
+
+
+@dataclass(frozen=True)
+class PhaseChoice:
+    """The cheaper form of a block, both costs, and why; `str` is what the log says."""
+
+    two_phase: bool
+    block: BlockReads
+    per_read: int
+    phased: int
+    live: int
+    why: str
+
+    def __str__(self) -> str:
+        form = "two-phase" if self.two_phase else "read by read"
+        return (
+            f"{self.block.reads} reads over {self.block.completed} completed sources: {form} "
+            f"({self.why}; read by read {self.per_read} U, two-phase {self.phased} U and {self.live} U live)"
+        )
+
+
+def choose_phases(block: BlockReads, *, training: bool, memory_share: float = MEMORY_SHARE) -> PhaseChoice:
+    """The form that moves fewer bytes, unless two phases would keep too much memory in training.
+
+    training: count backward too, where phase-1 outputs are kept for it.
+    """
+    each, phased = cost_read_by_read(block), cost_two_phase(block)
+    costs = each.moved(training), phased.moved(training)
+    if block.reads < 2:
+        return PhaseChoice(False, block, *costs, phased.live, "nothing is shared")
+    if costs[1] >= costs[0]:
+        return PhaseChoice(False, block, *costs, phased.live, "fewer bytes")
+    if training and phased.live > memory_share * block.kept:
+        why = f"live outputs above {memory_share:.0%} of the {block.kept:.1f} U kept anyway"
+        return PhaseChoice(False, block, *costs, phased.live, why)
+    return PhaseChoice(True, block, *costs, phased.live, "fewer bytes")
