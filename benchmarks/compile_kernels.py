@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnres_fx.ops.kernels import batch, batch_launch, read
-from attnres_fx.ops.kernels.layout import layout_of
+from attnres_fx.ops.kernels.layout import MOST_SOURCES, layout_of
 from attnres_fx.ops.kernels.tuning import DEFAULT
 
 ALIGNED = [["tt.divisibility", 16]]
@@ -72,7 +72,7 @@ def arguments(case: Case) -> dict[str, str | int | None]:
     """Type of each argument: a pointer or number as text, a constant as itself."""
     if case.direction.startswith("batch"):
         return batch_arguments(case)
-    rows, most = DTYPES[case.dtype], read.MOST_SOURCES
+    rows, most = DTYPES[case.dtype], MOST_SOURCES
     layout = layout_of(case.width, case.direction, 4 if case.dtype == "fp32" else 2)
 
     def many(prefix: str, kind: str, present: bool = True) -> dict[str, str | None]:

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.library import opcheck
 
 from attnres_fx.ops import depth_attention, kernels
+from attnres_fx.ops.fused import depth_attention_fused
 from attnres_fx.ops.kernels import autograd, kernel_read, layout
 from attnres_fx.ops.kernels import launch as launches
+from attnres_fx.ops.two_phase import depth_attention_batch, depth_attention_merge
 
 CHECKS: dict[str, Callable[[], None]] = {}
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (8e-3, 2e-2), torch.float16: (2e-3, 5e-3)}
@@ -167,6 +169,61 @@ def threaded_gradients() -> None:
     for count in (1, 5, 18):
         compare(sources_of(count, 4, 40), threaded=True)
         compare(sources_of(count, 4, 40), threaded=True, delta=torch.randn(4, 40), norm=1)
+
+
+@check
+def two_phases() -> None:
+    for count, queries, tokens, width, dtype in [
+        (3, 2, 5, 64, torch.float32),
+        (9, 4, 7, 200, torch.float32),
+        (2, 18, 3, 100, torch.float32),
+        (1, 1, 0, 40, torch.float32),
+        (4, 3, 70, 130, torch.bfloat16),
+    ]:
+        sources, partial = sources_of(count, tokens, width, dtype=dtype), torch.randn(tokens, width).to(dtype)
+        delta = torch.randn(tokens, width).to(dtype)
+        weights = [torch.randn(width).mul(width**-0.5) for _ in range(queries)]
+        gains = [1 + 0.1 * torch.randn(width) for _ in range(queries)]
+        given = [*sources, partial, delta, *weights, *gains]
+        leaves = [t.detach().requires_grad_() for t in given]
+        exact = [t.detach().double().requires_grad_() for t in given]
+        q, k = slice(count + 2, count + 2 + queries), slice(count + 2 + queries, None)
+        phase = depth_attention_batch(leaves[:count], leaves[q], leaves[k])
+        out: list[Tensor] = [*phase[1:queries]]
+        last = phase[0], phase[queries], leaves[count], leaves[q][0], leaves[k][0]
+        out += depth_attention_merge(*last, gain=2.0, delta=leaves[count + 1], norm=1, norm_eps=1e-5)
+        right = [oracle(exact[:count], a, b, 1.0)[0] for a, b in zip(exact[q][1:], exact[k][1:], strict=True)]
+        right += oracle(exact[: count + 1], exact[q][0], exact[k][0], 2.0, exact[count + 1], 1)
+        grads = [torch.randn(o.shape).to(o.dtype) for o in out]
+        found = torch.autograd.grad(out, leaves, grads)
+        wanted = torch.autograd.grad(right, exact, [g.double() for g in grads])
+        forward, backward = TOLERANCES[dtype]
+        for a, b in zip((*out, *found), (*right, *wanted), strict=True):
+            _close(a, b, backward if a.requires_grad is False else 2 * forward, "two phases")
+
+
+@check
+def gradients_of_gradients() -> None:
+    weight, delta = torch.randn(24).double(), torch.randn(3, 24).double()
+    sources = [t.double() for t in sources_of(3, 3, 24)]
+
+    def loss(kind: str, dtype: torch.dtype, q: Tensor, *s: Tensor) -> Tensor:
+        w, d = weight.to(dtype), delta.to(dtype)
+        if kind == "fused":
+            out = depth_attention_fused(s, q, w, delta=d, norm=2)[0]
+        else:
+            mixed, lse = depth_attention_batch(s[:2], [q], [w])
+            out = depth_attention_merge(mixed, lse, s[2], q, w, delta=d, norm=1)[0]
+        return out.sin().sum()
+
+    for kind in ("fused", "two phases"):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = [t.to(dtype).requires_grad_() for t in (weight + 1, *sources)]
+            first = torch.autograd.grad(loss(kind, dtype, *leaves), leaves, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+        for a, b in zip(*found, strict=True):
+            _close(a, b, 1e-3, kind)
 
 
 @check

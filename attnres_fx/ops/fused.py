@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
-from attnres_fx.ops.operator import DEPTH_ATTENTION, _check, _runs_in_plain_eager, library
+from attnres_fx.ops import kernels
+from attnres_fx.ops.compiled import TracedDepthAttention
+from attnres_fx.ops.operator import (
+    DEPTH_ATTENTION,
+    _check,
+    _is_transformed,
+    _runs_in_plain_eager,
+    _runs_under_a_compiler,
+    library,
+)
 from attnres_fx.ops.reference import _mix, compute_dtype, depth_weights, result_dtype
 
 SCHEMA = (
@@ -135,8 +144,48 @@ def _fused(
     _check(sources, query, key_weight, eps)
     check_epilogue("depth_attention_fused", sources[-1], delta, norm, norm_weight, norm_bias, norm_eps, dtype)
 
-    # --- kernels: none yet ---
+    def again(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        query, key_weight, delta, norm_weight, norm_bias, _, _, *sources = tensors
+        given = [s for s in sources if s is not None]
+        assert query is not None and key_weight is not None
+        return _fused_definition(
+            given, query, key_weight, eps, gain, delta, norm, norm_weight, norm_bias, norm_eps, dtype
+        )
 
+    others = (query, key_weight, delta, norm_weight, norm_bias)
+    if not _is_transformed(sources) and kernels.usable(sources, *others):
+        return kernels.kernel_read(
+            sources,
+            query,
+            key_weight,
+            eps,
+            gain,
+            again,
+            delta=delta,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            norm_eps=norm_eps,
+            dtype=dtype,
+        )
+    return _fused_definition(
+        sources, query, key_weight, eps, gain, delta, norm, norm_weight, norm_bias, norm_eps, dtype
+    )
+
+
+def _fused_definition(
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor,
+    eps: float,
+    gain: float,
+    delta: Tensor | None,
+    norm: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
     extra: list[Tensor] = []
     if delta is not None:
         extra = [sources[-1] + delta]
@@ -145,6 +194,10 @@ def _fused(
     if _runs_in_plain_eager([*sources, *(t for t in (norm_weight, norm_bias) if t is not None)]):
         read = DEPTH_ATTENTION(sources, query, key_weight, eps, gain)
         return [_normed_in_eager(read, held, norm, norm_weight, norm_bias, norm_eps, dtype), *extra]
+    if _runs_under_a_compiler(sources):
+        held_sources = [s.to(held) for s in sources]
+        mixed: Tensor = TracedDepthAttention.apply(query, key_weight, eps, gain, *held_sources)
+        return [normed(mixed, norm, norm_weight, norm_bias, norm_eps, dtype), *extra]
     mixed = _mix(sources, depth_weights(sources, query, key_weight, eps=eps) * gain)
     return [normed(mixed, norm, norm_weight, norm_bias, norm_eps, dtype), *extra]
 

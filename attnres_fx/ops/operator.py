@@ -6,8 +6,7 @@ look for.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.fx import Proxy
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
 from attnres_fx.ops.compiled import TracedDepthAttention
+from attnres_fx.ops.recompute import Definition
 from attnres_fx.ops.reference import RecomputedDepthAttention, definition
 
 SCHEMA = "depth_attention(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain) -> Tensor"
@@ -92,7 +92,7 @@ def _check(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, eps: fl
 def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, eps: float, gain: float) -> Tensor:
     _check(sources, query, key_weight, eps)
     if not _is_transformed(sources) and kernels.usable(sources, query, key_weight):
-        (read,) = kernels.kernel_read(sources, query, key_weight, eps, gain, _as_kernels_take_it(eps, gain))
+        (read,) = kernels.kernel_read(sources, query, key_weight, eps, gain, _again(eps, gain))
         return read
     if _runs_in_plain_eager(sources):
         mixed: Tensor = RecomputedDepthAttention.apply(query, key_weight, eps, gain, *sources)
@@ -103,13 +103,13 @@ def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, e
     return definition(sources, query, key_weight, eps, gain)
 
 
-def _as_kernels_take_it(eps: float, gain: float) -> Callable[..., list[Tensor]]:
-    def defined(
-        query: Tensor, key_weight: Tensor, _: Any, __: Any, ___: Any, sources: Sequence[Tensor]
-    ) -> list[Tensor]:
-        return [definition(sources, query, key_weight, eps, gain)]
+def _again(eps: float, gain: float) -> Definition:
+    def again(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        query, key_weight, _, _, _, _, _, *sources = tensors
+        assert query is not None and key_weight is not None
+        return [definition([s for s in sources if s is not None], query, key_weight, eps, gain)]
 
-    return defined
+    return again
 
 
 def _is_transformed(sources: Sequence[Tensor]) -> bool:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from attnres_fx.ops.kernels.availability import kernel_device, why_not
-from attnres_fx.ops.kernels.layout import MOST_WIDTH
+from attnres_fx.ops.kernels.layout import MOST_SOURCES, MOST_WIDTH
 from attnres_fx.ops.kernels.tuning import Launch, launch_with
 from attnres_fx.ops.reference import result_dtype
 
 if TYPE_CHECKING:
-    from attnres_fx.ops.kernels.autograd import Definition
+    from attnres_fx.ops.recompute import Definition
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +26,15 @@ def usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
     if not kernel_device(sources[0]):
         return False
     reason = why_not() or _unsupported(sources, others)
-    if reason and reason not in _said:
+    if reason:
+        _say(reason)
+    return reason is None
+
+
+def _say(reason: str) -> None:
+    if reason not in _said:
         _said.add(reason)
         log.warning("depth attention runs as its definition, not on the Triton kernels: %s", reason)
-    return reason is None
 
 
 def _unsupported(sources: Sequence[Tensor], others: Sequence[Tensor | None]) -> str | None:
@@ -56,21 +61,49 @@ def kernel_read(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     dtype: torch.dtype | None = None,
+    carry: Tensor | None = None,
+    carry_lse: Tensor | None = None,
     threaded: bool = False,
 ) -> list[Tensor]:
     """The read on the kernels: out, with `delta` the new partial sum, with `threaded` the sources again.
 
-    Tensors as in the operator; `definition` computes the same (out and partial sum) in differentiable aten
-    operations. Source: arXiv 2603.15031, section 3.1.
+    Tensors as in the operators. carry, carry_lse: a mixture over other sources with its log-sum-exp, which the read
+    goes on from. `definition` computes the same (out and partial sum) in differentiable aten operations from query,
+    key_weight, delta, norm_weight, norm_bias, carry, carry_lse and the sources.
+    Source: arXiv 2603.15031, section 3.1.
     """
     from attnres_fx.ops.kernels.autograd import KernelRead, ReadOptions
 
-    kept = dtype or result_dtype([*sources, *([delta] if delta is not None else [])])
+    kept = dtype or result_dtype([*sources, *(t for t in (delta, carry) if t is not None)])
     options = ReadOptions(eps, gain, kept, norm, norm_eps, delta is not None, threaded)
     out, partial, *rest = KernelRead.apply(
-        options, definition, query, key_weight, delta, norm_weight, norm_bias, *sources
+        options, definition, query, key_weight, delta, norm_weight, norm_bias, carry, carry_lse, *sources
     )
     return [out, *([partial] if delta is not None else []), *rest]
 
 
-__all__ = ["Launch", "kernel_read", "launch_with", "usable"]
+def kernel_batch(
+    sources: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    key_weights: Sequence[Tensor],
+    eps: float,
+    definition: "Definition",
+) -> list[Tensor]:
+    """Phase 1 on the kernels: Q outputs, then Q log-sum-exps. `definition` computes the same from sources and weights
+    (a query times its key gain, float32)."""
+    from attnres_fx.ops.kernels.batch_launch import batch_of
+
+    return batch_of(sources, queries, key_weights, eps, result_dtype(sources), definition)
+
+
+def batch_usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
+    """`usable`, for phase 1, whose kernels take at most 16 sources."""
+    if not kernel_device(sources[0]):
+        return False
+    if len(sources) > MOST_SOURCES:
+        _say(f"phase 1 over {len(sources)} sources; its kernels take up to {MOST_SOURCES}")
+        return False
+    return usable(sources, *others)
+
+
+__all__ = ["Launch", "batch_usable", "kernel_batch", "kernel_read", "launch_with", "usable"]

@@ -1,7 +1,7 @@
 """A read of any number of sources on the kernels, differentiable."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from attnres_fx.ops.kernels import launch
-from attnres_fx.ops.kernels.read import MOST_SOURCES
+from attnres_fx.ops.kernels.layout import MOST_SOURCES
+from attnres_fx.ops.recompute import Definition, gradients_again
 
 log = logging.getLogger(__name__)
 
-#: The same read in differentiable aten operations: what create_graph=True differentiates.
-Definition = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Sequence[Tensor]], list[Tensor]]
+#: Of the tensors of a read that are none of its sources: query, key_weight, delta, norm_weight, norm_bias, carry,
+#: carry_lse.
+_BESIDE = 7
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class KernelRead(torch.autograd.Function):
         delta: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
+        carry: Tensor | None,
+        carry_lse: Tensor | None,
         *sources: Tensor,
     ) -> tuple[Tensor, ...]:
         shape = sources[0].shape
@@ -55,7 +59,7 @@ class KernelRead(torch.autograd.Function):
         delta_rows = as_rows(delta) if delta is not None else None
         saves = any(ctx.needs_input_grad)
         saved: list[Tensor] = []
-        carry: tuple[Tensor | None, Tensor | None] = (None, None)
+        carried = _carry_rows(carry, carry_lse)
         for start in range(0, len(rows), MOST_SOURCES):
             last = start + MOST_SOURCES >= len(rows)
             norm = options.norm if last else 0
@@ -66,7 +70,7 @@ class KernelRead(torch.autograd.Function):
                 options.eps,
                 options.gain if last else 1.0,
                 delta_rows if last else None,
-                *carry,
+                *carried,
                 norm,
                 norm_weight if norm else None,
                 norm_bias if norm else None,
@@ -75,13 +79,14 @@ class KernelRead(torch.autograd.Function):
                 saves,
             )
             saved += [lse, stats, norm_stats] if last else [lse, stats, norm_stats, out]
-            carry = out, lse
+            carried = out, lse
         if delta is not None:
             partial = partial.view(shape)
         ctx.set_materialize_grads(False)
         if saves:
             kept = [*sources[:-1], partial] if delta is not None else list(sources)
-            ctx.save_for_backward(query, key_weight, norm_weight, norm_bias, delta, sources[-1], *kept, *saved)
+            beside = (query, key_weight, delta, norm_weight, norm_bias, carry, carry_lse)
+            ctx.save_for_backward(*beside, sources[-1], *kept, *saved)
         ctx.options, ctx.definition, ctx.count = options, definition, len(sources)
         again = sources[:-1] if options.delta else sources
         threaded = [s.view_as(s) for s in again] if options.threaded else []
@@ -92,19 +97,22 @@ class KernelRead(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, grad_partial: Tensor | None, *arrived: Tensor | None
     ) -> tuple[Any, ...]:
         options: ReadOptions = ctx.options
-        query, key_weight, norm_weight, norm_bias, delta, last_source, *rest = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: differentiate the definition itself
-            inputs = (query, key_weight, delta, norm_weight, norm_bias, *rest[: ctx.count - 1], last_source)
-            return None, None, *_of_definition(ctx, inputs, (grad, grad_partial, *arrived))
+        beside: tuple[Any, ...] = ctx.saved_tensors[:_BESIDE]
+        last_source, *rest = ctx.saved_tensors[_BESIDE:]
         needs = ctx.needs_input_grad[2:]
-        wanted = [bool(n) for n in needs[5:]]
+        if torch.is_grad_enabled():  # create_graph=True: differentiate the definition itself
+            tensors = [*beside, *rest[: ctx.count - 1], last_source]
+            into = [grad, *([grad_partial] if options.delta else []), *arrived]
+            return None, None, *gradients_again(_with_sources(ctx.definition, options), tensors, needs, into)
+        delta = beside[2]
+        wanted = [bool(n) for n in needs[_BESIDE:]]
         wanted[-1] = wanted[-1] or bool(options.delta and needs[2])
         coming: list[Tensor | None] = list(arrived) if arrived else [None] * (ctx.count - options.delta)
         coming += [grad_partial] if options.delta else []
-        weights: list[Tensor | None] = [None] * 4
+        weights: list[Tensor | None] = [None] * 6
         grads: list[Tensor | None] = [c if w else None for c, w in zip(coming, wanted, strict=True)]
         if grad is not None:
-            saved = _Saved(query, key_weight, norm_weight, norm_bias, rest[: ctx.count], rest[ctx.count :])
+            saved = _Saved(*beside[:2], *beside[3:], sources=rest[: ctx.count], groups=rest[ctx.count :])
             weights, grads = _backward(options, saved, grad, coming, wanted, bool(needs[0] or needs[1]))
         for_last = grads[-1]
         for_delta = for_last.to(delta.dtype) if for_last is not None and options.delta and needs[2] else None
@@ -113,12 +121,32 @@ class KernelRead(torch.autograd.Function):
         return None, None, *weights[:2], for_delta, *weights[2:], *grads
 
 
+def _carry_rows(carry: Tensor | None, carry_lse: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if carry is None or carry_lse is None:
+        return None, None
+    return as_rows(carry).contiguous(), carry_lse.reshape(-1).float().contiguous()
+
+
+def _with_sources(definition: Definition, options: ReadOptions) -> Definition:
+    """The definition with the outputs of the `threaded` form."""
+    if not options.threaded:
+        return definition
+
+    def threaded(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        sources = [t for t in tensors[_BESIDE:] if t is not None]
+        return [*definition(tensors), *(s.view_as(s) for s in (sources[:-1] if options.delta else sources))]
+
+    return threaded
+
+
 @dataclass(frozen=True)
 class _Saved:
     query: Tensor
     key_weight: Tensor
     norm_weight: Tensor | None
     norm_bias: Tensor | None
+    carry: Tensor | None
+    carry_lse: Tensor | None
     sources: Sequence[Tensor]
     groups: Sequence[Tensor]
 
@@ -131,17 +159,19 @@ def _backward(
     wanted: Sequence[bool],
     for_weights: bool,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of query, key_weight, norm_weight and norm_bias, and of the sources; the last group first."""
+    """Gradients of the tensors beside the sources but delta, and of the sources; the last group first."""
     rows = [as_rows(s) for s in saved.sources]
     coming_rows = [as_rows(c).contiguous() if c is not None else None for c in coming]
     into, into_lse = as_rows(grad), None
-    weights: list[Tensor | None] = [None] * 4
+    weights: list[Tensor | None] = [None] * 6
     grads: list[Tensor | None] = [None] * len(rows)
     starts = range(0, len(rows), MOST_SOURCES)
     for at in reversed(range(len(starts))):
         group, last = slice(starts[at], starts[at] + MOST_SOURCES), at == len(starts) - 1
         lse, stats, norm_stats = saved.groups[4 * at : 4 * at + 3]
-        carry, carry_lse = (saved.groups[4 * at - 1], saved.groups[4 * at - 4]) if at else (None, None)
+        carry, carry_lse = _carry_rows(saved.carry, saved.carry_lse)
+        if at:
+            carry, carry_lse = saved.groups[4 * at - 1], saved.groups[4 * at - 4]
         *found, for_query, for_key, for_norm, for_bias, into, into_lse = torch.ops.attnres_fx.read_backward(
             into,
             into_lse,
@@ -170,6 +200,9 @@ def _backward(
         if last:
             weights[2] = for_norm if saved.norm_weight is not None else None
             weights[3] = for_bias if saved.norm_bias is not None else None
+    if saved.carry is not None and saved.carry_lse is not None and into_lse is not None:
+        weights[4] = into.view(saved.carry.shape)
+        weights[5] = into_lse.view(saved.carry_lse.shape).to(saved.carry_lse.dtype)
     return weights, grads
 
 
@@ -197,25 +230,6 @@ def _say_copied(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
         log.warning(
             "a depth-attention source %s with strides %s is copied: the kernels need whole rows", shape, strides
         )
-
-
-def _of_definition(ctx: Any, inputs: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    needed = ctx.needs_input_grad[2:]
-    # The same tensor may stand twice in `inputs`; views keep its two gradients apart.
-    query, key_weight, delta, norm_weight, norm_bias, *sources = aliases = [
-        t.view_as(t) if t is not None else None for t in inputs
-    ]
-    outputs = [*ctx.definition(query, key_weight, delta, norm_weight, norm_bias, sources)]
-    if not ctx.options.delta:
-        outputs.insert(1, None)
-    if ctx.options.threaded:
-        outputs += sources[:-1] if ctx.options.delta else sources
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-    wanted = [a for a, need in zip(aliases, needed, strict=True) if need and a is not None]
-    found = iter(
-        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
-    )
-    return [next(found) if need and a is not None else None for a, need in zip(aliases, needed, strict=True)]
 
 
 __all__ = ["KernelRead", "ReadOptions", "as_rows", "launch"]

@@ -10,7 +10,8 @@ from attnres_fx.ops.kernels import batch
 from attnres_fx.ops.kernels.autograd import as_rows
 from attnres_fx.ops.kernels.availability import INTERPRETED
 from attnres_fx.ops.kernels.launch import launch, operator, padded
-from attnres_fx.ops.kernels.read import MOST_SOURCES
+from attnres_fx.ops.kernels.layout import MOST_SOURCES
+from attnres_fx.ops.recompute import Definition, gradients_again
 
 #: Rows and columns of a tile, and warps; fixed, since they decide the order of sums.
 _LOGITS = {"R": 64, "B": 64, "num_warps": 4}
@@ -111,28 +112,39 @@ class KernelBatch(torch.autograd.Function):
     """Q mixtures, then Q log-sum-exps; saves the sources and the row statistics."""
 
     @staticmethod
-    def forward(ctx: Any, eps: float, dtype: torch.dtype, weights: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, eps: float, dtype: torch.dtype, definition: Definition, weights: Tensor, *sources: Tensor
+    ) -> tuple[Tensor, ...]:
         shape = sources[0].shape
         mixed, lse, logits, scales = torch.ops.attnres_fx.batch_forward(
             [as_rows(s) for s in sources], weights, eps, dtype
         )
         ctx.save_for_backward(weights, lse, logits, scales, *sources)
         ctx.set_materialize_grads(False)
+        ctx.definition = definition
         return *(m.view(shape) for m in mixed.unbind(0)), *(m.view(shape[:-1]) for m in lse.unbind(0))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         weights, lse, logits, scales, *sources = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            tensors = [weights, *sources]
+            return None, None, None, *gradients_again(ctx.definition, tensors, ctx.needs_input_grad[3:], grads)
         rows = [as_rows(s) for s in sources]
         queries = weights.shape[0]
         into = [as_rows(g).contiguous() if g is not None else torch.zeros_like(rows[0]) for g in grads[:queries]]
         into_lse = torch.stack([g.reshape(-1) if g is not None else torch.zeros_like(lse[0]) for g in grads[queries:]])
         *found, for_weights = torch.ops.attnres_fx.batch_backward(into, into_lse, rows, weights, lse, logits, scales)
-        return None, None, for_weights, *(f.view(s.shape) for f, s in zip(found, sources, strict=True))
+        return None, None, None, for_weights, *(f.view(s.shape) for f, s in zip(found, sources, strict=True))
 
 
-def kernel_batch(
-    sources: Sequence[Tensor], queries: Sequence[Tensor], key_weights: Sequence[Tensor], eps: float, dtype: torch.dtype
+def batch_of(
+    sources: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    key_weights: Sequence[Tensor],
+    eps: float,
+    dtype: torch.dtype,
+    definition: Definition,
 ) -> list[Tensor]:
     """Phase 1 of any number of queries over at most 16 sources: outputs [..., D], then log-sum-exps [...]."""
     mixed: list[Tensor] = []
@@ -140,7 +152,7 @@ def kernel_batch(
     for start in range(0, len(queries), MOST_SOURCES):
         pairs = zip(queries[start : start + MOST_SOURCES], key_weights[start : start + MOST_SOURCES], strict=True)
         weights = torch.stack([q.float() * k.float() for q, k in pairs])
-        found = KernelBatch.apply(eps, dtype, weights, *sources)
+        found = KernelBatch.apply(eps, dtype, definition, weights, *sources)
         mixed += found[: len(weights)]
         sums += found[len(weights) :]
     return [*mixed, *sums]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnres_fx.ops.kernels import read
 from attnres_fx.ops.kernels.availability import INTERPRETED
-from attnres_fx.ops.kernels.layout import layout_of
+from attnres_fx.ops.kernels.layout import MOST_SOURCES, layout_of
 from attnres_fx.ops.kernels.tuning import DEFAULT, Launch, launch_for
 
 #: Programs of an interpreted kernel: enough to share rows, few enough to finish.
@@ -34,7 +34,7 @@ def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> No
 
 
 def padded(values: Sequence[Any], fill: Any = None) -> list[Any]:
-    return [*values, *[fill] * (read.MOST_SOURCES - len(values))]
+    return [*values, *[fill] * (MOST_SOURCES - len(values))]
 
 
 def _itemsize(sources: Sequence[Tensor]) -> int:

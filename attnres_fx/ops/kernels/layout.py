@@ -10,6 +10,8 @@ _PER_WARP = 256
 _MOST_WARPS = 32
 #: Chunks a row is held in.
 _CHUNKS = 4
+#: Sources that one kernel takes; more are a chain of groups.
+MOST_SOURCES = 16
 MOST_WIDTH = _MOST_WARPS * _PER_WARP * _CHUNKS
 
 

@@ -24,9 +24,6 @@ from attnres_fx.ops.kernels.rows import (
     total,
 )
 
-MOST_SOURCES = 16
-NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
-
 
 @triton.jit
 def read_forward(
