@@ -5,14 +5,17 @@
 
 In one process: the stacked definition (torch.stack, rms_norm, einsum, softmax, einsum) eager and under Inductor,
 this library's definition source by source under Inductor with the backward that autograd derives, and the operator
-eager and under Inductor. Runs are interleaved; medians, and how many times faster than the stacked definition under
-Inductor. "compile s" is the first call, forward and backward, with the compiler's caches off; "loops" counts the
-parallel loops of the generated C++, forward + backward; "copy" copies all sources once into memory already held.
+eager and under Inductor. Runs are interleaved and rotated, the compiled ones first and the eager ones after them
+(what gives back a gigabyte slows its neighbours down); medians, and how many times faster than the stacked
+definition run the same way. "compile s" is the first call, forward and backward, with the compiler's caches off;
+"loops" counts the parallel loops of the generated C++, forward + backward; "copy" copies all sources once into
+memory already held: far beyond 2 x the bytes / the memory's bandwidth, the machine was busy with other work.
 Gradients are allocated in every run, so page faults are part of the time for all alike.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -31,7 +34,7 @@ from attnres_fx.ops import depth_attention
 from attnres_fx.ops.reference import definition
 
 EPS = 1e-6
-BASE = "stacked definition, Inductor"
+STACKED = "stacked definition, "
 Read = Callable[..., Tensor]
 
 
@@ -48,6 +51,10 @@ def ours(query: Tensor, key_weight: Tensor, *sources: Tensor) -> Tensor:
 
 def by_source(query: Tensor, key_weight: Tensor, *sources: Tensor) -> Tensor:
     return definition(sources, query, key_weight, EPS, 1.0)
+
+
+def base_of(name: str) -> str:
+    return STACKED + name.rsplit(", ", 1)[1]
 
 
 def device_name() -> str:
@@ -81,10 +88,14 @@ def measure(count: int, tokens: int, width: int, dtype: torch.dtype, repeats: in
         out = read(*leaves)
         return (out, *torch.autograd.grad(out, leaves, grad))
 
-    reads: dict[str, Read] = {"stacked definition, eager": stacked, "attnres_fx, eager": ours}
+    reads: dict[str, Read] = {STACKED + "eager": stacked, "attnres_fx, eager": ours}
     compiling: dict[str, float] = {}
     loops: dict[str, str] = {}
-    for name, plain in ((BASE, stacked), ("source by source, Inductor", by_source), ("attnres_fx, Inductor", ours)):
+    for name, plain in (
+        (STACKED + "Inductor", stacked),
+        ("source by source, Inductor", by_source),
+        ("attnres_fx, Inductor", ours),
+    ):
         read = torch.compile(plain, fullgraph=True, dynamic=False)
         start = time.perf_counter()
         _, code = run_and_get_code(lambda read=read: both(read))
@@ -100,11 +111,14 @@ def measure(count: int, tokens: int, width: int, dtype: torch.dtype, repeats: in
     held = [torch.empty_like(s) for s in sources]
     copies: list[float] = []
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in reads}
-    for _ in range(repeats):
-        copies.append(seconds(lambda: [h.copy_(s.detach()) for h, s in zip(held, sources, strict=True)]))
-        for name, read in reads.items():
-            times[name][0].append(seconds(lambda read=read: forward(read)))
-            times[name][1].append(seconds(lambda read=read: both(read)))
+    for names in ([n for n in reads if n in compiling], [n for n in reads if n not in compiling]):
+        for i in range(repeats):
+            if names[0] in compiling:
+                copies.append(seconds(lambda: [h.copy_(s.detach()) for h, s in zip(held, sources, strict=True)]))
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                read = reads[name]
+                times[name][0].append(seconds(lambda read=read: forward(read)))
+                times[name][1].append(seconds(lambda read=read: both(read)))
     medians = {name: tuple(1e3 * statistics.median(t) for t in pair) for name, pair in times.items()}
     rows: list[dict[str, object]] = [
         {
@@ -112,9 +126,9 @@ def measure(count: int, tokens: int, width: int, dtype: torch.dtype, repeats: in
             "compile s": compiling.get(name),
             "loops": loops.get(name),
             "forward ms": medians[name][0],
-            "forward times faster": medians[BASE][0] / medians[name][0],
+            "forward times faster": medians[base_of(name)][0] / medians[name][0],
             "forward+backward ms": medians[name][1],
-            "f+b times faster": medians[BASE][1] / medians[name][1],
+            "f+b times faster": medians[base_of(name)][1] / medians[name][1],
         }
         for name in sorted(reads, key=lambda name: -medians[name][1])
     ]
@@ -138,6 +152,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "date": str(date.today()),
         "repeats": options.repeats,
+        "load at start": os.getloadavg()[0],
     }
     cases = []
     for count in options.sources:

@@ -172,8 +172,9 @@ def assert_same(found, expected, tolerance=1e-6):
     assert len(found) == len(expected)
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = a.detach().double(), b.detach().double()
         scale = max(float(b.abs().max()), 1e-3) if b.numel() else 1.0
-        worst = float((a.double() - b.double()).abs().max()) if b.numel() else 0.0
+        worst = float((a - b).abs().max()) if b.numel() else 0.0
         assert worst <= tolerance * scale, f"value {i} differs by {worst:.3g} of {scale:.3g}"
 
 
@@ -186,7 +187,7 @@ def test_a_norm_is_folded_in_whatever_its_spelling(style, spelling):
     (fusion,) = plan_norm_fusions(before)
     assert fusion.kind == kind
     assert count(after, "depth_attention_fused") == 1 and count(after, "depth_attention") == 0
-    left = {"rms_norm", "layer_norm", "mean", "rsqrt", "sqrt", "reciprocal", "mul", "div", "_assert_tensor_metadata"}
+    left = {"rms_norm", "layer_norm", "mean", "rsqrt", "sqrt", "reciprocal", "mul", "div"}
     assert not left & set(names(after))
     assert_same(outcome(after, module, example()), outcome(before, module, example()))
 
@@ -505,8 +506,8 @@ def test_autocast_gives_the_dtype_it_gave(traced):
     model, ids = example_gpt(), TEXT["input_ids"]
     converted = with_queries(ax.convert(torch.fx.symbolic_trace(model) if traced else model, (ids,)))
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = converted(ids), converted.graph_module()(ids)
-    assert found.dtype == expected.dtype
+        (found,) = pytree.tree_leaves(converted(ids))
+        (expected,) = pytree.tree_leaves(converted.graph_module()(ids))
     assert_same([found], [expected], 5e-2)
 
 
@@ -521,7 +522,7 @@ def test_the_backend_fuses_and_explains():
     for read, other in zip(model.attnres.reads, converted.attnres.reads, strict=True):
         read.load_state_dict(other.state_dict())
     assert_same([model(ids)], [converted(ids)])
-    (graph,) = ax.explain(model).graphs
+    graph = ax.explain(model).graphs[-1]
     assert any(c.startswith("fuse_norms_pass") and "+" in c for c in graph.changed)
     assert "fuse_norms_pass" in str(ax.explain(model))
 

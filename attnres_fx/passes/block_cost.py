@@ -69,7 +69,7 @@ def cost_two_phase(block: BlockReads) -> BlockCost:
 
 @dataclass(frozen=True)
 class PhaseChoice:
-    """The cheaper form of a block, both costs, and why; `str` is what the log says."""
+    """The form of a block, U moved by both, U that two phases keep alive, and why."""
 
     two_phase: bool
     block: BlockReads
@@ -78,11 +78,14 @@ class PhaseChoice:
     live: int
     why: str
 
-    def __str__(self) -> str:
+    def to_text(self, bytes_a_token: int) -> str:
+        """What the log says, U being so many bytes a token."""
         form = "two-phase" if self.two_phase else "read by read"
+        each, phased = self.per_read * bytes_a_token, self.phased * bytes_a_token
         return (
-            f"{self.block.reads} reads over {self.block.completed} completed sources: {form} "
-            f"({self.why}; read by read {self.per_read} U, two-phase {self.phased} U and {self.live} U live)"
+            f"{self.block.reads} reads over {self.block.completed} completed sources: {form} ({self.why}; read by read "
+            f"{self.per_read} U, {each} bytes a token; two-phase {self.phased} U, {phased} bytes a token, and "
+            f"{self.live} U live)"
         )
 
 

@@ -120,11 +120,11 @@ def _library(value: Node, casts: frozenset[Node], users: set[Node], arithmetic: 
             return None  # there PyTorch's own default depends on the version
     if not isinstance(eps, int | float):
         return None
-    out = _only_first(norm)
+    out, ignored = _first_output(norm)
     if out is None:
         return None
     kind = RMS if name == "rms_norm" else LAYER
-    return NormMatch(kind, weight, bias, float(eps), out, casts | {norm, out})
+    return NormMatch(kind, weight, bias, float(eps), out, casts | {norm, out} | ignored)
 
 
 def _computes_in(node: Node) -> torch.dtype:
@@ -171,14 +171,14 @@ def _of_function(node: Node, name: str) -> Given | None:
     return value, sizes, weight, bias, eps  # type: ignore[return-value]
 
 
-def _only_first(norm: Node) -> Node | None:
-    """The result of a norm, where it returns its statistics as well and nobody takes them."""
+def _first_output(norm: Node) -> tuple[Node | None, frozenset[Node]]:
+    """The result of a norm, where nobody takes the statistics it returns as well; and the nodes that ignore them."""
     if tensor_of(norm) is not None:
-        return norm
-    users = list(norm.users)
-    if len(users) != 1 or op_name(users[0]) != "getitem" or users[0].args[1] != 0:
-        return None
-    return users[0]
+        return norm, frozenset()
+    ignored = frozenset(u for u in norm.users if not u.users)
+    used = [u for u in norm.users if u not in ignored]
+    taken = len(used) == 1 and op_name(used[0]) == "getitem" and used[0].args[1] == 0
+    return (used[0] if taken else None), ignored
 
 
 # --- written out -------------------------------------------------------------------------------------
@@ -234,6 +234,9 @@ def _reciprocal_root(square: Node) -> _Chain | None:
         return None
     inverse = _only_user(root)
     if inverse is not None and _is_reciprocal(inverse, root):
+        once = _only_user(inverse)
+        if once is not None and op_name(once) == "mul" and once.args == (inverse, 1):  # how export spells 1 / x
+            return _Chain((*nodes, inverse, once), eps, once, False)
         return _Chain((*nodes, inverse), eps, inverse, False)
     return _Chain(nodes, eps, root, True)
 

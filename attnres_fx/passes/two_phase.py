@@ -72,7 +72,9 @@ def two_phase_pass(
     nodes = {n.name: n for n in gm.graph.nodes}
     removed: list[str] = []
     for plan in plans:
-        log.info("two_phase_pass: block of %s with %s", plan.reads[0], plan.choice)
+        row = known(nodes[plan.completed[0]])
+        size = int(row.shape[-1]) * row.element_size()
+        log.info("two_phase_pass: block of %s with %s", plan.reads[0], plan.choice.to_text(size))
         if plan.choice.two_phase:
             _rewrite(gm, [nodes[name] for name in plan.reads], len(plan.completed))
             removed += plan.reads
