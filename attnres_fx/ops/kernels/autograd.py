@@ -112,7 +112,7 @@ class KernelRead(torch.autograd.Function):
         weights: list[Tensor | None] = [None] * 6
         grads: list[Tensor | None] = [c if w else None for c, w in zip(coming, wanted, strict=True)]
         if grad is not None:
-            saved = _Saved(*beside[:2], *beside[3:], sources=rest[: ctx.count], groups=rest[ctx.count :])
+            saved = _Saved((*beside[:2], *beside[3:]), rest[: ctx.count], rest[ctx.count :])
             weights, grads = _backward(options, saved, grad, coming, wanted, bool(needs[0] or needs[1]))
         for_last = grads[-1]
         for_delta = for_last.to(delta.dtype) if for_last is not None and options.delta and needs[2] else None
@@ -141,12 +141,10 @@ def _with_sources(definition: Definition, options: ReadOptions) -> Definition:
 
 @dataclass(frozen=True)
 class _Saved:
-    query: Tensor
-    key_weight: Tensor
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    carry: Tensor | None
-    carry_lse: Tensor | None
+    """beside: query, key_weight, norm_weight, norm_bias, carry, carry_lse. groups: lse, stats, norm_stats of each group,
+    and between two of them the mixture carried over."""
+
+    beside: tuple[Any, ...]
     sources: Sequence[Tensor]
     groups: Sequence[Tensor]
 
@@ -160,6 +158,7 @@ def _backward(
     for_weights: bool,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of the tensors beside the sources but delta, and of the sources; the last group first."""
+    query, key_weight, norm_weight, norm_bias, first_carry, first_lse = saved.beside
     rows = [as_rows(s) for s in saved.sources]
     coming_rows = [as_rows(c).contiguous() if c is not None else None for c in coming]
     into, into_lse = as_rows(grad), None
@@ -169,7 +168,7 @@ def _backward(
     for at in reversed(range(len(starts))):
         group, last = slice(starts[at], starts[at] + MOST_SOURCES), at == len(starts) - 1
         lse, stats, norm_stats = saved.groups[4 * at : 4 * at + 3]
-        carry, carry_lse = _carry_rows(saved.carry, saved.carry_lse)
+        carry, carry_lse = _carry_rows(first_carry, first_lse)
         if at:
             carry, carry_lse = saved.groups[4 * at - 1], saved.groups[4 * at - 4]
         *found, for_query, for_key, for_norm, for_bias, into, into_lse = torch.ops.attnres_fx.read_backward(
@@ -177,14 +176,14 @@ def _backward(
             into_lse,
             coming_rows[group],
             rows[group],
-            saved.query,
-            saved.key_weight,
+            query,
+            key_weight,
             options.gain if last else 1.0,
             carry,
             carry_lse,
             options.norm if last else 0,
-            saved.norm_weight if last else None,
-            saved.norm_bias if last else None,
+            norm_weight if last else None,
+            norm_bias if last else None,
             lse,
             stats,
             norm_stats,
@@ -198,11 +197,10 @@ def _backward(
                 new if old is None else old + new for old, new in zip(before, (for_query, for_key), strict=True)
             ]
         if last:
-            weights[2] = for_norm if saved.norm_weight is not None else None
-            weights[3] = for_bias if saved.norm_bias is not None else None
-    if saved.carry is not None and saved.carry_lse is not None and into_lse is not None:
-        weights[4] = into.view(saved.carry.shape)
-        weights[5] = into_lse.view(saved.carry_lse.shape).to(saved.carry_lse.dtype)
+            weights[2] = for_norm if norm_weight is not None else None
+            weights[3] = for_bias if norm_bias is not None else None
+    if first_carry is not None and into_lse is not None:
+        weights[4], weights[5] = into.view(first_carry.shape), into_lse.view(first_lse.shape).to(first_lse.dtype)
     return weights, grads
 
 
