@@ -135,9 +135,9 @@ def measure(
         case = make_case(*shape, torch.bfloat16, clock.device)
     except torch.OutOfMemoryError:
         return {**result, "status": "skipped", "reason": "its inputs do not fit in memory", "implementations": []}
+    torch.compiler.reset()  # or the case after the eighth would meet Dynamo's limit and run eagerly
     prepared = []
     for implementation in implementations:
-        torch.compiler.reset()
         prepared.append(prepare(implementation, case, clock))
         gc.collect()
         if clock.cuda:
