@@ -56,7 +56,7 @@ def environment(device: torch.device, packages: Sequence[str] = ()) -> dict[str,
     }
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Written beside and moved into place, so that a run cut short leaves the last whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
