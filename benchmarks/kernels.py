@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config
 from _measure import (
     COPY_BYTES,
     Clock,
@@ -208,8 +207,6 @@ def main(arguments: list[str] | None = None) -> Path:
     cases = options.cases or (SMOKE if options.smoke else [(s, n, d) for n, d in SHAPES for s in SOURCES])
     repeats = options.repeats or (2 if options.smoke else 30)
     output = options.output or default_output("kernels", device, options.smoke)
-    # A compiled backward would otherwise free what the interleaved forward of the next round is given.
-    torch._functorch.config.donated_buffer = False
     implementations, missing = load(device, options.only, options.skip)
     clock = Clock(device)
     copy = copy_of(device, copy_bytes(clock))
