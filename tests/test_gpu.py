@@ -233,13 +233,15 @@ def test_no_recompiles_when_the_number_of_tokens_changes():
     def read(sources: list[Tensor], query: Tensor, key_weight: Tensor) -> Tensor:
         return depth_attention(sources, query, key_weight) * 2
 
+    compiled: list[int] = []
     for tokens in (7, 64, 129, 1000):
         tensors = make(5, tokens, 512, [BF16])
         leaves = [t.requires_grad_() for t in tensors[:-1]]
         out = read(leaves[:-2], leaves[-2], leaves[-1])
         grads = torch.autograd.grad(out, leaves, tensors[-1].to(out.dtype))
         check([out.detach(), *grads], oracle(tensors, gain=2.0), BF16)
-    assert counter.frame_count == 1
+        compiled.append(counter.frame_count)
+    assert compiled == [compiled[0]] * 4  # the first call may compile twice: Dynamo starts again over the defaults
 
 
 def small_gpt() -> tuple[SmallGPT, Tensor]:
