@@ -141,8 +141,8 @@ def _with_sources(definition: Definition, options: ReadOptions) -> Definition:
 
 @dataclass(frozen=True)
 class _Saved:
-    """beside: query, key_weight, norm_weight, norm_bias, carry, carry_lse. groups: lse, stats, norm_stats of each group,
-    and between two of them the mixture carried over."""
+    """beside: query, key_weight, norm_weight, norm_bias, carry, carry_lse. groups: lse, stats and norm_stats of
+    each group, and between two of them the mixture carried over."""
 
     beside: tuple[Any, ...]
     sources: Sequence[Tensor]
