@@ -172,6 +172,41 @@ def threaded_gradients() -> None:
 
 
 @check
+def threaded_reads_leave_autograd_nothing_to_add() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    threaded, fused = torch.ops.attnres_fx.depth_attention_threaded, torch.ops.attnres_fx.depth_attention_fused
+    rest = (torch.ones(32), 1e-6, 1.0, None, 0, None, None, 0.0, None)
+    adds: list[int] = []
+
+    def count(gm: torch.fx.GraphModule, _: Any) -> Any:
+        from functorch.compile import make_boxed_func
+
+        adds.append(sum(n.target is torch.ops.aten.add.Tensor and n.meta["val"].numel() > 32 for n in gm.graph.nodes))
+        return make_boxed_func(gm.forward)
+
+    def plain(q: Tensor, *s: Tensor) -> Tensor:
+        return torch.cat([fused(list(s), (i + 1.0) * q, *rest)[0] for i in range(3)])
+
+    def handed_on(q: Tensor, *s: Tensor) -> Tensor:
+        outs, sources = [], list(s)
+        for i in range(3):
+            out, *sources = threaded(sources, (i + 1.0) * q, *rest)
+            outs.append(out)
+        return torch.cat(outs)
+
+    given = (torch.linspace(-1, 1, 32), *torch.arange(3 * 5 * 32.0).sin().view(3, 5, 32))
+    gradients = []
+    for read in (plain, handed_on):
+        compiled = torch.compile(read, backend=aot_autograd(fw_compiler=count, bw_compiler=count), fullgraph=True)
+        leaves = [t.clone().requires_grad_() for t in given]
+        gradients.append(torch.autograd.grad(compiled(*leaves).sin().sum(), leaves))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert adds == [0, 6, 0, 0], adds
+
+
+@check
 def two_phases() -> None:
     for count, queries, tokens, width, dtype in [
         (3, 2, 5, 64, torch.float32),

@@ -17,7 +17,7 @@ CHECKS = [
     "threaded_gradients strides copies_are_said_once one_tensor_twice no_tokens one_source",
     "poisoned_memory same_bits_in_two_runs many_kernels_many_launches_same_bits large_logits_stay_finite",
     "gradients_where_wanted transforms_take_the_definition operators_are_registered_right",
-    "two_phases gradients_of_gradients",
+    "two_phases gradients_of_gradients threaded_reads_leave_autograd_nothing_to_add",
     "compiled_without_recompiling what_kernels_do_not_take",
 ]
 

@@ -4,6 +4,7 @@ Before it, the addition that builds the partial sum; after it, the norm that a s
 `depth_attention` is: one node in export and Dynamo graphs, aten operations below autograd.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -128,7 +129,8 @@ def normed(
     return out.to(dtype)
 
 
-def _fused(
+def run_fused(
+    name: str,
     sources: list[Tensor],
     query: Tensor,
     key_weight: Tensor,
@@ -140,37 +142,38 @@ def _fused(
     norm_bias: Tensor | None,
     norm_eps: float,
     dtype: torch.dtype | None,
+    threaded: bool = False,
 ) -> list[Tensor]:
+    """The read on the kernels where they can run, else as aten operations; `threaded`, its sources again at the end."""
     _check(sources, query, key_weight, eps)
-    check_epilogue("depth_attention_fused", sources[-1], delta, norm, norm_weight, norm_bias, norm_eps, dtype)
+    check_epilogue(name, sources[-1], delta, norm, norm_weight, norm_bias, norm_eps, dtype)
 
-    def again(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        query, key_weight, delta, norm_weight, norm_bias, _, _, *sources = tensors
-        given = [s for s in sources if s is not None]
+    def defined(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        query, key_weight, delta, norm_weight, norm_bias, _, _, *given = tensors
         assert query is not None and key_weight is not None
-        return _fused_definition(
-            given, query, key_weight, eps, gain, delta, norm, norm_weight, norm_bias, norm_eps, dtype
-        )
+        weights = (norm_weight, norm_bias)
+        present = [s for s in given if s is not None]
+        return _fused_definition(present, query, key_weight, eps, gain, delta, norm, *weights, norm_eps, dtype)
 
-    others = (query, key_weight, delta, norm_weight, norm_bias)
-    if not _is_transformed(sources) and kernels.usable(sources, *others):
+    beside = (query, key_weight, delta, norm_weight, norm_bias)
+    if not _is_transformed(sources) and kernels.usable(sources, *beside):
         return kernels.kernel_read(
             sources,
             query,
             key_weight,
             eps,
             gain,
-            again,
+            defined,
             delta=delta,
             norm=norm,
             norm_weight=norm_weight,
             norm_bias=norm_bias,
             norm_eps=norm_eps,
             dtype=dtype,
+            threaded=threaded,
         )
-    return _fused_definition(
-        sources, query, key_weight, eps, gain, delta, norm, norm_weight, norm_bias, norm_eps, dtype
-    )
+    again = sources[:-1] if delta is not None else sources
+    return [*defined([*beside, None, None, *sources]), *([s.view_as(s) for s in again] if threaded else [])]
 
 
 def _fused_definition(
@@ -222,6 +225,7 @@ def _normed_in_eager(
     return value.to(dtype)
 
 
+_fused = functools.partial(run_fused, "depth_attention_fused")
 library.define(SCHEMA)
 library.impl("depth_attention_fused", _fused, "CompositeImplicitAutograd")
 # As for depth_attention: without it vmap meets the composite kernel above its batching rules.

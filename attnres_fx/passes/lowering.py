@@ -11,6 +11,7 @@ from attnres_fx.passes.fuse_norms import fuse_norms_pass
 from attnres_fx.passes.fuse_partial_sums import fuse_partial_sums_pass
 from attnres_fx.passes.pipeline import set_attribute_values_
 from attnres_fx.passes.result import PassResult, run_pass
+from attnres_fx.passes.thread_gradients import thread_gradients_pass
 from attnres_fx.passes.two_phase import two_phase_pass
 
 
@@ -20,6 +21,7 @@ class Lowering:
 
     fuse_norms: fold the norm after a read into it. fuse_partial_sums: fold in the addition before it.
     two_phase: `"auto"` (a block at a time, where fewer bytes move), True (every block) or False.
+    thread_gradients: let backward add up a source's gradients inside the reads; `"auto"` on a CUDA device.
 
     Raises ConfigError for other values.
     """
@@ -27,13 +29,16 @@ class Lowering:
     fuse_norms: bool = True
     fuse_partial_sums: bool = True
     two_phase: bool | Literal["auto"] = "auto"
+    thread_gradients: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("fuse_norms", "fuse_partial_sums"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"Lowering: {name} is {getattr(self, name)!r}; it must be True or False.")
-        if not isinstance(self.two_phase, bool) and self.two_phase != "auto":
-            raise ConfigError(f"Lowering: two_phase is {self.two_phase!r}; it must be True, False or 'auto'.")
+        for name in ("two_phase", "thread_gradients"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value != "auto":
+                raise ConfigError(f"Lowering: {name} is {value!r}; it must be True, False or 'auto'.")
 
 
 def checked_lowering(given: Any) -> Lowering:
@@ -66,6 +71,9 @@ def lower_(gm: GraphModule, lowering: Lowering | None = None, *, training: bool 
         results.append(run_pass(fuse_partial_sums_pass, gm))
     if lowering.fuse_norms:
         results.append(run_pass(fuse_norms_pass, gm))  # last: whatever form the read has by now
+    if lowering.thread_gradients is not False and training:
+        # After all that folds into reads, which look for reads that hand nothing on.
+        results.append(run_pass(thread_gradients_pass, gm, choose=lowering.thread_gradients))
     if any(r.modified for r in results):
         gm.recompile()
     return tuple(results)

@@ -11,12 +11,21 @@ from torch.fx import Graph, Node
 
 from attnres_fx.ops.fused import DEPTH_ATTENTION_FUSED, NO_NORM
 from attnres_fx.ops.operator import DEPTH_ATTENTION
+from attnres_fx.ops.threaded import DEPTH_ATTENTION_THREADED
 from attnres_fx.ops.two_phase import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
 from attnres_fx.passes.graph_tools import fake_like, insert_call, set_value, tensor_of
 from attnres_fx.passes.spelling import is_aten, op_name
 
 #: Every operator that a graph which reads through depth attention may hold.
-OPERATORS = frozenset({DEPTH_ATTENTION, DEPTH_ATTENTION_FUSED, DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE})
+OPERATORS = frozenset(
+    {
+        DEPTH_ATTENTION,
+        DEPTH_ATTENTION_FUSED,
+        DEPTH_ATTENTION_BATCH,
+        DEPTH_ATTENTION_MERGE,
+        DEPTH_ATTENTION_THREADED,
+    }
+)
 _READS = (DEPTH_ATTENTION, DEPTH_ATTENTION_FUSED, DEPTH_ATTENTION_MERGE)
 
 
@@ -68,14 +77,17 @@ class ReadCall:
         epilogue = (self.norm, self.norm_weight, self.norm_bias, self.norm_eps, self.dtype)
         return (*self.head, self.delta, *epilogue)
 
-    def insert(self) -> tuple[Node, Node | None]:
-        """Put the fused call beside the node it replaces; returns its outputs, the partial sum None without delta."""
-        graph, like = self.node.graph, self.node
-        first = known(self.sources[0])
-        values = [fake_like(first, self.dtype or self.source_dtype)]
+    def values(self) -> list[torch.Tensor]:
+        """What its outputs are like: the read, and the partial sum with a delta."""
+        values = [fake_like(known(self.sources[0]), self.dtype or self.source_dtype)]
         if self.delta is not None:
             last = known(self.sources[-1])
             values.append(fake_like(last, torch.promote_types(last.dtype, known(self.delta).dtype)))
+        return values
+
+    def insert(self) -> tuple[Node, Node | None]:
+        """Put the fused call beside the node it replaces; returns its outputs, the partial sum None without delta."""
+        graph, like, values = self.node.graph, self.node, self.values()
         target = DEPTH_ATTENTION_MERGE if self.merge else DEPTH_ATTENTION_FUSED
         with graph.inserting_before(like):
             outputs = insert_outputs(graph, target, self.arguments, like=like, values=values)
@@ -83,12 +95,18 @@ class ReadCall:
 
 
 def insert_outputs(
-    graph: Graph, target: Any, args: tuple[Any, ...], *, like: Node, values: Sequence[torch.Tensor]
+    graph: Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    *,
+    like: Node,
+    values: Sequence[Any],
+    taken: int | None = None,
 ) -> list[Node]:
-    """Insert a call that returns a list, and a node for each of its outputs."""
+    """Insert a call that returns a list, and a node for each of its outputs, or of the first `taken`."""
     call = insert_call(graph, target, args, like=like, value=None)
     set_value(call, list(values), like)
-    return [insert_call(graph, operator.getitem, (call, i), like=like, value=v) for i, v in enumerate(values)]
+    return [insert_call(graph, operator.getitem, (call, i), like=like, value=v) for i, v in enumerate(values[:taken])]
 
 
 def read_call(node: Node) -> ReadCall | None:

@@ -1,0 +1,27 @@
+"""`torch.ops.attnres_fx.depth_attention_threaded`: a read that hands its sources on.
+
+A source that K reads take has K gradients, which autograd would add up in K - 1 passes of three accesses each. Where
+each read takes the source from the one before, backward meets the reads in turn: what has come in for a source goes
+into the kernel, and its sum comes out. Composite, as `depth_attention` is.
+"""
+
+import functools
+
+import torch
+
+from attnres_fx.ops.fused import run_fused
+from attnres_fx.ops.operator import library
+
+SCHEMA = (
+    "depth_attention_threaded(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain, Tensor? delta, "
+    "int norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, ScalarType? dtype) -> Tensor[]"
+)
+
+_threaded = functools.partial(run_fused, "depth_attention_threaded", threaded=True)
+library.define(SCHEMA)
+library.impl("depth_attention_threaded", _threaded, "CompositeImplicitAutograd")
+library.impl("depth_attention_threaded", _threaded, "FuncTorchBatched")
+
+#: What stands in a graph. Outputs are those of `depth_attention_fused`, then every source (but the last one, with a
+#: delta) as a view.
+DEPTH_ATTENTION_THREADED = torch.ops.attnres_fx.depth_attention_threaded.default
