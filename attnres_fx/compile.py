@@ -38,7 +38,7 @@ from attnres_fx.passes import (
     run_pass,
 )
 from attnres_fx.passes.graph_tools import tensor_of
-from attnres_fx.passes.reads import OPERATORS
+from attnres_fx.passes.reads import OPERATORS, kernels_of
 from attnres_fx.passes.spelling import trains
 from attnres_fx.running import fast_path_off
 
@@ -62,7 +62,7 @@ class CompiledGraph:
     reads: int
     changed: tuple[str, ...]
     inner: str
-    kernels: str = "definition (aten, fused by the inner compiler)"
+    kernels: str
 
 
 @dataclass
@@ -373,7 +373,8 @@ def _note(about: str, gm: GraphModule, reads: int, changed: Sequence[str], inner
     shapes = tuple(
         f"{list(t.shape)}".replace(" ", "") for n in inputs if (t := tensor_of(n)) is not None and t.dim() > 0
     )
-    graph = CompiledGraph(mode, torch.is_grad_enabled(), shapes, reads, tuple(changed), inner)
+    kernels = ", ".join(sorted(kernels_of(gm)))
+    graph = CompiledGraph(mode, torch.is_grad_enabled(), shapes, reads, tuple(changed), inner, kernels)
     _COMPILED.setdefault(about, []).append(graph)
     log.info("compiled %s", graph)
 

@@ -457,6 +457,50 @@ def many_kernels_many_launches_same_bits() -> None:
 
 
 @check
+def tensors_sharded_by_tokens() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    locals_ = sources_of(3, 2, 4, 64)
+    query, gain, delta = torch.randn(64), torch.ones(64), torch.randn(2, 4, 64)
+
+    def place(t: Tensor, *placements: Any) -> Any:
+        return DTensor.from_local(t.clone(), mesh, placements).requires_grad_()
+
+    for shard in (0, 1, 2):
+        given = [place(t, Shard(shard)) for t in (*locals_, delta)]
+        whole = [place(query, Replicate()), place(gain, Replicate())]
+        if shard == 2:
+            width = DTensor.from_local(torch.cat([query, query]), mesh, [Replicate()])
+            out = depth_attention(given[:3], width, torch.ones_like(width))
+            assert isinstance(out, DTensor)  # the definition, with its communication
+            continue
+        out, partial = depth_attention_fused(given[:3], *whole, delta=given[3], norm=1)
+        right, summed = depth_attention_fused(locals_, query, gain, delta=delta, norm=1)
+        assert out.placements == (Shard(shard),) and out.shape[shard] == 2 * right.shape[shard]
+        assert torch.equal(out.to_local(), right) and torch.equal(partial.to_local(), summed)
+        depth_attention(given[:3], *whole).sum().backward()
+        assert whole[0].grad.placements[0].is_partial() and given[0].grad.placements == (Shard(shard),)
+        assert out.grad_fn is not None and "Kernel" in _history(out)
+    dist.destroy_process_group()
+
+
+def _history(out: Tensor) -> str:
+    seen, names, todo = set(), [], [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.append(type(node).__name__)
+            todo += [n for n, _ in node.next_functions]
+    return " ".join(names)
+
+
+@check
 def what_kernels_do_not_take() -> None:
     wide = torch.randn(2, layout.MOST_WIDTH + 1)
     query = torch.randn(layout.MOST_WIDTH + 1)

@@ -24,6 +24,7 @@ from attnres_fx.ops.operator import (
     library,
 )
 from attnres_fx.ops.reference import _mix, compute_dtype, depth_weights, result_dtype
+from attnres_fx.ops.sharded import read_by_tokens
 
 SCHEMA = (
     "depth_attention_fused(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain, Tensor? delta, "
@@ -147,6 +148,10 @@ def run_fused(
     """The read on the kernels where they can run, else as aten operations; `threaded`, its sources again at the end."""
     _check(sources, query, key_weight, eps)
     check_epilogue(name, sources[-1], delta, norm, norm_weight, norm_bias, norm_eps, dtype)
+
+    given = (sources, query, key_weight, eps, gain, delta, norm, norm_weight, norm_bias, norm_eps, dtype, threaded)
+    if (local := read_by_tokens(functools.partial(run_fused, name), given)) is not None:
+        return local
 
     def defined(tensors: Sequence[Tensor | None]) -> list[Tensor]:
         query, key_weight, delta, norm_weight, norm_bias, _, _, *given = tensors

@@ -7,6 +7,7 @@ look for.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from attnres_fx.ops import kernels
 from attnres_fx.ops.compiled import TracedDepthAttention
 from attnres_fx.ops.recompute import Definition
 from attnres_fx.ops.reference import RecomputedDepthAttention, definition
+from attnres_fx.ops.sharded import read_by_tokens
 
 SCHEMA = "depth_attention(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain) -> Tensor"
 
@@ -91,6 +93,8 @@ def _check(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, eps: fl
 
 def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, eps: float, gain: float) -> Tensor:
     _check(sources, query, key_weight, eps)
+    if (local := read_by_tokens(_read_rows, (sources, query, key_weight, eps, gain))) is not None:
+        return local[0]
     if not _is_transformed(sources) and kernels.usable(sources, query, key_weight):
         (read,) = kernels.kernel_read(sources, query, key_weight, eps, gain, _again(eps, gain))
         return read
@@ -101,6 +105,10 @@ def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, e
         traced: Tensor = TracedDepthAttention.apply(query, key_weight, eps, gain, *sources)
         return traced
     return definition(sources, query, key_weight, eps, gain)
+
+
+def _read_rows(*args: Any) -> list[Tensor]:
+    return [_depth_attention(*args)]
 
 
 def _again(eps: float, gain: float) -> Definition:

@@ -7,9 +7,10 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.ops.fused import DEPTH_ATTENTION_FUSED, NO_NORM
+from attnres_fx.ops.kernels import described
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.threaded import DEPTH_ATTENTION_THREADED
 from attnres_fx.ops.two_phase import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
@@ -126,6 +127,12 @@ def known(node: Node) -> torch.Tensor:
     value = tensor_of(node)
     assert value is not None
     return value
+
+
+def kernels_of(gm: GraphModule) -> set[str]:
+    """What the reads of a graph run on, in words."""
+    calls = [c for n in gm.graph.nodes if (c := read_call(n)) is not None and have_values(c.sources)]
+    return {described([known(s) for s in c.sources]) for c in calls}
 
 
 def have_values(nodes: Sequence[Any]) -> bool:

@@ -37,6 +37,14 @@ def _say(reason: str) -> None:
         log.warning("depth attention runs as its definition, not on the Triton kernels: %s", reason)
 
 
+def described(sources: Sequence[Tensor]) -> str:
+    """What a read of these sources runs on, in words."""
+    if not kernel_device(sources[0]):
+        return f"aten, by the inner compiler ({sources[0].device.type})"
+    reason = why_not() or _unsupported(sources, ())
+    return "Triton" if reason is None else f"aten, by the inner compiler ({reason})"
+
+
 def _unsupported(sources: Sequence[Tensor], others: Sequence[Tensor | None]) -> str | None:
     width = int(sources[0].shape[-1])  # a kernel is compiled for one width: a symbolic one becomes fixed here
     if width == 0 or width > MOST_WIDTH:
@@ -106,4 +114,4 @@ def batch_usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
     return usable(sources, *others)
 
 
-__all__ = ["Launch", "batch_usable", "kernel_batch", "kernel_read", "launch_with", "usable"]
+__all__ = ["Launch", "batch_usable", "described", "kernel_batch", "kernel_read", "launch_with", "usable"]
