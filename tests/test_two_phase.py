@@ -40,9 +40,13 @@ MODELS = {
 }
 
 
-def doubled(converted):
-    """Outputs and gradients in float64, of the lowered and of the plain form: exactness without rounding."""
-    return [[t.detach() for t in side] for side in converted]
+def assert_as_exact(found, expected, tolerance):
+    """The first value, an output, to the tolerance; gradients to that of the largest: small ones are rounding."""
+    assert_same(found[:1], expected[:1], tolerance)
+    largest = max(float(g.abs().max()) for g in expected[1:])
+    assert len(found) == len(expected)
+    for i, (a, b) in enumerate(zip(found[1:], expected[1:], strict=True)):
+        assert float((a - b).abs().max()) <= tolerance * largest, f"gradient {i}"
 
 
 @pytest.mark.parametrize("lowering", [PHASES, Lowering(two_phase=True)], ids=["alone", "with the fusions"])
@@ -52,8 +56,7 @@ def test_two_phases_compute_what_the_reads_do(kind, layout, lowering):
     model, kwargs = MODELS[kind]()
     converted = with_queries(ax.convert(model, (), kwargs, config=LAYOUTS[layout], lowering=lowering))
     assert count(converted.graph_module(lowered=True), "depth_attention_merge") >= 1
-    found, expected = run_both(converted, kwargs)
-    assert_same(found, expected)
+    assert_as_exact(*run_both(converted, kwargs), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -214,7 +217,7 @@ def test_the_log_says_what_was_chosen_and_why(caplog):
 
 
 def test_reads_that_are_recomputed_stay_read_by_read():
-    converted = ax.convert(example_gpt(6), (IDS,), config=ax.AttnResConfig(num_blocks=2))
+    converted = ax.convert(example_gpt(6), (IDS,), config=ax.AttnResConfig(num_blocks=4))
     gm = converted.graph_module()
     assert any(p.choice.two_phase for p in plan_phases(gm, training=False))
     for node in gm.graph.nodes:
