@@ -138,7 +138,7 @@ def _refuse_converted(model: Any) -> None:
             "the model reads through depth attention already: convert the original again, with another config "
             "if you like."
         )
-    if isinstance(getattr(model, "_modules", {}).get("attnres"), AttnResParameters):
+    if isinstance(getattr(model, "attnres", None), AttnResParameters) and not isinstance(model, GraphModule):
         raise AlreadyConvertedError(
             f"{type(model).__name__} is attached for the compile backend: detach(model) first, to convert it."
         )

@@ -9,64 +9,19 @@ model written by hand (stack, norm, einsum) under Inductor. Runs are interleaved
 
 import argparse
 import copy
-import importlib.util
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch._inductor.config
+from _gpt import NaiveAttnRes, load_gpt
 from tabulate import tabulate
 from torch import Tensor, nn
 
 import attnres_fx as ax
-
-
-def load_gpt() -> Any:
-    path = Path(__file__).resolve().parent.parent / "examples" / "small_gpt.py"
-    spec = importlib.util.spec_from_file_location("small_gpt", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["small_gpt"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-class NaiveAttnRes(nn.Module):
-    """Block Attention Residuals on the example GPT's own submodules, as one would first write it."""
-
-    def __init__(self, gpt: nn.Module, num_blocks: int) -> None:
-        super().__init__()
-        self.gpt: Any = gpt
-        count = 2 * len(self.gpt.blocks)
-        self.starts = {i * count // num_blocks for i in range(num_blocks)}
-        width = self.gpt.norm.weight.shape[0]
-        self.queries = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(count))
-        self.gains = nn.ParameterList(nn.Parameter(torch.ones(width)) for _ in range(count))
-
-    def read(self, i: int, sources: list[Tensor]) -> Tensor:
-        values = torch.stack(sources)
-        keys = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-6) * self.gains[i]
-        weights = torch.einsum("sbtd,d->sbt", keys, self.queries[i]).softmax(0)
-        return len(sources) * torch.einsum("sbt,sbtd->btd", weights, values)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        gpt = self.gpt
-        root = gpt.token(ids) + gpt.position(torch.arange(ids.shape[1], device=ids.device))
-        done, partial, state = [root], None, root
-        sublayers = [f for b in gpt.blocks for f in ((b.attention_norm, b.attention), (b.mlp_norm, b.mlp))]
-        for i, (norm, layer) in enumerate(sublayers):
-            if i in self.starts and partial is not None:
-                done, partial = [*done, partial], None
-            out = layer(norm(state))
-            partial = out if partial is None else partial + out
-            state = self.read(i, [*done, partial])
-        return gpt.head(gpt.norm(state))
 
 
 def step_of(model: nn.Module, ids: Tensor) -> Callable[[], None]:

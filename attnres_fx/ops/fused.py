@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
-from attnres_fx.ops.operator import DEPTH_ATTENTION, _check, _runs_in_plain_eager, library
+from attnres_fx.ops import kernels
+from attnres_fx.ops.compiled import TracedDepthAttention
+from attnres_fx.ops.operator import (
+    DEPTH_ATTENTION,
+    _check,
+    _is_transformed,
+    _runs_in_plain_eager,
+    _runs_under_a_compiler,
+    library,
+)
 from attnres_fx.ops.recompute import recomputed
 from attnres_fx.ops.reference import _mix, compute_dtype, depth_weights, result_dtype
 
@@ -136,8 +145,48 @@ def _fused(
     _check(sources, query, key_weight, eps)
     check_epilogue("depth_attention_fused", sources[-1], delta, norm, norm_weight, norm_bias, norm_eps, dtype)
 
-    # --- kernels: none yet ---
+    def again(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        query, key_weight, delta, norm_weight, norm_bias, _, _, *sources = tensors
+        given = [s for s in sources if s is not None]
+        assert query is not None and key_weight is not None
+        return _fused_definition(
+            given, query, key_weight, eps, gain, delta, norm, norm_weight, norm_bias, norm_eps, dtype
+        )
 
+    others = (query, key_weight, delta, norm_weight, norm_bias)
+    if not _is_transformed(sources) and kernels.usable(sources, *others):
+        return kernels.kernel_read(
+            sources,
+            query,
+            key_weight,
+            eps,
+            gain,
+            again,
+            delta=delta,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            norm_eps=norm_eps,
+            dtype=dtype,
+        )
+    return _fused_definition(
+        sources, query, key_weight, eps, gain, delta, norm, norm_weight, norm_bias, norm_eps, dtype
+    )
+
+
+def _fused_definition(
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor,
+    eps: float,
+    gain: float,
+    delta: Tensor | None,
+    norm: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
     extra: list[Tensor] = []
     if delta is not None:
         extra = [sources[-1] + delta]
@@ -153,9 +202,13 @@ def _fused(
         return [normed(mixed, norm, weight, bias, norm_eps, dtype or narrow)]
 
     if not _runs_in_plain_eager([t for t in tensors if t is not None]):
-        return [*definition(tensors), *extra]
-    if held == narrow or norm == NO_NORM:  # the read needs no rounding: PyTorch's own norm may follow it
-        read = DEPTH_ATTENTION(sources, query, key_weight, eps, gain)
+        if not _runs_under_a_compiler(sources):
+            return [*definition(tensors), *extra]
+        held_sources = [s.to(held) for s in sources]
+        mixed: Tensor = TracedDepthAttention.apply(query, key_weight, eps, gain, *held_sources)
+        return [normed(mixed, norm, norm_weight, norm_bias, norm_eps, dtype or narrow), *extra]
+    if held == narrow or (norm == NO_NORM and dtype in (None, narrow)):
+        read = DEPTH_ATTENTION(sources, query, key_weight, eps, gain)  # held as the norm wants it, nothing is rounded
         return [_normed_in_eager(read, norm, norm_weight, norm_bias, norm_eps, dtype or narrow), *extra]
     return [*recomputed(definition, tensors), *extra]
 

@@ -10,10 +10,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
+from attnres_fx.ops import kernels
+from attnres_fx.ops.compiled import TracedDepthAttention
+from attnres_fx.ops.recompute import Definition
 from attnres_fx.ops.reference import RecomputedDepthAttention, definition
 
 SCHEMA = "depth_attention(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain) -> Tensor"
@@ -86,10 +91,37 @@ def _check(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, eps: fl
 
 def _depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, eps: float, gain: float) -> Tensor:
     _check(sources, query, key_weight, eps)
+    if not _is_transformed(sources) and kernels.usable(sources, query, key_weight):
+        (read,) = kernels.kernel_read(sources, query, key_weight, eps, gain, _again(eps, gain))
+        return read
     if _runs_in_plain_eager(sources):
         mixed: Tensor = RecomputedDepthAttention.apply(query, key_weight, eps, gain, *sources)
         return mixed
+    if _runs_under_a_compiler(sources):
+        traced: Tensor = TracedDepthAttention.apply(query, key_weight, eps, gain, *sources)
+        return traced
     return definition(sources, query, key_weight, eps, gain)
+
+
+def _again(eps: float, gain: float) -> Definition:
+    def again(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        query, key_weight, _, _, _, _, _, *sources = tensors
+        assert query is not None and key_weight is not None
+        return [definition([s for s in sources if s is not None], query, key_weight, eps, gain)]
+
+    return again
+
+
+def _is_transformed(sources: Sequence[Tensor]) -> bool:
+    """Whether a transform of `torch.func`, forward mode or another library's tensors must see the definition."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(not isinstance(s, FakeTensor | FunctionalTensor) and type(s) not in _PLAIN for s in sources)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _runs_in_plain_eager(sources: Sequence[Tensor]) -> bool:
@@ -103,6 +135,16 @@ def _runs_in_plain_eager(sources: Sequence[Tensor]) -> bool:
         or torch.compiler.is_compiling()
         or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
         or any(type(s) is not Tensor and type(s) is not torch.nn.Parameter for s in sources)
+    )
+
+
+def _runs_under_a_compiler(sources: Sequence[Tensor]) -> bool:
+    """Whether AOTAutograd traces this, for the CPU and under no transform, so that backward may be ours too."""
+    return (
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and all(type(s) is FunctionalTensor and s.device.type == "cpu" for s in sources)
     )
 
 

@@ -28,22 +28,31 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        higher = torch.is_grad_enabled()  # create_graph=True: differentiate the definition itself
-        with torch.enable_grad():
-            # Fresh tensors: the same one may stand twice among the inputs, and its gradients are kept apart.
-            inputs = [_again(t, need, higher) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
-            outputs = ctx.definition(inputs)
-            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-            wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
-            found = iter(
-                torch.autograd.grad(
-                    [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=higher, allow_unused=True
-                )
-                if pairs
-                else [None] * len(wanted)
+        return None, *gradients_again(ctx.definition, ctx.saved_tensors, ctx.needs_input_grad[1:], grads)
+
+
+def gradients_again(
+    definition: Definition,
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of `definition(tensors)`, differentiable themselves where create_graph=True asks for that."""
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Fresh tensors: the same one may stand twice among the inputs, and its gradients are kept apart.
+        inputs = [_again(t, need, higher) for t, need in zip(tensors, needed, strict=True)]
+        outputs = definition(inputs)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=higher, allow_unused=True
             )
-        return None, *(next(found) if need else None for need in needed)
+            if pairs
+            else [None] * len(wanted)
+        )
+    return [next(found) if need and t is not None else None for t, need in zip(tensors, needed, strict=True)]
 
 
 def _again(tensor: Tensor | None, need: bool, higher: bool) -> Tensor | None:

@@ -84,7 +84,7 @@ class RecomputedDepthAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key_weight, scales, weights, *sources = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition itself
-            return _gradients_of_definition(ctx, (query, key_weight, *sources), grad)
+            return gradients_of_definition(ctx, (query, key_weight, *sources), grad)
         dtype = weights.dtype
         logit_weight = query.to(dtype) * key_weight.to(dtype)
         grad = grad.to(dtype)
@@ -96,7 +96,7 @@ class RecomputedDepthAttention(torch.autograd.Function):
             value, scale = source.to(dtype), scales[..., i : i + 1]
             row = grad_logits[i].unsqueeze(-1) * scale
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                grad_logit_weight = grad_logit_weight + _over_tokens(value * row)
+                grad_logit_weight = grad_logit_weight + over_tokens(value * row)
             if not ctx.needs_input_grad[4 + i]:
                 source_grads.append(None)
                 continue
@@ -110,11 +110,11 @@ class RecomputedDepthAttention(torch.autograd.Function):
         return grad_query, grad_key_weight, None, None, *source_grads
 
 
-def _over_tokens(rows: Tensor) -> Tensor:
+def over_tokens(rows: Tensor) -> Tensor:
     return rows.sum(tuple(range(rows.dim() - 1))) if rows.dim() > 1 else rows
 
 
-def _gradients_of_definition(ctx: Any, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+def gradients_of_definition(ctx: Any, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (2, 3)]
     # The same tensor may stand twice in `inputs`; views keep its two gradients apart.
     query, key_weight, *sources = aliases = [t.view_as(t) for t in inputs]

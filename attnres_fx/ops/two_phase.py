@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
+from attnres_fx.ops import kernels
 from attnres_fx.ops.fused import NO_NORM, check_epilogue, normed
-from attnres_fx.ops.operator import _check, _runs_in_plain_eager, library
+from attnres_fx.ops.operator import _check, _is_transformed, _runs_in_plain_eager, library
 from attnres_fx.ops.recompute import recomputed
 from attnres_fx.ops.reference import _mix, _row_logit, compute_dtype, result_dtype
 
@@ -68,8 +69,13 @@ def _check_batch(
 def _batch(sources: list[Tensor], queries: list[Tensor], key_weights: list[Tensor], eps: float) -> list[Tensor]:
     _check_batch(sources, queries, key_weights, eps)
 
-    # --- kernels: none yet ---
+    if not _is_transformed(sources) and kernels.batch_usable(sources, *queries, *key_weights):
 
+        def from_weights(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+            weights, *given = (t for t in tensors if t is not None)
+            return batch_definition(given, list(weights), [torch.ones_like(w) for w in weights], eps)
+
+        return kernels.kernel_batch(sources, queries, key_weights, eps, from_weights)
     if not _runs_in_plain_eager(sources):
         return batch_definition(sources, queries, key_weights, eps)
     first, last = len(sources), len(sources) + len(queries)
@@ -175,8 +181,33 @@ def _merge(
     _check_merge(mixed, lse, partial, query, key_weight, eps)
     check_epilogue("depth_attention_merge", partial, delta, norm, norm_weight, norm_bias, norm_eps, dtype)
 
-    # --- kernels: none yet ---
+    others = (mixed, query, key_weight, delta, norm_weight, norm_bias)
+    if not _is_transformed([partial]) and kernels.usable([partial], *others):
 
+        def again(given: Sequence[Tensor | None]) -> list[Tensor]:
+            query, key_weight, delta, norm_weight, norm_bias, mixed, lse, partial = given
+            assert partial is not None
+            partial = partial if delta is None else partial + delta
+            given = [mixed, lse, partial, query, key_weight, norm_weight, norm_bias]
+            out = _merge_definition(given, eps, gain, norm, norm_eps, dtype)
+            return [out] if delta is None else [out, partial]
+
+        return kernels.kernel_read(
+            [partial],
+            query,
+            key_weight,
+            eps,
+            gain,
+            again,
+            delta=delta,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            norm_eps=norm_eps,
+            dtype=dtype,
+            carry=mixed,
+            carry_lse=lse,
+        )
     tensors = [mixed, lse, partial, query, key_weight, norm_weight, norm_bias]
     extra: list[Tensor] = []
     if delta is not None:

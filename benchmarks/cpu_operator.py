@@ -1,0 +1,170 @@
+"""Depth attention alone on the CPU: eager and Inductor, beside the stacked definition one would first write.
+
+    python benchmarks/cpu_operator.py                                    # S=9, N=4096, D=1024, float32
+    python benchmarks/cpu_operator.py --dtype bfloat16 --sources 5 17 --repeats 9
+
+In one process: the stacked definition (torch.stack, rms_norm, einsum, softmax, einsum) eager and under Inductor,
+this library's definition source by source under Inductor with the backward that autograd derives, and the operator
+eager and under Inductor. Runs are interleaved and rotated, the compiled ones first and the eager ones after them
+(what gives back a gigabyte slows its neighbours down); medians, and how many times faster than the stacked
+definition run the same way. "compile s" is the first call, forward and backward, with the compiler's caches off;
+"loops" counts the parallel loops of the generated C++, forward + backward; "copy" copies all sources once into
+memory already held: far beyond 2 x the bytes / the memory's bandwidth, the machine was busy with other work.
+Gradients are allocated in every run, so page faults are part of the time for all alike.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch._inductor.config
+from tabulate import tabulate
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+from attnres_fx.ops import depth_attention
+from attnres_fx.ops.reference import definition
+
+EPS = 1e-6
+STACKED = "stacked definition, "
+Read = Callable[..., Tensor]
+
+
+def stacked(query: Tensor, key_weight: Tensor, *sources: Tensor) -> Tensor:
+    values = torch.stack(sources)
+    keys = F.rms_norm(values.float(), values.shape[-1:], key_weight, EPS)
+    weights = torch.einsum("snd,d->sn", keys, query).softmax(0)
+    return torch.einsum("sn,snd->nd", weights, values.float()).to(values.dtype)
+
+
+def ours(query: Tensor, key_weight: Tensor, *sources: Tensor) -> Tensor:
+    return depth_attention(sources, query, key_weight, eps=EPS)
+
+
+def by_source(query: Tensor, key_weight: Tensor, *sources: Tensor) -> Tensor:
+    return definition(sources, query, key_weight, EPS, 1.0)
+
+
+def base_of(name: str) -> str:
+    return STACKED + name.rsplit(", ", 1)[1]
+
+
+def device_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(count: int, tokens: int, width: int, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
+    """One row a way to compute the read; checks that all of them agree before it times them."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    sources = [torch.randn(tokens, width).to(dtype).requires_grad_() for _ in range(count)]
+    query = torch.randn(width).div(width**0.5).requires_grad_()
+    leaves = [query, torch.randn(width).mul(0.3).add(1).requires_grad_(), *sources]
+    grad = torch.randn(tokens, width).to(dtype)
+
+    def forward(read: Read) -> Tensor:
+        with torch.no_grad():
+            return read(*leaves)
+
+    def both(read: Read) -> tuple[Tensor, ...]:
+        out = read(*leaves)
+        return (out, *torch.autograd.grad(out, leaves, grad))
+
+    reads: dict[str, Read] = {STACKED + "eager": stacked, "attnres_fx, eager": ours}
+    compiling: dict[str, float] = {}
+    loops: dict[str, str] = {}
+    for name, plain in (
+        (STACKED + "Inductor", stacked),
+        ("source by source, Inductor", by_source),
+        ("attnres_fx, Inductor", ours),
+    ):
+        read = torch.compile(plain, fullgraph=True, dynamic=False)
+        start = time.perf_counter()
+        _, code = run_and_get_code(lambda read=read: both(read))
+        compiling[name] = time.perf_counter() - start
+        if torch.get_num_threads() > 1:  # one thread leaves no mark to count
+            loops[name] = " + ".join(str(text.count("#pragma omp for")) for text in code)
+        reads[name] = read
+    expected = both(stacked)
+    for read in reads.values():
+        for a, b in zip(both(read), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * float(b.detach().abs().max()))
+        forward(read)
+
+    held = [torch.empty_like(s) for s in sources]
+    copies: list[float] = []
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in reads}
+    for names in ([n for n in reads if n in compiling], [n for n in reads if n not in compiling]):
+        for i in range(repeats):
+            if names[0] in compiling:
+                copies.append(seconds(lambda: [h.copy_(s.detach()) for h, s in zip(held, sources, strict=True)]))
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                read = reads[name]
+                times[name][0].append(seconds(lambda read=read: forward(read)))
+                times[name][1].append(seconds(lambda read=read: both(read)))
+    medians = {name: tuple(1e3 * statistics.median(t) for t in pair) for name, pair in times.items()}
+    rows: list[dict[str, object]] = [
+        {
+            "read": name,
+            "compile s": compiling.get(name),
+            "loops": loops.get(name),
+            "forward ms": medians[name][0],
+            "forward times faster": medians[base_of(name)][0] / medians[name][0],
+            "forward+backward ms": medians[name][1],
+            "f+b times faster": medians[base_of(name)][1] / medians[name][1],
+        }
+        for name in sorted(reads, key=lambda name: -medians[name][1])
+    ]
+    return [*rows, {"read": "copy of the sources", "forward ms": 1e3 * statistics.median(copies)}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", type=int, nargs="+", default=[9])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "cpu_operator.json")
+    options = parser.parse_args()
+    torch._inductor.config.force_disable_caches = True
+    run = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "date": str(date.today()),
+        "repeats": options.repeats,
+        "load at start": os.getloadavg()[0],
+    }
+    cases = []
+    for count in options.sources:
+        rows = measure(count, options.tokens, options.width, getattr(torch, options.dtype), options.repeats)
+        print(f"\nS={count} N={options.tokens} D={options.width} {options.dtype}, {run}\n")
+        print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"), flush=True)
+        shape = {"S": count, "N": options.tokens, "D": options.width, "dtype": options.dtype}
+        cases.append({**shape, "rows": rows})
+    options.json.parent.mkdir(exist_ok=True)
+    options.json.write_text(json.dumps({**run, "cases": cases}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

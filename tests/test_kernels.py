@@ -1,0 +1,69 @@
+"""The Triton kernels, without a GPU: in the interpreter against float64, and compiled ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("triton")
+
+CHECKS = [
+    "shapes wide_and_deep",
+    "fusions dtypes mixed_dtypes",
+    "threaded_gradients strides copies_are_said_once one_tensor_twice no_tokens one_source",
+    "poisoned_memory same_bits_in_two_runs many_kernels_many_launches_same_bits large_logits_stay_finite",
+    "gradients_where_wanted transforms_take_the_definition operators_are_registered_right",
+    "two_phases gradients_of_gradients",
+    "compiled_without_recompiling what_kernels_do_not_take",
+]
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("names", CHECKS)
+def test_kernels_in_the_interpreter(names):
+    told = run("tests/kernel_checks.py", *names.split(), TRITON_INTERPRET="1")
+    assert told.count(": ok") == len(names.split())
+
+
+def test_every_check_is_run():
+    text = (ROOT / "tests/kernel_checks.py").read_text()
+    assert text.count("@check\n") == sum(len(names.split()) for names in CHECKS)
+
+
+def test_six_configurations_compile_for_a_gpu_that_is_not_here(tmp_path):
+    """16-byte loads and stores of contiguous bf16 rows, at most 64 bytes of stack."""
+    cases = ["forward S=9 D=7168 bf16", "backward S=9 D=7168 bf16", "forward S=5 D=4096 bf16"]
+    cases += ["backward S=5 D=4096 bf16", "forward S=9 D=7168 bf16 rms delta", "backward S=1 D=7168 bf16 carry"]
+    out = tmp_path / "compiled.json"
+    run(
+        "benchmarks/compile_kernels.py",
+        "--targets",
+        "sm_90",
+        "--exactly",
+        *cases,
+        "--output",
+        str(out),
+        TRITON_INTERPRET="0",
+    )
+    compiled = json.loads(out.read_text())["compiled"]
+    assert [c["case"] for c in compiled] == cases
+    for case in compiled:
+        assert case["stack"] <= 64, case
+        assert case["load_bytes"].startswith("16 x"), case
+        assert case["store_bytes"].startswith("16 x"), case
+        assert " 2 x" not in f" {case['load_bytes']} {case['store_bytes']}", case
