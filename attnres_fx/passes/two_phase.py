@@ -126,7 +126,7 @@ def _blocks(gm: GraphModule, order: dict[Node, int]) -> Iterator[tuple[tuple[Nod
             seen_by[key(read, shared)].append(read)
     for (shared, *_), members in seen_by.items():
         kept = _together(gm, members, order)
-        if len(kept) > 1 and _grows(shared, kept, reads):
+        if len(kept) > 1 and _grows(shared, members, reads):
             yield shared, kept
 
 
@@ -137,8 +137,7 @@ def _sources(read: Node) -> tuple[Node, ...]:
 def _grows(shared: tuple[Node, ...], members: list[Node], reads: list[Node]) -> bool:
     """Whether the last source of a read is a partial sum: added to, it stands after the same sources again."""
     count = len(shared) + 1
-    later = {_sources(r)[count - 1] for r in reads if len(_sources(r)) >= count and _sources(r)[:-1][: len(shared)]}
-    later &= {s[count - 1] for r in reads if (s := _sources(r))[: count - 1] == shared and len(s) >= count}
+    later = {s[count - 1] for r in reads if len(s := _sources(r)) >= count and s[: count - 1] == shared}
     partials = {_sources(m)[-1] for m in members if len(_sources(m)) == count}
     return any(added in later for p in partials for added in _sums_from(p))
 
