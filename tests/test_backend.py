@@ -210,8 +210,12 @@ def test_only_the_queries_train_when_the_rest_is_frozen():
 def test_half_precision_models_compile_as_they_convert(dtype):
     model, kwargs = built()
     model = model.to(dtype)
-    converted = with_random_queries(ax.convert(copy.deepcopy(model), kwargs=kwargs, config=VARIANTS["block"]))
-    ax.compile(model, kwargs=kwargs, config=VARIANTS["block"], inner="eager")
+    options = {
+        "config": VARIANTS["block"],
+        "lowering": ax.Lowering(two_phase=False),
+    }  # a choice apart in train and eval
+    converted = with_random_queries(ax.convert(copy.deepcopy(model), kwargs=kwargs, **options))
+    ax.compile(model, kwargs=kwargs, inner="eager", **options)
     model.load_state_dict(converted.state_dict(), strict=True)
     torch.testing.assert_close(model(**kwargs, use_cache=False).logits, converted(**kwargs).logits)
     assert model.attnres.reads[0].query.dtype == dtype

@@ -527,6 +527,44 @@ def test_the_backend_fuses_and_explains():
     assert "fuse_norms_pass" in str(ax.explain(model))
 
 
+class Written(nn.Module):
+    """The norm that models of transformers have: its eps is an attribute, which Dynamo makes an input of."""
+
+    def __init__(self, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(D)), eps
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+class WrittenStack(nn.Module):
+    def __init__(self, eps):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norms = nn.ModuleList(Written(eps) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+
+    def forward(self, x):
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            x = x + layer(norm(x))
+        return self.norms[-1](x)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_an_eps_that_dynamo_made_an_input_is_known_and_guarded(inner):
+    torch._dynamo.reset()
+    model = WrittenStack(1e-3)
+    expected = WrittenStack(1e-3)
+    ax.compile(model, (example(),), inner=inner)
+    for eps in (1e-3, 0.5, 1e-3):
+        for norm in (*model.norms, *expected.norms):
+            norm.eps = eps
+        assert_same([model(example())], [expected(example())], 1e-5)
+        assert any("+2 attnres_fx::depth_attention_fused" in c for c in ax.explain(model).graphs[-1].changed)
+    assert len({g.changed for g in ax.explain(model).graphs}) == 1
+
+
 @pytest.mark.parametrize("lowering", [{"fuse_norms": False, "two_phase": False}, Lowering(), None], ids=str)
 def test_options_of_the_backend_choose_the_passes(lowering):
     model, ids = example_gpt(), TEXT["input_ids"]

@@ -19,7 +19,7 @@ from attnres_fx.ops.fused import NO_NORM
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes.graph_tools import insert_attribute, nodes_without_gradients
 from attnres_fx.passes.inline_regions import getattr_path
-from attnres_fx.passes.norms import NormMatch, asks_of, match_norm
+from attnres_fx.passes.norms import NormMatch, Number, asks_of, match_norm, settled
 from attnres_fx.passes.reads import (
     ReadCall,
     available,
@@ -46,7 +46,7 @@ class NormFusion:
     kind: int
     weight: str | None
     bias: str | None
-    eps: float
+    eps: Number
     dtype: torch.dtype | None
     modules: tuple[str, ...] = ()
 
@@ -135,7 +135,7 @@ def _rewrite(gm: GraphModule, fusion: NormFusion, call: ReadCall, match: NormMat
         norm=fusion.kind,
         norm_weight=weights[0],
         norm_bias=weights[1],
-        norm_eps=fusion.eps,
+        norm_eps=settled(fusion.eps),
         dtype=fusion.dtype,
     )
     out, partial = fused.insert()

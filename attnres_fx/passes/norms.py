@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from attnres_fx.passes.graph_tools import shape_of, sizes_agree, tensor_of
+from attnres_fx.passes.graph_tools import shape_of, sizes_agree, tensor_of, value_of
 from attnres_fx.passes.spelling import CASTS, called_module, op_name
 
 RMS, LAYER = 1, 2
+Number = float | torch.SymFloat
 _UNCHANGED = frozenset("contiguous alias".split())
 _ONLY_SHAPES = frozenset("sym_size size dim numel ndim is_floating_point".split())
 
@@ -25,14 +27,15 @@ _ONLY_SHAPES = frozenset("sym_size size dim numel ndim is_floating_point".split(
 class NormMatch:
     """A norm of a value.
 
-    kind: 1 RMSNorm, 2 LayerNorm. weight, bias: nodes [D], or the path of an attribute. out: the node that holds the
+    kind: 1 RMSNorm, 2 LayerNorm. weight, bias: nodes [D], or the path of an attribute. eps: a number, or the symbol
+    that Dynamo has for a number of the model's; `settled` makes a number of it. out: the node that holds the
     result. nodes: everything between the value and `out`, both ends of it included, in no order.
     """
 
     kind: int
     weight: Node | str | None
     bias: Node | str | None
-    eps: float
+    eps: Number
     out: Node
     nodes: frozenset[Node]
 
@@ -118,13 +121,14 @@ def _library(value: Node, casts: frozenset[Node], users: set[Node], arithmetic: 
         eps = torch.finfo(arithmetic).eps
         if isinstance(weight, Node) and _dtype(weight) != _dtype(value):
             return None  # there PyTorch's own default depends on the version
-    if not isinstance(eps, int | float):
+    eps = number_of(eps)
+    if eps is None:
         return None
     out, ignored = _first_output(norm)
     if out is None:
         return None
     kind = RMS if name == "rms_norm" else LAYER
-    return NormMatch(kind, weight, bias, float(eps), out, casts | {norm, out} | ignored)
+    return NormMatch(kind, weight, bias, eps, out, casts | {norm, out} | ignored)
 
 
 def _computes_in(node: Node) -> torch.dtype:
@@ -213,7 +217,7 @@ class _Chain:
     """square, mean, + eps and root; `divides`: the value is divided by the end, which is the root itself."""
 
     nodes: tuple[Node, ...]
-    eps: float
+    eps: Number
     end: Node
     divides: bool
 
@@ -225,7 +229,7 @@ def _reciprocal_root(square: Node) -> _Chain | None:
     add = _only_user(mean)
     eps = None if add is None else _added_number(add, mean)
     root = None if add is None else _only_user(add)
-    if add is None or eps is None or eps < 0 or root is None:
+    if add is None or eps is None or root is None or (isinstance(eps, float) and eps < 0):
         return None
     nodes, name = (square, mean, add, root), op_name(root)
     if name == "rsqrt" or (name == "pow" and len(root.args) == 2 and root.args[1] == -0.5 and root.args[0] is add):
@@ -259,12 +263,26 @@ def _is_row_mean(node: Node, of: Node) -> bool:
     return bool(given.get("keepdim")) and len(dims) == 1 and dims[0] in (-1, last)
 
 
-def _added_number(node: Node, to: Node) -> float | None:
+def number_of(value: Any) -> Number | None:
+    """A number that is known: written in the graph, or one of the model's that Dynamo made an input of."""
+    if isinstance(value, Node):
+        held = value_of(value)
+        # `item()` of a tensor that is computed has no value before it runs.
+        known = isinstance(held, torch.SymFloat) and not free_unbacked_symbols(held)
+        return held if known else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def settled(number: Number) -> float:
+    """The number; where it is a symbol, a guard says that the graph holds for this one alone."""
+    return float(number)
+
+
+def _added_number(node: Node, to: Node) -> Number | None:
     if op_name(node) != "add" or len(node.args) != 2 or node.kwargs:
         return None
     left, right = node.args
-    number = right if left is to else left
-    return float(number) if isinstance(number, int | float) else None
+    return number_of(right if left is to else left)
 
 
 def _is_reciprocal(node: Node, of: Node) -> bool:
