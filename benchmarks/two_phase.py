@@ -60,10 +60,11 @@ def count_fused(sizes: list[int]) -> Bytes:
 
 
 def count_two_phase(sizes: list[int]) -> Bytes:
-    """Completed sources once a block, one output a read; then a merge reads that, the partial sum and the term."""
+    """Completed sources twice a block (logits, mixtures), one output a read; then a merge reads that, the partial sum
+    and the term."""
     read = written = 0.0
     for completed, size in enumerate(sizes, start=1):
-        read += completed
+        read += 2 * completed
         written += size
         for i in range(1, size):
             read += 1 + min(i, 2)

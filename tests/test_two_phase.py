@@ -180,8 +180,8 @@ def test_costs_are_those_of_the_passes_over_memory():
     assert each.forward == (4 + 1) + (4 + 1 + 2) + (3 + 1 + 2)
     assert each.backward == 2 * (3 * 4 + 1) + (3 * 3 + 1)
     phased = cost_two_phase(block)
-    assert phased.forward == (3 + 3) + 3 + (3 + 2) + 2 + 3
-    assert phased.backward == (3 * 3 + 3) + 2 * 6 + 2
+    assert phased.forward == (2 * 3 + 3) + 3 + (3 + 2) + 2 + 3
+    assert phased.backward == (7 * 3 + 2 * 3) + 2 * 6 + 2
     assert phased.live == 3
 
 
