@@ -60,11 +60,11 @@ class KernelRead(torch.autograd.Function):
         saves = any(ctx.needs_input_grad)
         saved: list[Tensor] = []
         carried = _carry_rows(carry, carry_lse)
-        for start in range(0, len(rows), MOST_SOURCES):
-            last = start + MOST_SOURCES >= len(rows)
+        for group in _groups(len(rows)):
+            last = group.stop == len(rows)
             norm = options.norm if last else 0
             out, partial, lse, stats, norm_stats = torch.ops.attnres_fx.read_forward(
-                rows[start : start + MOST_SOURCES],
+                rows[group],
                 query,
                 key_weight,
                 options.eps,
@@ -121,6 +121,13 @@ class KernelRead(torch.autograd.Function):
         return None, None, *weights[:2], for_delta, *weights[2:], *grads
 
 
+def _groups(count: int) -> list[slice]:
+    """As few groups as can be, of sizes as even as can be."""
+    groups = -(-count // MOST_SOURCES)
+    size = -(-count // groups)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def _carry_rows(carry: Tensor | None, carry_lse: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if carry is None or carry_lse is None:
         return None, None
@@ -164,9 +171,8 @@ def _backward(
     into, into_lse = as_rows(grad), None
     weights: list[Tensor | None] = [None] * 6
     grads: list[Tensor | None] = [None] * len(rows)
-    starts = range(0, len(rows), MOST_SOURCES)
-    for at in reversed(range(len(starts))):
-        group, last = slice(starts[at], starts[at] + MOST_SOURCES), at == len(starts) - 1
+    for at, group in reversed(list(enumerate(_groups(len(rows))))):
+        last = group.stop == len(rows)
         lse, stats, norm_stats = saved.groups[4 * at : 4 * at + 3]
         carry, carry_lse = _carry_rows(first_carry, first_lse)
         if at:
