@@ -8,6 +8,7 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,15 @@ def _close(found: Tensor, right: Tensor, tolerance: float, what: str) -> None:
     scale = right.abs().max().clamp_min(1e-12)
     error = ((found.double() - right).abs().max() / scale).item()
     assert error <= tolerance, f"{what}: relative error {error:.2e} above {tolerance}"
+
+
+def _heard() -> list[str]:
+    """What the library says in the log from here on."""
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("attnres_fx").addHandler(handler)
+    return heard
 
 
 def sources_of(count: int, *shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -276,13 +286,8 @@ def strides() -> None:
 
 @check
 def copies_are_said_once() -> None:
-    import logging
-
     autograd._said.clear()
-    heard: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("attnres_fx").addHandler(handler)
+    heard = _heard()
     for _ in range(3):
         depth_attention([torch.randn(64, 6).t()], torch.randn(64), torch.ones(64))
     assert len(heard) == 1 and "is copied" in heard[0], heard
@@ -508,6 +513,12 @@ def what_kernels_do_not_take() -> None:
     assert depth_attention([wide, wide], query, query).shape == wide.shape
     assert not kernels.usable([torch.randn(2, 4, dtype=torch.float64)])
     assert kernels.usable([torch.randn(2, 4)])
+    heard = _heard()
+    many, weight = sources_of(17, 3, 24), torch.randn(24)
+    for _ in range(2):
+        mixed, _ = depth_attention_batch(many, [weight], [torch.ones(24)])
+    _close(mixed, oracle([s.double() for s in many], weight.double(), torch.ones(24).double(), 1.0)[0], 1e-5, "phase 1")
+    assert len(heard) == 1 and "17 sources" in heard[0], heard
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("triton")
@@ -43,6 +45,25 @@ def test_kernels_in_the_interpreter(names):
 def test_every_check_is_run():
     text = (ROOT / "tests/kernel_checks.py").read_text()
     assert text.count("@check\n") == sum(len(names.split()) for names in CHECKS)
+
+
+@pytest.mark.parametrize(
+    "version, why", [(None, "Triton is not installed"), ("2.1.0", "Triton 2.1.0 is older than 3.4")]
+)
+def test_without_a_triton_that_can_the_definition_runs_and_says_why(monkeypatch, version, why):
+    from attnres_fx.ops import depth_attention
+    from attnres_fx.ops.kernels import availability, described
+
+    sources = [torch.randn(3, 8), torch.randn(3, 8)]
+    right = depth_attention(sources, torch.ones(8), torch.ones(8))
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version) if version else None)
+    monkeypatch.setattr("attnres_fx.ops.kernels.kernel_device", lambda source: True)
+    availability.why_not.cache_clear()
+    try:
+        assert why in described(sources)
+        assert torch.equal(depth_attention(sources, torch.ones(8), torch.ones(8)), right)
+    finally:
+        availability.why_not.cache_clear()
 
 
 def test_six_configurations_compile_for_a_gpu_that_is_not_here(tmp_path):
