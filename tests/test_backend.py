@@ -71,7 +71,7 @@ def assert_same_training(model, converted, kwargs, tolerance=1e-5):
     largest = max(g.abs().max() for g in wanted.values())
     assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        assert (gradients[name] - gradient).abs().max() <= tolerance * max(gradient.abs().max(), 1e-2 * largest), name
+        assert (gradients[name] - gradient).abs().max() <= tolerance * max(gradient.abs().max(), 1e-3 * largest), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -210,12 +210,8 @@ def test_only_the_queries_train_when_the_rest_is_frozen():
 def test_half_precision_models_compile_as_they_convert(dtype):
     model, kwargs = built()
     model = model.to(dtype)
-    options = {
-        "config": VARIANTS["block"],
-        "lowering": ax.Lowering(two_phase=False),
-    }  # a choice apart in train and eval
-    converted = with_random_queries(ax.convert(copy.deepcopy(model), kwargs=kwargs, **options))
-    ax.compile(model, kwargs=kwargs, inner="eager", **options)
+    converted = with_random_queries(ax.convert(copy.deepcopy(model), kwargs=kwargs, config=VARIANTS["block"]))
+    ax.compile(model, kwargs=kwargs, config=VARIANTS["block"], inner="eager")
     model.load_state_dict(converted.state_dict(), strict=True)
     torch.testing.assert_close(model(**kwargs, use_cache=False).logits, converted(**kwargs).logits)
     assert model.attnres.reads[0].query.dtype == dtype

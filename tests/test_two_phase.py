@@ -196,6 +196,13 @@ def test_more_reads_and_more_sources_make_two_phases_cheaper():
     assert gains == sorted(gains)
 
 
+def test_without_the_kernels_two_phases_never_pay():
+    for completed in range(1, 12):
+        for merged in range(1, 12):
+            block = BlockReads(completed=completed, merged=merged, alone=1, kept=1e9, batched=False)
+            assert not any(choose_phases(block, training=training).two_phase for training in (True, False))
+
+
 def test_the_choice_is_the_smaller_count():
     for completed in range(1, 12):
         for merged in range(1, 9):

@@ -16,7 +16,8 @@ class BlockReads:
     completed: sources that all of them see. merged: reads that see the partial sum as well. folded: how many of those
     also take in the addition that builds it. alone: reads of the completed sources only; folded_alone: how many of
     those take in an addition, which they can only outside of two phases. kept: U that the block's sublayers keep for
-    backward, whatever the reads do.
+    backward, whatever the reads do. batched: phase 1 runs on the kernels, which read a source for all queries at once;
+    the inner compiler makes a loop over the sources for each.
     """
 
     completed: int
@@ -25,6 +26,7 @@ class BlockReads:
     alone: int = 0
     folded_alone: int = 0
     kept: float = 0.0
+    batched: bool = True
 
     @property
     def reads(self) -> int:
@@ -62,9 +64,11 @@ def cost_two_phase(block: BlockReads) -> BlockCost:
     sources and the partial sum's gradient so far, and writes two gradients). A read of the completed sources alone
     takes its phase-1 output as it is, 2 U each way, and leaves an addition where it was, 3 U.
     """
-    forward = 2 * block.completed + block.reads + 3 * block.merged + 2 * block.folded
-    forward += 2 * block.alone + 3 * block.folded_alone
-    backward = 7 * block.completed + 2 * block.reads + 6 * block.merged + 2 * block.alone
+    forward, backward = 2 * block.completed + block.reads, 7 * block.completed + 2 * block.reads
+    if not block.batched:
+        forward, backward = block.reads * (block.completed + 1), block.reads * (3 * block.completed + 1)
+    forward += 3 * block.merged + 2 * block.folded + 2 * block.alone + 3 * block.folded_alone
+    backward += 6 * block.merged + 2 * block.alone
     return BlockCost(forward, backward, block.reads)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_fx.ops.fused import NO_NORM
+from attnres_fx.ops.kernels import batches
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.two_phase import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
 from attnres_fx.passes.block_cost import MEMORY_SHARE, BlockReads, PhaseChoice, choose_phases
@@ -190,6 +191,7 @@ def _counted(completed: tuple[Node, ...], reads: list[Node], order: dict[Node, i
         alone=len(alone),
         folded_alone=sum(_folds(r, order) for r in alone),
         kept=kept_between(reads[0], reads[-1]) * len(reads) / max(len(reads) - 1, 1),
+        batched=batches([known(s) for s in completed]),
     )
 
 

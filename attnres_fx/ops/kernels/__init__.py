@@ -37,6 +37,12 @@ def _say(reason: str) -> None:
         log.warning("depth attention runs as its definition, not on the Triton kernels: %s", reason)
 
 
+def batches(sources: Sequence[Tensor]) -> bool:
+    """Whether phase 1 over sources like these would run on the kernels, which read them once for all queries."""
+    known = kernel_device(sources[0]) and len(sources) <= MOST_SOURCES
+    return known and why_not() is None and _unsupported(sources, ()) is None
+
+
 def described(sources: Sequence[Tensor]) -> str:
     """What a read of these sources runs on, in words."""
     if not kernel_device(sources[0]):
@@ -114,4 +120,4 @@ def batch_usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
     return usable(sources, *others)
 
 
-__all__ = ["Launch", "batch_usable", "described", "kernel_batch", "kernel_read", "launch_with", "usable"]
+__all__ = ["Launch", "batch_usable", "batches", "described", "kernel_batch", "kernel_read", "launch_with", "usable"]
