@@ -143,7 +143,7 @@ def test_training_step_runs_every_model_from_the_same_loss(tmp_path):
 
 def test_two_phase_counts_the_bytes_of_two_blocks_of_two():
     assert two_phase.count_fused([2, 2]) == two_phase.Bytes(1 + 2 + 2 + 3, 4)
-    assert two_phase.count_two_phase([2, 2]) == two_phase.Bytes(1 + 2 + 2 + 2, 3 + 3)
+    assert two_phase.count_two_phase([2, 2]) == two_phase.Bytes(2 * 1 + 2 + 2 * 2 + 2, 3 + 3)
     assert two_phase.blocks_of(7, 3) == [3, 2, 2]
 
 
