@@ -239,7 +239,7 @@ def test_the_log_says_what_was_chosen_and_why(caplog):
 
 def test_reads_that_are_recomputed_stay_read_by_read(monkeypatch):
     monkeypatch.setattr("attnres_fx.passes.two_phase.batches", lambda sources: True)  # as on a GPU
-    converted = ax.convert(example_gpt(8), (IDS,), config=ax.AttnResConfig(num_blocks=3))
+    converted = ax.convert(example_gpt(8), (IDS,), config=ax.AttnResConfig(num_blocks=4))
     gm = converted.graph_module()
     assert any(p.choice.two_phase for p in plan_phases(gm, training=False))
     monkeypatch.undo()
