@@ -28,8 +28,8 @@ from attnres_fx.sizes import Guards
 CONSTANTS = "_captured"
 
 
-#: Type, eps and shape of a norm module.
-NormModule = tuple[type, float | None, tuple[int, ...]] | None
+#: Type, eps, shape and parameters present of a norm module.
+NormModule = tuple[type, float | None, tuple[int, ...], tuple[str, ...]] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +268,8 @@ def _norm_module(root: nn.Module, path: str) -> NormModule:
     module: Any = root.get_submodule(path)
     if type(module) not in (nn.LayerNorm, nn.RMSNorm) or hooked(module):
         return None
-    return type(module), module.eps, tuple(module.normalized_shape)
+    held = tuple(name for name, value in module._parameters.items() if value is not None)
+    return type(module), module.eps, tuple(module.normalized_shape), held
 
 
 def _autocasts() -> bool:

@@ -293,3 +293,12 @@ def test_the_backend_on_the_device_computes_what_the_converted_model_does(varian
     assert worst(found.detach(), wanted.detach().double()) <= 1e-3
     grads = zip(attached.parameters(), converted.attnres.parameters(), strict=True)
     assert all(worst(a.grad, b.grad.double()) <= 1e-2 for a, b in grads)
+
+
+def test_a_partial_sum_is_rounded_as_an_addition_is():
+    from attnres_fx.ops.fused import depth_attention_fused
+
+    first, last, delta = (torch.randn(64, 1024, device=DEVICE).to(BF16) for _ in range(3))
+    weight = torch.randn(1024, device=DEVICE)
+    _, partial = depth_attention_fused([first, last], weight, weight, delta=delta)
+    assert torch.equal(partial, last + delta)

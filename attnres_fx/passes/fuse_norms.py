@@ -68,7 +68,7 @@ def _find(gm: GraphModule) -> list[tuple[NormFusion, ReadCall, NormMatch]]:
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     frozen = nodes_without_gradients(gm.graph)
     barriers = [i for n, i in order.items() if changes_state(n)]
-    found = []
+    found: list[tuple[NormFusion, ReadCall, NormMatch]] = []
     for node in gm.graph.nodes:
         call = read_call(node)
         if call is None or call.norm != NO_NORM or call.dtype is not None or not have_values(call.sources):
@@ -83,7 +83,8 @@ def _find(gm: GraphModule) -> list[tuple[NormFusion, ReadCall, NormMatch]]:
         if any(order[node] < i < order[match.out] for i in barriers) or (node in frozen) != (match.out in frozen):
             continue
         weights = [w for w in (match.weight, match.bias) if isinstance(w, Node)]
-        if all(available(w, order[node], order) for w in weights):
+        gone = {m.out for _, _, m in found}  # a weight that is itself a folded norm's result is there no more
+        if not gone.intersection(weights) and all(available(w, order[node], order) for w in weights):
             found.append((_planned(call, match), call, match))
     return found
 

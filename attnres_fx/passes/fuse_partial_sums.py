@@ -37,9 +37,8 @@ def fuse_partial_sums_pass(gm: GraphModule) -> PassResult:
     plan = plan_sum_fusions(gm)
     nodes = {n.name: n for n in gm.graph.nodes}
     for fusion in plan:
-        node = _fold(nodes, fusion)
-        # A later fusion may add to this sum: it finds it under its old name.
-        nodes[fusion.total] = node
+        # A later fusion may add to this sum, or add this read: it finds them under their old names.
+        nodes.update(_fold(nodes, fusion))
     return PassResult(gm, bool(plan), plan, tuple(f.total for f in plan))
 
 
@@ -75,7 +74,7 @@ def foldable(call: ReadCall, order: dict[Node, int]) -> tuple[Node, Node] | None
     return added.left, added.right
 
 
-def _fold(nodes: dict[str, Node], fusion: SumFusion) -> Node:
+def _fold(nodes: dict[str, Node], fusion: SumFusion) -> dict[str, Node]:
     call = read_call(nodes[fusion.read])
     assert call is not None
     total = call.sources[-1]
@@ -84,6 +83,7 @@ def _fold(nodes: dict[str, Node], fusion: SumFusion) -> Node:
     assert partial is not None and call.output is not None
     out.meta.update({k: v for k, v in call.output.meta.items() if k not in ("val", "example_value")})
     partial.meta.update({k: v for k, v in total.meta.items() if k not in ("val", "example_value")})
+    replaced = {call.output.name: out, fusion.total: partial}
     call.output.replace_all_uses_with(out)
     graph = total.graph
     for old in (call.output, call.node):
@@ -91,4 +91,4 @@ def _fold(nodes: dict[str, Node], fusion: SumFusion) -> Node:
             graph.erase_node(old)
     total.replace_all_uses_with(partial)
     graph.erase_node(total)
-    return partial
+    return replaced

@@ -152,9 +152,10 @@ def _of_module(node: Node) -> Given | None:
 
 
 def hooked(module: Any) -> bool:
-    """Whether somebody hung a hook on a module: calling it does more than its forward."""
+    """Whether calling a module does more than its class's forward: hooks of its own or of all, a forward of its own."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names)
+    every = [getattr(torch.nn.modules.module, f"_global{n}", None) for n in names]
+    return "forward" in vars(module) or any(every) or any(getattr(module, name) for name in names)
 
 
 def _of_function(node: Node, name: str) -> Given | None:

@@ -152,32 +152,18 @@ def _sums_from(node: Node) -> Iterator[Node]:
 
 
 def _together(gm: GraphModule, members: list[Node], order: dict[Node, int]) -> list[Node]:
-    """The members whose parameters are there, unchanged, at the first of them."""
+    """The members whose parameters are there at the first of them, with nothing written to any tensor in between."""
     first = members[0]
+    barriers = [i for n, i in order.items() if changes_state(n)]
     kept = []
     for read in members:
-        parameters = {n for n in (read.args[1], read.args[2]) if isinstance(n, Node)}
-        between = (n for n, i in order.items() if order[first] < i < order[read] and changes_state(n))
-        written = {a for n in between for a in _origins(n)}
-        if written & {o for p in parameters for o in (p, *_origins(p))}:
+        parameters = [n for n in (read.args[1], read.args[2]) if isinstance(n, Node)]
+        if any(order[first] < i < order[read] for i in barriers):
             continue
         if all(available(p, order[first], order) for p in parameters):
             kept.append(read)
     return kept
 
-
-def _origins(node: Node) -> set[Node]:
-    """The parameters and inputs that a node's arguments may be views of."""
-    found: set[Node] = set()
-    waiting = list(node.all_input_nodes)
-    while waiting:
-        n = waiting.pop()
-        if n.op in ("get_attr", "placeholder"):
-            found.add(n)
-        elif n not in found and n.op in ("call_function", "call_method") and len(n.all_input_nodes) == 1:
-            found.add(n)
-            waiting += n.all_input_nodes
-    return found
 
 
 def _counted(completed: tuple[Node, ...], reads: list[Node], order: dict[Node, int]) -> BlockReads:
