@@ -140,6 +140,14 @@ def have_values(nodes: Sequence[Any]) -> bool:
     return all(isinstance(n, Node) and tensor_of(n) is not None for n in nodes)
 
 
+_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether a node writes to a tensor that others hold."""
+    return changes_state(node) and getattr(node.target, "__name__", "") not in _MODES
+
+
 def changes_state(node: Node) -> bool:
     """Whether a node writes to a tensor that others hold, or switches a mode: nothing is moved across it."""
     if node.op == "call_method":
@@ -149,7 +157,7 @@ def changes_state(node: Node) -> bool:
     if is_aten(node):
         return bool(node.target._schema.is_mutable)  # type: ignore[union-attr]
     name = str(getattr(node.target, "__name__", ""))
-    if name in ("setitem", "_set_grad_enabled", "_enter_autocast", "_exit_autocast"):
+    if name in ("setitem", *_MODES):
         return True
     return op_name(node).endswith("_") or node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
 

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from attnres_fx.ops.threaded import DEPTH_ATTENTION_THREADED
 from attnres_fx.ops.two_phase import DEPTH_ATTENTION_BATCH
 from attnres_fx.passes.graph_tools import insert_call, nodes_without_gradients
-from attnres_fx.passes.reads import ReadCall, changes_state, have_values, insert_outputs, known, read_call
+from attnres_fx.passes.reads import ReadCall, have_values, insert_outputs, known, read_call, writes_in_place
 from attnres_fx.passes.result import PassResult
 
 
@@ -55,7 +55,7 @@ def thread_gradients_pass(gm: GraphModule, *, choose: bool | Literal["auto"] = "
 
 def plan_threads(gm: GraphModule, choose: bool | Literal["auto"]) -> tuple[Thread, ...]:
     """What `thread_gradients_pass` will do, as data."""
-    if any(changes_state(n) for n in gm.graph.nodes):
+    if any(writes_in_place(n) for n in gm.graph.nodes):
         return ()  # what writes to a source in place would write to a view that a read returned
     reads = [(n, s) for n in gm.graph.nodes if (s := _sources(n))]
     frozen = nodes_without_gradients(gm.graph)

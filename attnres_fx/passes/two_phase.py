@@ -35,12 +35,12 @@ from attnres_fx.passes.kept import kept_between
 from attnres_fx.passes.reads import (
     OPERATORS,
     available,
-    changes_state,
     have_values,
     insert_outputs,
     known,
     move_before,
     read_call,
+    writes_in_place,
 )
 from attnres_fx.passes.result import PassResult
 from attnres_fx.passes.spelling import CASTS, is_aten, op_name, read_addition
@@ -154,7 +154,7 @@ def _sums_from(node: Node) -> Iterator[Node]:
 def _together(gm: GraphModule, members: list[Node], order: dict[Node, int]) -> list[Node]:
     """The members whose parameters are there at the first of them, with nothing written to any tensor in between."""
     first = members[0]
-    barriers = [i for n, i in order.items() if changes_state(n)]
+    barriers = [i for n, i in order.items() if writes_in_place(n)]
     kept = []
     for read in members:
         parameters = [n for n in (read.args[1], read.args[2]) if isinstance(n, Node)]
