@@ -79,3 +79,11 @@ class RewriteError(AttnResError, RuntimeError):
 
 class SaveError(AttnResError, RuntimeError):
     """A converted model could not be written to, or read from, a file."""
+
+
+class PlanError(AttnResError, ValueError):
+    """A plan that cannot be made, read, or used with this model."""
+
+
+class PipelineError(AttnResError, RuntimeError):
+    """A pipeline that cannot be built or run as planned."""
