@@ -80,7 +80,13 @@ class Traffic:
         counts = (self.exact, self.cached, self.naive)
         rows.append(["all", "", *(size(sum(c.forward)) for c in counts), size(sum(self.exact.backward)), ""])
         rows.append(
-            ["peak", "", *(size(max(c.forward, default=0)) for c in counts), size(max(self.exact.backward, default=0)), ""]
+            [
+                "peak",
+                "",
+                *(size(max(c.forward, default=0)) for c in counts),
+                size(max(self.exact.backward, default=0)),
+                "",
+            ]
         )
         headers = ["stages", "ranks", "exact", "paper's cache", "naive", "gradients", "exact count: values"]
         return tabulate(rows, headers=headers, disable_numparse=True)
@@ -135,9 +141,7 @@ def stage_of(sublayer: int, starts: Sequence[int]) -> int:
     return bisect_right(starts, sublayer) - 1
 
 
-def _crossing(
-    stream: StreamCost, schedules: Mapping[str, DepthSchedule] | None, position: int
-) -> Iterable[Source]:
+def _crossing(stream: StreamCost, schedules: Mapping[str, DepthSchedule] | None, position: int) -> Iterable[Source]:
     """What a stage that starts at this read position of a stream takes: all that crosses there, as its first read
     sees it all; later ones see less of it."""
     if position == 0:
@@ -179,9 +183,7 @@ def count_traffic(values: Sequence[StageValue], *, num_stages: int, virtual_stag
     for v in values:
         for stage in (v.produced, *(hop + 1 for hop in exact[v.name])):
             kept[stage % num_stages] += v.bytes
-    return Traffic(
-        num_stages, virtual_stages, tuple(values), count(naive), count(cached), count(exact), tuple(kept)
-    )
+    return Traffic(num_stages, virtual_stages, tuple(values), count(naive), count(cached), count(exact), tuple(kept))
 
 
 def _hops_as_in_paper(value: StageValue, num_stages: int) -> range:
