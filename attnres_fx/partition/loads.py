@@ -64,7 +64,7 @@ def stage_loads(
 def reading_sublayer(stream: StreamCost, schedule: DepthSchedule, position: int) -> int:
     """The sublayer of the chain whose stage runs a read: the one it opens, or, for the last read and for those at a
     block's end in `local`, the one it follows."""
-    closes_block = schedule.variant == "local" and 0 < position and position in schedule.starts
+    closes_block = schedule.variant == "local" and position > 0 and position in schedule.starts
     return stream.first + (position - 1 if closes_block or position == stream.count else position)
 
 
