@@ -26,7 +26,9 @@ IDLE = "#EFEFEF"
 BLOCK_COLOURS = ("#56B4E9", "#F0E442", "#CC79A7", "#B8E0D2")
 NO_BLOCK = "#D9D9D9"
 WIDTH_INCHES = 14.0
-FONT = 8.0
+FONT, SMALL = 8.0, 7.0
+#: Of the axes from left to right, about.
+POINTS = 72 * WIDTH_INCHES * 0.92
 BAR = 0.74
 
 
@@ -126,6 +128,9 @@ def _timeline(timeline: Timeline, axes: "Axes") -> None:
     axes.set_xlim(0, whole)
     axes.set_ylim(timeline.num_stages - 0.5, -0.5)
     kinds = [k for k in "FBIW" if any(t.action.kind == k for t in timeline.ranks[0])]
+    # Points that the narrowest bar of each kind has for its number: all get one or none.
+    room = {k: min(t.end - t.start for r in timeline.ranks for t in r if t.action.kind == k) for k in kinds}
+    room = {k: seconds * scale * POINTS / whole for k, seconds in room.items()}
     for rank, actions in enumerate(timeline.ranks):
         axes.broken_barh([(0, whole)], (rank - BAR / 2, BAR), facecolor=IDLE, zorder=1)
         for kind in kinds:
@@ -135,10 +140,11 @@ def _timeline(timeline: Timeline, axes: "Axes") -> None:
                 (rank - BAR / 2, BAR),
                 facecolors=[_shade(kind, t.action.stage // timeline.num_stages, timeline) for t in bars],
                 edgecolor="white",
-                linewidth=0.3,
+                linewidth=0.3 if room[kind] > 4 else 0.0,
                 zorder=2,
             )
-        _number(actions, rank, whole, scale, axes)
+            if room[kind] >= 0.64 * SMALL * len(str(timeline.num_microbatches - 1)):
+                _number(bars, rank, scale, axes)
     lines = [_hop_line(h.start * scale, h.end * scale, h.source_rank, h.target_rank) for h in timeline.hops]
     crowded = len(lines) > 600
     axes.add_collection(
@@ -146,8 +152,8 @@ def _timeline(timeline: Timeline, axes: "Axes") -> None:
             lines,
             colors=[HOP_COLOURS[h.action.kind] for h in timeline.hops],
             linewidths=0.35 if crowded else 0.7,
-            alpha=0.35 if crowded else 0.7,
-            zorder=3,
+            alpha=0.5 if crowded else 0.8,
+            zorder=1.5,  # from the last rank to the first they pass behind the bars
         )
     )
     idle = [f"{seconds / timeline.step_seconds:.0%}" if timeline.step_seconds else "" for seconds in timeline.idle]
@@ -158,7 +164,7 @@ def _timeline(timeline: Timeline, axes: "Axes") -> None:
         side.tick_params(axis="y", length=0)
         side.spines[:].set_visible(False)
     axes.tick_params(axis="x", labelsize=FONT)
-    axes.set_xlabel(unit, fontsize=FONT + 1)
+    axes.set_xlabel({"s": "seconds", "ms": "milliseconds", "µs": "microseconds"}[unit], fontsize=FONT, loc="left")
     axes.set_title(
         f"{timeline.schedule}, {timeline.num_stages} ranks of {_counted(timeline.virtual_stages, 'stage')}, "
         f"{_counted(timeline.num_microbatches, 'microbatch', 'es')}: "
@@ -168,6 +174,8 @@ def _timeline(timeline: Timeline, axes: "Axes") -> None:
     )
     handles: list[Any] = [Patch(facecolor=COLOURS[k], label=NAMES[k]) for k in kinds]
     handles.append(Patch(facecolor=IDLE, label="idle"))
+    if timeline.virtual_stages > 1:
+        handles.append(Patch(facecolor="none", label="lighter: a later stage of the rank"))
     if lines:
         handles.append(Line2D([], [], color=HOP_COLOURS["F"], linewidth=1, label="output on its way"))
         handles.append(Line2D([], [], color=HOP_COLOURS["B"], linewidth=1, label="gradient on its way"))
@@ -179,17 +187,12 @@ def _hop_line(start: float, end: float, source: int, target: int) -> list[tuple[
     return [(start, source + down * BAR / 2), (end, target - down * BAR / 2)]
 
 
-def _number(actions: Sequence[TimedAction], rank: int, whole: float, scale: float, axes: "Axes") -> None:
-    """Microbatch numbers in the bars that are wide enough for them."""
-    points_per_unit = 72 * WIDTH_INCHES * 0.86 / whole
-    for timed in actions:
-        text = str(timed.action.microbatch)
-        width = (timed.end - timed.start) * scale * points_per_unit
-        if width < 0.75 * (FONT - 1) * len(text):
-            continue
-        colour = "white" if timed.action.kind == "F" else "black"
+def _number(bars: Sequence[TimedAction], rank: int, scale: float, axes: "Axes") -> None:
+    for timed in bars:
+        colour = "white" if timed.action.kind == "F" and timed.action.stage == rank else "black"
         middle = (timed.start + timed.end) / 2 * scale
-        axes.text(middle, rank, text, ha="center", va="center", fontsize=FONT - 1, color=colour, zorder=4)
+        text = str(timed.action.microbatch)
+        axes.text(middle, rank, text, ha="center", va="center", fontsize=SMALL, color=colour, zorder=4)
 
 
 def _shade(kind: str, virtual: int, timeline: Timeline) -> tuple[float, float, float]:
@@ -206,7 +209,7 @@ def _map(stage_map: StageMap, axes: "Axes") -> None:
 
     blocks, stages, ranks = stage_map.blocks, stage_map.stages, stage_map.num_stages
     count = stages[-1].stop
-    points_per_sublayer = 72 * WIDTH_INCHES * 0.86 / count
+    points_per_sublayer = POINTS / count
     axes.set_xlim(0, count)
     axes.set_ylim(ranks - 0.4, -1.6)
     named = any(label for label, _ in blocks)
@@ -215,9 +218,12 @@ def _map(stage_map: StageMap, axes: "Axes") -> None:
         axes.add_patch(Rectangle((sublayers.start, row - BAR / 2), len(sublayers), BAR, facecolor=colour, linewidth=0))
 
     def write(sublayers: range, row: float, text: str) -> None:
-        if len(sublayers) * points_per_sublayer >= 0.62 * FONT * len(text):
+        if len(sublayers) * points_per_sublayer >= 0.64 * FONT * len(text):
             middle = (sublayers.start + sublayers.stop) / 2
             axes.text(middle, row, text, ha="center", va="center", fontsize=FONT, zorder=4)
+        elif row >= 0 and ranks > 1:  # the rank's stage before ends far to the left
+            beside = sublayers.start - 3 / points_per_sublayer
+            axes.text(beside, row, text, ha="right", va="center", fontsize=FONT, zorder=4)
 
     for n, (label, block) in enumerate(blocks):
         colour = BLOCK_COLOURS[n % len(BLOCK_COLOURS)] if label else NO_BLOCK
@@ -239,11 +245,11 @@ def _map(stage_map: StageMap, axes: "Axes") -> None:
     axes.tick_params(axis="y", length=0, labelsize=FONT)
     axes.tick_params(axis="x", labelsize=FONT)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("sublayer", fontsize=FONT + 1)
+    axes.set_xlabel("sublayer", fontsize=FONT, loc="left")
     spanning = sum(
         sum(bool(range(max(b.start, s.start), min(b.stop, s.stop))) for s in stages) > 1 for label, b in blocks if label
     )
-    about = f"{_counted(len(blocks), 'block')}, {spanning} across stages" if named else "no blocks"
+    about = f"{_counted(len(blocks), 'block')}, {spanning} of them across stages" if named else "no blocks"
     axes.set_title(
         f"{_counted(count, 'sublayer')} in {_counted(len(stages), 'virtual stage')} (numbered); {about}",
         fontsize=FONT + 3,
@@ -252,7 +258,9 @@ def _map(stage_map: StageMap, axes: "Axes") -> None:
     if named and spanning:
         from matplotlib.lines import Line2D
 
-        inside = Line2D([], [], color="#555555", linewidth=0.8, linestyle="dashed", label="a stage begins inside a block")
+        inside = Line2D(
+            [], [], color="#555555", linewidth=0.8, linestyle="dashed", label="a stage begins inside a block"
+        )
         at_end = Line2D([], [], color="#555555", linewidth=0.8, label="a stage begins where a block does")
         box = Patch(facecolor="none", edgecolor="black", label="virtual stage, in the row of its rank")
         _legend_below([box, at_end, inside], axes)
