@@ -128,22 +128,21 @@ def _timeline(timeline: Timeline, axes: "Axes") -> None:
     axes.set_xlim(0, whole)
     axes.set_ylim(timeline.num_stages - 0.5, -0.5)
     kinds = [k for k in "FBIW" if any(t.action.kind == k for t in timeline.ranks[0])]
-    # Points that the narrowest bar of each kind has for its number: all get one or none.
-    room = {k: min(t.end - t.start for r in timeline.ranks for t in r if t.action.kind == k) for k in kinds}
-    room = {k: seconds * scale * POINTS / whole for k, seconds in room.items()}
     for rank, actions in enumerate(timeline.ranks):
         axes.broken_barh([(0, whole)], (rank - BAR / 2, BAR), facecolor=IDLE, zorder=1)
-        for kind in kinds:
-            bars = [t for t in actions if t.action.kind == kind]
+        for bars in _alike(actions):
+            stage, kind, _ = bars[0].action
+            # Points that a number has; all bars of one stage and kind are as long as each other.
+            room = (bars[0].end - bars[0].start) * scale * POINTS / whole
             axes.broken_barh(
                 [(t.start * scale, (t.end - t.start) * scale) for t in bars],
                 (rank - BAR / 2, BAR),
-                facecolors=[_shade(kind, t.action.stage // timeline.num_stages, timeline) for t in bars],
+                facecolor=_shade(kind, stage // timeline.num_stages, timeline),
                 edgecolor="white",
-                linewidth=0.3 if room[kind] > 4 else 0.0,
+                linewidth=min(0.3, 0.06 * room),
                 zorder=2,
             )
-            if room[kind] >= 0.64 * SMALL * len(str(timeline.num_microbatches - 1)):
+            if room >= 0.64 * SMALL * len(str(timeline.num_microbatches - 1)) + 2:
                 _number(bars, rank, scale, axes)
     lines = [_hop_line(h.start * scale, h.end * scale, h.source_rank, h.target_rank) for h in timeline.hops]
     crowded = len(lines) > 600
@@ -180,6 +179,14 @@ def _timeline(timeline: Timeline, axes: "Axes") -> None:
         handles.append(Line2D([], [], color=HOP_COLOURS["F"], linewidth=1, label="output on its way"))
         handles.append(Line2D([], [], color=HOP_COLOURS["B"], linewidth=1, label="gradient on its way"))
     _legend_below(handles, axes)
+
+
+def _alike(actions: Sequence[TimedAction]) -> list[list[TimedAction]]:
+    """A rank's computations by kind and stage."""
+    found: dict[tuple[str, int], list[TimedAction]] = {}
+    for timed in actions:
+        found.setdefault((timed.action.kind, timed.action.stage), []).append(timed)
+    return list(found.values())
 
 
 def _hop_line(start: float, end: float, source: int, target: int) -> list[tuple[float, float]]:
@@ -249,7 +256,7 @@ def _map(stage_map: StageMap, axes: "Axes") -> None:
     spanning = sum(
         sum(bool(range(max(b.start, s.start), min(b.stop, s.stop))) for s in stages) > 1 for label, b in blocks if label
     )
-    about = f"{_counted(len(blocks), 'block')}, {spanning} of them across stages" if named else "no blocks"
+    about = f"{_counted(len(blocks), 'block')}, {spanning or 'none'} of them across stages" if named else "no blocks"
     axes.set_title(
         f"{_counted(count, 'sublayer')} in {_counted(len(stages), 'virtual stage')} (numbered); {about}",
         fontsize=FONT + 3,
@@ -268,9 +275,14 @@ def _map(stage_map: StageMap, axes: "Axes") -> None:
 
 def _legend_below(handles: Sequence[Any], axes: "Axes") -> None:
     axes.legend(
-        handles=list(handles), loc="upper right", bbox_to_anchor=(1, 0), bbox_transform=axes.transAxes, ncols=len(handles),
-        fontsize=FONT, frameon=False, borderaxespad=2.2,
-    )  # fmt: skip
+        handles=list(handles),
+        ncols=len(handles),
+        loc="upper right",
+        bbox_to_anchor=(1, 0),
+        borderaxespad=2.2,
+        fontsize=FONT,
+        frameon=False,
+    )
 
 
 def _unit(seconds: float) -> tuple[float, str]:
