@@ -7,7 +7,7 @@ attention over the microbatch as one sequence; the backward is twice the forward
 sublayer is recomputed from the value it read, which is all that is saved. A rank is one device with the microbatch to
 itself; exchange between experts is not counted.
 
-Stages end where blocks end, and inside a block are as even as can be, head counted. All variants run on the same
+Stages end where blocks of 24 end, and inside a block are as even as can be, head counted. All variants run on the same
 stages. Kept and sent values are those of `attnres_fx.partition.traffic`; times are of the model in
 `attnres_fx.partition.timeline` at the speeds of `DeviceSpeed`.
 """
@@ -48,7 +48,8 @@ EXPERT_PARAMETERS = ACTIVE_EXPERTS * 3 * WIDTH * EXPERT_HIDDEN
 
 PLANS = ((8, 4), (16, 2))
 SCHEDULES = ("Interleaved1F1B", "InterleavedZeroBubble")
-VARIANTS = ("plain", "block", "full", "local")
+#: "local" has the blocks of 24, which span stages; "local, aligned" one block a stage.
+VARIANTS = ("plain", "block", "full", "local", "local, aligned")
 
 
 def model_costs(tokens: int) -> ModelCosts:
@@ -89,15 +90,18 @@ def stage_starts(costs: ModelCosts, stages: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def schedules_of(variant: str) -> dict[str, DepthSchedule] | None:
-    if variant == "plain":
-        return None
-    config = AttnResConfig(variant=variant, block_size=None if variant == "full" else BLOCK)  # type: ignore[arg-type]
-    return {"main": plan_schedule(2 * LAYERS, config)}
+def schedules_of(variant: str, starts: Sequence[int]) -> dict[str, DepthSchedule] | None:
+    configs = {
+        "block": AttnResConfig(variant="block", block_size=BLOCK),
+        "full": AttnResConfig(variant="full"),
+        "local": AttnResConfig(variant="local", block_size=BLOCK),
+        "local, aligned": AttnResConfig(variant="local", boundaries=starts[1:]),
+    }
+    return {"main": plan_schedule(2 * LAYERS, configs[variant])} if variant in configs else None
 
 
 def report(traffic: Traffic, costs: ModelCosts, starts: Sequence[int], variant: str, **how: Any) -> dict[str, Any]:
-    loads = stage_loads(costs, starts, schedules_of(variant), traffic)
+    loads = stage_loads(costs, starts, schedules_of(variant, starts), traffic)
     timeline = simulate(loads, num_stages=traffic.num_stages, virtual_stages=traffic.virtual_stages, **how)
     return {
         "num_stages": traffic.num_stages,
@@ -170,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         starts = stage_starts(costs, num_stages * virtual_stages)
         for schedule in SCHEDULES:
             for variant in VARIANTS:
-                values = stage_values(costs.streams, schedules_of(variant), starts)
+                values = stage_values(costs.streams, schedules_of(variant, starts), starts)
                 traffic = count_traffic(values, num_stages=num_stages, virtual_stages=virtual_stages)
                 rows.append(
                     report(traffic, costs, starts, variant, schedule=schedule, num_microbatches=options.microbatches)

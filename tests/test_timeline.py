@@ -1,7 +1,9 @@
 """Simulated steps, against closed forms, longest paths and PyTorch's own loops."""
 
 import itertools
+import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -290,3 +292,30 @@ def test_an_order_in_which_ranks_wait_for_each_other_is_refused(monkeypatch):
     monkeypatch.setattr(orders, "_listed_orders", lambda *_: wrong)
     with pytest.raises(PlanError, match="never gets to 0B0, 1F0"):
         even_step("GPipe", 2, 1, 1)
+
+
+def test_the_table_at_internet_scale_is_written_with_what_it_depends_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import pipeline_timeline
+
+    output = tmp_path / "timeline.json"
+    assert pipeline_timeline.main(["--microbatches", "16", "--tokens", "1024", "--output", str(output)]) == output
+    content = json.loads(output.read_text())
+    assert content.keys() >= {"date", "device_name", "torch", "python", "versions", "commit", "tokens", "device_speed"}
+    assert len(content["plans"]) == 2 * 2 * 5
+    assert len(content["starts"]) == 32
+    value = 1024 * 7168 * 2
+    for plan in content["plans"]:
+        hops = {v: plan[f"{v}_bytes"] / 2 / value for v in ("naive", "cached", "exact")}
+        if plan["variant"] in ("plain", "local, aligned"):
+            assert hops == {"naive": 31, "cached": 31, "exact": 31}
+        if plan["variant"] == "block":
+            # The root, 7 completed blocks of 4 stages each, and 3 partial sums of each of 8 blocks.
+            ranks = plan["num_stages"]
+            ends = range(3, 28, 4)
+            assert hops["naive"] == 31 + sum(31 - e for e in ends) + 24
+            assert hops["exact"] == ranks - 1 + sum(min(ranks - 1, 31 - e) for e in ends) + 24
+            assert hops["cached"] == ranks + sum(min(ranks, 31 - e) for e in ends) + 24
+        assert 0 < plan["bubble"] < 1
+    printed = capsys.readouterr().out
+    assert "| P=16, V=2 | InterleavedZeroBubble | local, aligned |" in printed
