@@ -13,7 +13,7 @@ stages. Kept and sent values are those of `attnres_fx.partition.traffic`; times 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -115,49 +115,56 @@ def report(traffic: Traffic, costs: ModelCosts, starts: Sequence[int], variant: 
         "exact_peak_hop_bytes": traffic.exact.peak,
         "cache_bytes": max(traffic.cache_bytes),
         "peak_cache_bytes": max(timeline.peak_cache_bytes),
+        "receive_buffer_bytes": max(traffic.receive_buffer_bytes(how["num_microbatches"])),
         "peak_activation_bytes": max(timeline.peak_activation_bytes),
         "step_seconds": timeline.step_seconds,
         "bubble": timeline.bubble,
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown; gigabytes of 10^9 bytes, both directions where they are totals, the fullest rank where of a rank."""
-    plain = {(r["num_stages"], r["schedule"]): r["step_seconds"] for r in rows if r["variant"] == "plain"}
-    lines = []
-    for r in rows:
-        amounts = [
-            r[name] / 1e9
-            for name in (
-                "naive_bytes",
-                "cached_bytes",
-                "exact_bytes",
-                "naive_peak_hop_bytes",
-                "exact_peak_hop_bytes",
-                "cache_bytes",
-                "peak_cache_bytes",
-                "peak_activation_bytes",
-            )
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f}" if count >= 9.95e9 else f"{count / 1e9:.2f}"
+
+
+def place(row: Mapping[str, Any]) -> str:
+    return f"P={row['num_stages']}, V={row['virtual_stages']}"
+
+
+def traffic_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Gigabytes of 10^9 bytes a microbatch: of all hops both ways, of the fullest hop one way, of the fullest rank."""
+    columns = {
+        "naive_bytes": "naive",
+        "cached_bytes": "paper's cache",
+        "exact_bytes": "exact",
+        "naive_peak_hop_bytes": "fullest hop, naive",
+        "exact_peak_hop_bytes": "fullest hop, exact",
+        "cache_bytes": "kept on a rank",
+    }
+    # Schedules send the same.
+    lines = [
+        [place(r), r["variant"], *(gigabytes(r[c]) for c in columns)] for r in rows if r["schedule"] == SCHEDULES[0]
+    ]
+    return tabulate(lines, headers=["plan", "variant", *columns.values()], tablefmt="github", disable_numparse=True)
+
+
+def time_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Steps, and gigabytes of the fullest rank at the worst time."""
+    plain = {(place(r), r["schedule"]): r["step_seconds"] for r in rows if r["variant"] == "plain"}
+    lines = [
+        [
+            place(r),
+            r["schedule"],
+            r["variant"],
+            f"{r['step_seconds']:.1f}",
+            f"{r['step_seconds'] / plain[place(r), r['schedule']]:.3f}",
+            f"{r['bubble']:.1%}",
+            gigabytes(r["peak_cache_bytes"]),
+            gigabytes(r["peak_activation_bytes"]),
+            gigabytes(r["receive_buffer_bytes"]),
         ]
-        slower = r["step_seconds"] / plain[r["num_stages"], r["schedule"]]
-        where = f"P={r['num_stages']}, V={r['virtual_stages']}"
-        amounts_text = [f"{a:.1f}" if a >= 9.95 else f"{a:.2f}" for a in amounts]
-        lines.append(
-            [
-                where,
-                r["schedule"],
-                r["variant"],
-                *amounts_text,
-                f"{r['step_seconds']:.1f}",
-                f"{slower:.3f}",
-                f"{r['bubble']:.1%}",
-            ]
-        )
-    headers = [
-        "plan", "schedule", "variant", "naive GB", "paper's cache GB", "exact GB", "peak hop, naive GB",
-        "peak hop, exact GB", "kept a microbatch GB", "kept at peak GB", "activations at peak GB", "step s",
-        "of plain", "bubble",
-    ]  # fmt: skip
+        for r in rows
+    ]
+    headers = ["plan", "schedule", "variant", "step s", "of plain", "bubble", "kept", "activations", "receive buffers"]
     return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -181,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 )
     print(f"{options.tokens} tokens a microbatch, {options.microbatches} microbatches a step, {DeviceSpeed()}")
     print(f"first sublayer of each virtual stage: {starts}\n")
-    print(table(rows))
+    print(f"{traffic_table(rows)}\n\n{time_table(rows)}")
     write_json(
         options.output,
         {

@@ -277,6 +277,10 @@ def test_an_encoders_output_travels_and_the_decoder_begins_with_its_own_root():
     # The last hop's receiver, rank 1, made the memory and has had the mask.
     assert traffic.exact.forward == (7, 11, 14)
     assert traffic.cache_bytes == (6 + 1 + 14 + 11, 7 + 11 + 14)
+    # Rank 1 receives over the first and the last hop, and the gradients of the second; rank 0 the rest.
+    assert traffic.exact.backward == (6, 11, 14)
+    assert traffic.receive_buffer_bytes(10) == (10 * (11 + 6 + 14), 10 * (7 + 14 + 11))
+    assert traffic.receive_buffer_bytes(1, cache=False) == (12 + 6 + 25, 7 + 26 + 11)
 
 
 def test_on_one_rank_nothing_travels():

@@ -11,8 +11,9 @@ The model:
   parts). A value kept for later stages stays from its arrival, or the end of the forward that makes it, to the end of
   the same stage's backward: gradients walk the way back, so that is its last use on this rank.
 
-Not in it: gradient reduction, the optimizer, and that PyTorch's 1F1B loop waits for a send in the pair of messages it
-posts together, which on a link slower than a stage makes it wait longer than here.
+Not in it: gradient reduction, the optimizer, the buffers that PyTorch's stages hold to receive every microbatch into
+(`Traffic.receive_buffer_bytes`), and that PyTorch's 1F1B loop waits for a send in the pair of messages it posts
+together, which on a link slower than a stage makes it wait longer than here.
 """
 
 from collections.abc import Sequence

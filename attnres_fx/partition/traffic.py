@@ -63,6 +63,15 @@ class Traffic:
     exact: HopCount
     cache_bytes: tuple[int, ...]
 
+    def receive_buffer_bytes(self, num_microbatches: int, *, cache: bool = True) -> tuple[int, ...]:
+        """What PyTorch's stages set aside on each rank to receive into, as long as they live: room for the outputs and
+        the gradients of every microbatch, whenever they arrive."""
+        hops, held = self.exact if cache else self.naive, [0] * self.num_stages
+        for hop, (forward, backward) in enumerate(zip(hops.forward, hops.backward, strict=True)):
+            held[(hop + 1) % self.num_stages] += num_microbatches * forward
+            held[hop % self.num_stages] += num_microbatches * backward
+        return tuple(held)
+
     def table(self) -> str:
         """Every hop with what travels over it, then totals and peaks."""
         labels = {v.name: v.label or v.name for v in self.values}
