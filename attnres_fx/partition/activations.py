@@ -45,7 +45,11 @@ def input_bytes(body: Body) -> int:
 
 
 def _partitioned_bytes(body: Body) -> int:
-    from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+    from functorch.compile import (  # type: ignore[import-untyped]
+        aot_function,
+        make_boxed_func,
+        min_cut_rematerialization_partition,
+    )
     from torch._inductor.decomposition import select_decomp_table
 
     parts: list[tuple[GraphModule, int]] = []
@@ -110,7 +114,7 @@ def _kept_bytes(body: Body, forward: GraphModule, num_outputs: int) -> int:
 
 
 def _storage(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)
 
 
 def _storage_bytes(value: Tensor) -> int:

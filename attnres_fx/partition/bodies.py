@@ -4,6 +4,7 @@ A unit is a sublayer, or what stands before the first or after the last. Its bod
 depth reads, whose outputs are inputs of the body, as are parameters and what other units hand over.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,14 +146,14 @@ def graph_facts(gm: GraphModule) -> GraphFacts:
             parameter = parameter_of(node)
             if parameter is not None and parameter.requires_grad:
                 found.add(node)
-        elif node.op == "call_function" and node not in frozen and found.intersection(node.all_input_nodes):
-            if _carries_gradient(node):
-                found.add(node)
-                found.update(_written_to(node))
+        elif node not in frozen and found.intersection(node.all_input_nodes) and _carries_gradient(node):
+            found.update((node, *_written_to(node)))
     return GraphFacts(frozenset(found), frozen, {n: i for i, n in enumerate(gm.graph.nodes)})
 
 
 def _carries_gradient(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
     if isinstance(node.target, OpOverload) and node.target._schema.name in ("aten::detach", "aten::detach_"):
         return False
     values = pytree.tree_leaves(held_value(node))
@@ -181,8 +182,10 @@ def extract_body(nodes: Sequence[Node], facts: GraphFacts) -> Body:
 class _Extraction:
     def __init__(self, nodes: Sequence[Node], facts: GraphFacts) -> None:
         self.facts = facts
-        self.own = [n for n in sorted(nodes, key=facts.order.__getitem__) if computes(n)]
-        self.members = frozenset(self.own)
+        computed = frozenset(n for n in nodes if computes(n))
+        # Of a tuple that another unit made, its parts are taken in.
+        self.members = frozenset(n for n in computed if n.target is not operator.getitem or n.args[0] in computed)
+        self.own = sorted(self.members, key=facts.order.__getitem__)
         self.graph = Graph()
         self.copies: dict[Node, Any] = {}
         self.inputs: list[BodyInput] = []

@@ -67,8 +67,8 @@ def _convolution_backward(
     grad: Shape, x: Shape, weight: Shape, _bias: Any, _s: Any, _p: Any, _d: Any, transposed: bool, *rest: Any, **__: Any
 ) -> int:
     """Each gradient costs what the forward pass does; the registry's own formula forgets about groups."""
-    mask = rest[2]
-    return sum(mask[:2]) * conv_flop_count(list(x), list(weight), list(grad), transposed=transposed)
+    gradients = sum(rest[2][:2])  # output_mask: of the input, of the weight
+    return int(gradients * conv_flop_count(list(x), list(weight), list(grad), transposed=transposed))
 
 
 def _batched_sum(_: Shape, a: Shape, b: Shape, *__: Any, **___: Any) -> int:
@@ -196,12 +196,21 @@ def _measured(node: Node, differentiable: frozenset[Node]) -> Flops:
     error: Exception | None = None
     for dtype in (None, torch.float32):
         try:
-            return _run(node, differentiable, dtype)
+            found = _run(node, differentiable, dtype)
         except Exception as raised:  # whatever an operation raises on tensors without data
             # Once more in one dtype: under autocast the graph's own ones do not match.
             error = raised
-    log.info("%s cannot be run without data (%s): its operations are not counted", node.target, error)
+            continue
+        if found == Flops() and not _is_known(node):
+            log.info("%s is not counted: register its formula with torch.utils.flop_counter", node.target)
+        return found
+    log.info("%s is not counted: it cannot be run without data (%s)", node.target, error)
     return Flops()
+
+
+def _is_known(node: Node) -> bool:
+    """Whether a call that counts nothing is one of PyTorch's own, which would have a formula if it were a product."""
+    return isinstance(node.target, OpOverload) and node.target.namespace in ("aten", "prims", "prim", "inductor")
 
 
 def _run(node: Node, differentiable: frozenset[Node], dtype: torch.dtype | None) -> Flops:
