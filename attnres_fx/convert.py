@@ -102,7 +102,7 @@ def convert(
     _require_same_reads(found, selected)
     schedules = {s.name: plan_schedule(s.num_sublayers, config) for s in selected}
     parameters = make_parameters(captured.graphs[mode].gm.graph, captured.root, streams, selected, config)
-    rewritten = {m: _rewrite(captured, m, s, schedules, config, parameters) for m, s in found.items()}
+    rewritten = {m: rewrite_(captured.graphs[m].gm, s, schedules, config, parameters) for m, s in found.items()}
     replacements = {m: rewritten[distinct[id(g)][0]] for m, g in captured.graphs.items()}
     report = _report(model, captured, streams, selected, schedules, config)
     converted = ConvertedModel(
@@ -167,15 +167,14 @@ def _require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stre
             )
 
 
-def _rewrite(
-    captured: Captured,
-    mode: Mode,
+def rewrite_(
+    gm: GraphModule,
     streams: StreamSet,
     schedules: Mapping[str, DepthSchedule],
     config: AttnResConfig,
     parameters: AttnResParameters,
 ) -> tuple[Replacement, ...]:
-    gm = captured.graphs[mode].gm
+    """Put reads with the given parameters into an analysed graph, in place."""
     gm.add_module("attnres", parameters)
     result = run_pass(
         insert_depth_attention_pass,
