@@ -22,6 +22,7 @@ from attnres_fx.partition.cost import measure_costs
 from attnres_fx.partition.flops import Flops, count_flops
 from attnres_fx.partition.given_costs import costs_from_dict, costs_to_dict
 from attnres_fx.partition.model_costs import CarriedValue, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.passes.inline_regions import inline_regions_pass
 from examples.small_gpt import GPTConfig, SmallGPT
 
 IDS = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -59,17 +60,11 @@ class ChainInOrder:
             if at < len(ends) and node is ends[at]:
                 at += 1
         self.num_sublayers = len(ends) - 1
-        self.names = tuple(r.read for r in replacements)
+        self.names = ("first", *(r.read for r in replacements[:-1]))
         self.streams = (SimpleNamespace(name="stream", first=0, count=self.num_sublayers),)
 
     def members(self, unit):
         return self.units[unit + 1]
-
-
-def converted_graph(model, *args, **kwargs):
-    converted = ax.convert(model, args, kwargs, config=ax.AttnResConfig(variant="full"), check=False)
-    mode = "train" if model.training else "eval"
-    return converted.graph_module(mode), ChainInOrder(converted.graph_module(mode), converted.replacements(mode))
 
 
 def measured(model, *args, **kwargs):
@@ -102,22 +97,19 @@ def gpt_parts(model):
     for block in model.blocks:
         layers.append(lambda h, b=block: b.attention(b.attention_norm(h)))
         layers.append(lambda h, b=block: b.mlp(b.mlp_norm(h)))
-    return before, layers, lambda h: model.head(model.norm(h))
+    return before, layers, lambda h: model.head(model.norm(h)), ()
 
 
 def decoder_parts(model):
-    inner = model.model
+    inner, length = model.model, IDS.shape[1]
+    rotary = inner.rotary_emb(torch.empty(1, length, 32), torch.arange(length)[None])
+    mask = torch.full((2, 1, length, length), float("-inf")).triu(1)  # as numbers: attention would make them of a bool
     layers = []
     for layer in inner.layers:
-
-        def attention(h, y=layer):
-            with torch.no_grad():
-                rotary = inner.rotary_emb(h, torch.arange(h.shape[1])[None])
-            return y.self_attn(y.input_layernorm(h), position_embeddings=rotary, attention_mask=None)[0]
-
-        layers.append(attention)
+        attend = {"position_embeddings": rotary, "attention_mask": mask}
+        layers.append(lambda h, y=layer, a=attend: y.self_attn(y.input_layernorm(h), **a)[0])
         layers.append(lambda h, y=layer: y.mlp(y.post_attention_layernorm(h)))
-    return inner.embed_tokens, layers, lambda h: model.lm_head(inner.norm(h))
+    return inner.embed_tokens, layers, lambda h: model.lm_head(inner.norm(h)), (mask, *rotary)
 
 
 def counted(function, given):
@@ -138,7 +130,7 @@ def test_flops_of_every_unit_are_those_of_a_real_run(build, parts):
     costs = measured(model, IDS) if build is gpt else measured(model, input_ids=IDS, use_cache=False)
     if build is mixtral:
         model.set_experts_implementation("eager")  # one product for each expert, on the rows it really got
-    before, layers, after = parts(model)
+    before, layers, after, _ = parts(model)
     batch, length = IDS.shape
     again = 2 * batch * length * length * 32  # flash attention computes the scores a second time, over all heads
     given = IDS
@@ -154,6 +146,7 @@ def test_flops_of_every_unit_are_those_of_a_real_run(build, parts):
 
 def traced(function, *args):
     gm = torch.export.export(function, args, strict=False).module()
+    inline_regions_pass(gm)
     return gm, list(gm.graph.nodes)
 
 
@@ -283,14 +276,14 @@ def test_an_operation_without_a_formula_is_named(caplog):
 # --- memory ------------------------------------------------------------------------------------------
 
 
-def kept_in_a_run(function, parameters, given):
+def kept_in_a_run(function, elsewhere, given):
     """Bytes that autograd is given to save when the function runs compiled by AOTAutograd's own backend.
 
-    Returns them without the input's, and the input's, 0 where it is not saved.
+    Returns them without the input's and what is kept `elsewhere`, and the input's, 0 where it is not saved.
     """
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
-    known = {p.untyped_storage().data_ptr() for p in parameters}
+    known = {p.untyped_storage().data_ptr() for p in elsewhere}
     saved = {}
 
     def pack(tensor):
@@ -308,10 +301,10 @@ def kept_in_a_run(function, parameters, given):
 def test_activations_are_what_a_partitioned_sublayer_saves_when_it_runs(build, parts):
     model = build()
     costs = measured(model, IDS) if build is gpt else measured(model, input_ids=IDS, use_cache=False)
-    before, layers, _ = parts(model)
+    before, layers, _, tables = parts(model)
     given = before(IDS).detach().requires_grad_()
     for i, (function, found) in enumerate(zip(layers, costs.sublayers, strict=True)):
-        given, kept, source = kept_in_a_run(function, list(model.parameters()), given)
+        given, kept, source = kept_in_a_run(function, [*model.parameters(), *tables], given)
         # The first sublayer's input is v_0, which is kept as a source; the others' is what their depth read gave.
         assert found.activation_bytes == kept + (source if i else 0), found.name
         assert kept > 0 and source > 0

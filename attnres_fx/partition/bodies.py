@@ -197,11 +197,14 @@ class _Extraction:
                 self._take_in(needed)
         for node in self.own:
             self.copies[node] = self._copy(node)
-        outputs = [n for n in self.own if isinstance(value_of(n), Tensor) and set(n.users) - self.members]
+        outputs = [n for n in self.own if isinstance(value_of(n), Tensor) and self._is_used_outside(n)]
         self.graph.output(tuple(self.copies[n] for n in outputs))
         held = tuple(any(u.op == "output" for u in n.users) for n in outputs)
         key = (*self._inputs_key(), *self._nodes_key(), held, tuple(str(self.copies[n]) for n in outputs))
         return Body(GraphModule(self.holder, self.graph), tuple(self.inputs), key, held, tuple(self.own))
+
+    def _is_used_outside(self, node: Node) -> bool:
+        return any(u not in self.members and (computes(u) or is_read(u) or u.op == "output") for u in node.users)
 
     def _take_in(self, node: Node) -> None:
         value = held_value(node)

@@ -70,8 +70,7 @@ def measure_costs(
         before=costs[-1],
         after=costs[chain.num_sublayers],
         streams=tuple(
-            StreamCost(s.name, s.first, s.count, _value_bytes(members, range(s.first, s.first + s.count)))
-            for s in chain.streams
+            StreamCost(s.name, s.first, s.count, _value_bytes(members, s, chain.num_sublayers)) for s in chain.streams
         ),
         carried=tuple(carried),
         tied=tied,
@@ -125,8 +124,10 @@ def _parameter_bytes(
     return own, tied
 
 
-def _value_bytes(members: dict[int, list[Node]], units: range) -> int:
+def _value_bytes(members: dict[int, list[Node]], stream: StreamRun, num_sublayers: int) -> int:
     """One source of a stream: the largest that its reads take."""
+    stop = stream.first + stream.count
+    units = range(stream.first, stop + (stop == num_sublayers))  # the last read of all may stand before the head
     reads = [node for unit in units for node in members[unit] if is_read(node)]
     sources = [s for read in reads if read.args for s in _listed(read.args[0])]
     return max((bytes_of(held_value(s)) for s in sources), default=0)

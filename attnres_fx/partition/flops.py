@@ -154,20 +154,27 @@ def _name(node: Node) -> str:
 
 
 def _key(node: Node, differentiable: frozenset[Node]) -> Any:
+    trained = _trained_inputs(node, differentiable)
+
     def described(argument: Any) -> Any:
         if isinstance(argument, Node):
-            return argument in differentiable, pytree.tree_map(describe_value, held_value(argument))
+            return argument in trained, pytree.tree_map(describe_value, held_value(argument))
         return repr(argument)
 
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     return str(node.target), str([described(leaf) for leaf in leaves]), str(spec)
 
 
+def _trained_inputs(node: Node, differentiable: frozenset[Node]) -> frozenset[Node]:
+    """Inputs that a call hands a gradient back to: none where gradients are off."""
+    return differentiable.intersection(node.all_input_nodes) if node in differentiable else frozenset()
+
+
 def _attention(node: Node, differentiable: frozenset[Node]) -> Flops:
     q, k, v = (_as_heads(held_value(n)) for n in node.args[:3] if isinstance(n, Node))
     batch = max(q[0], k[0], v[0])
     q, k, v = ((batch, *shape[1:]) for shape in (q, k, v))
-    trained = differentiable.intersection(node.all_input_nodes)
+    trained = _trained_inputs(node, differentiable)
     backward = sdpa_backward_flop_count((*q[:3], v[3]), q, k, v) if trained else 0
     return Flops(sdpa_flop_count(q, k, v), backward)
 
@@ -182,7 +189,7 @@ def _as_heads(value: Tensor) -> tuple[int, int, int, int]:
 def _regions(node: Node, differentiable: frozenset[Node], memo: dict[Any, Flops]) -> Flops:
     """Bodies of a region, each once; of two branches the dearer one."""
     bodies = [v for n in node.all_input_nodes if isinstance(v := held_value(n), GraphModule)]
-    trained = bool(differentiable.intersection(node.all_input_nodes))
+    trained = bool(_trained_inputs(node, differentiable))
     counts = []
     for body in bodies:
         inner = frozenset(body.graph.nodes) if trained else frozenset[Node]()
@@ -215,17 +222,18 @@ def _is_known(node: Node) -> bool:
 
 def _run(node: Node, differentiable: frozenset[Node], dtype: torch.dtype | None) -> Flops:
     mode, leaves = fake_mode(), list[Tensor]()
+    trained = _trained_inputs(node, differentiable)
 
     def given(argument: Node) -> Any:
-        return pytree.tree_map(lambda v: fake(v, argument in differentiable), held_value(argument))
+        return pytree.tree_map(lambda v: fake(v, argument in trained), held_value(argument))
 
-    def fake(value: Any, trained: bool) -> Any:
+    def fake(value: Any, is_trained: bool) -> Any:
         if not isinstance(value, Tensor):
             return hint(value)
         made = fake_tensor(value, mode)
         if dtype is not None and made.is_floating_point():
             made = made.to(dtype)
-        if not (trained and made.is_floating_point()):
+        if not (is_trained and made.is_floating_point()):
             return made
         leaves.append(made.requires_grad_())
         return made.clone()  # in-place operations refuse leaves
