@@ -2,6 +2,7 @@
 
 Between its stages travel, besides the sources: integers, a value nobody sends a gradient for, two names for one
 tensor, a stage's own input given on, and a value that depends on no earlier stage. Every sublayer returns a view.
+All is float64, so that what is wrong stands out from rounding.
 """
 
 import copy
@@ -119,7 +120,7 @@ class HandStages:
         self.tied = (((0, "embed.weight"), (last, "head.weight")),) if model.head.weight is model.embed.weight else ()
 
     def bytes_of(self, name, rows=2, tokens=TOKENS):
-        return rows * tokens * {"mask": 8, "hint": 4}.get(name, 4 * WIDTH)
+        return rows * tokens * {"mask": 8, "hint": 8}.get(name, 8 * WIDTH)
 
     def __iter__(self):
         return iter(self.stages)
@@ -132,8 +133,8 @@ class HandStages:
 
     def shapes(self, flat):
         rows = tuple(flat[0].shape)
-        special = {"mask": (rows, torch.int64), "hint": ((*rows, 1), torch.float32)}
-        return {v.name: special.get(v.name, ((*rows, WIDTH), torch.float32)) for v in self.values}
+        special = {"mask": (rows, torch.int64), "hint": ((*rows, 1), torch.float64)}
+        return {v.name: special.get(v.name, ((*rows, WIDTH), torch.float64)) for v in self.values}
 
 
 @dataclass(frozen=True)
@@ -157,4 +158,4 @@ def batch(rows, seed=0, ignored=0.3, tokens=TOKENS):
 
 def whole(tied=False):
     torch.manual_seed(3)
-    return Whole(tied=tied)
+    return Whole(tied=tied).double()

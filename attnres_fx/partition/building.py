@@ -12,8 +12,9 @@ from torch._dynamo import OptimizedModule
 from attnres_fx.errors import PipelineError
 from attnres_fx.partition.contract import Plan, Stages
 from attnres_fx.partition.gradients import TiedGradients, TiedGroup
-from attnres_fx.partition.pipeline_hooks import MULTI_STAGE, SourceStage, StepLog
+from attnres_fx.partition.pipeline_hooks import MULTI_STAGE, SourceStage
 from attnres_fx.partition.source_cache import SourceCache
+from attnres_fx.partition.step_log import StepLog
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -158,7 +159,10 @@ def replicate(module: nn.Module, groups: Groups, data_parallel: str | None) -> n
 
         fully_shard(module, mesh=groups.replica_mesh)
     if data_parallel == "ddp" and any(p.requires_grad for p in module.parameters()):
-        return nn.parallel.DistributedDataParallel(module, process_group=groups.replicas)
+        # A stage may hold parameters that nothing in it reads: the graph of the last microbatch tells which.
+        return nn.parallel.DistributedDataParallel(
+            module, process_group=groups.replicas, broadcast_buffers=False, find_unused_parameters=True
+        )
     return module
 
 

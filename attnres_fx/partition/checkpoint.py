@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from attnres_fx.errors import PipelineError
 
 Optimizer = torch.optim.Optimizer
+_STATE, _OPTIONS = "optimizer.state.{}.", "optimizer.param_groups.{}."
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,18 @@ class Parts:
     modules: tuple[nn.Module, ...]
     aliases: tuple[tuple[str, ...], ...] = ()
 
-    def name(self, parameter: Tensor) -> str:
-        """Original name of a parameter that is held here."""
-        for module in self.modules:
-            for name, held in module.named_parameters():
-                if held is parameter:
-                    return name
-        raise PipelineError("the optimizer has a parameter that is not this rank's: give it pipeline.parameters().")
-
     def names_of(self, name: str) -> tuple[str, ...]:
-        """All names of a parameter, the one it is saved under in an optimizer's state first."""
+        """All names of a parameter, the one its optimizer state is saved under first."""
         return next((tuple(dict.fromkeys(group)) for group in self.aliases if name in group), (name,))
+
+    def optimized(self, optimizer: Optimizer | None) -> list[tuple[Tensor, dict[str, Any], tuple[str, ...]]]:
+        """Every parameter of an optimizer, with its group and all its names."""
+        names = {id(p): n for module in self.modules for n, p in module.named_parameters()}
+        groups = optimizer.param_groups if optimizer is not None else []
+        found = [(parameter, group) for group in groups for parameter in group["params"]]
+        if any(id(parameter) not in names for parameter, _ in found):
+            raise PipelineError("the optimizer has a parameter that is not this rank's: give it pipeline.parameters().")
+        return [(p, group, self.names_of(names[id(p)])) for p, group in found]
 
 
 def merged_state(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -66,21 +70,22 @@ def whole(model: nn.Module) -> Parts:
 def save_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
     """Write what every rank holds; all ranks call it."""
     state: dict[str, Any] = {f"model.{name}": value for name, value in merged_state(parts.modules).items()}
-    for parameter, group in _optimized(optimizer):
-        name = parts.names_of(parts.name(parameter))[0]
-        options = {key: value for key, value in group.items() if key != "params"}
+    for parameter, group, names in parts.optimized(optimizer):
         kept = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        state |= {f"optimizer.param_groups.{name}.{key}": value for key, value in options.items()}
-        state |= {f"optimizer.state.{name}.{key}": value for key, value in kept.items()}
-    dcp.save(state, checkpoint_id=str(path))
+        state |= {_STATE.format(names[0]) + key: value for key, value in kept.items()}
+        state |= {_OPTIONS.format(names[0]) + key: value for key, value in group.items() if key != "params"}
+    save(state, checkpoint_id=str(path))
 
 
 def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
-    """Read what every rank holds, in place; all ranks call it."""
+    """Read what every rank holds, in place; all ranks call it.
+
+    A tied parameter is read under whichever of its names the checkpoint has. Raises PipelineError where a name is
+    missing or the folder holds no whole checkpoint.
+    """
     written = _read_names(path)
-    model = merged_state(parts.modules)
-    # A tied parameter is there under any one of its names.
-    keys = {name: _first_of(parts.names_of(name), "model.{}", written, name) for name in model}
+    values = merged_state(parts.modules)
+    keys = {name: _first(written, "model.{}", (name, *parts.names_of(name))) for name in values}
     missing = sorted(name for name, key in keys.items() if key not in written)
     if missing:
         raise PipelineError(
@@ -89,31 +94,23 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
         )
     state: dict[str, Any] = {}
     for name, key in keys.items():
-        state.setdefault(key, model[name])
-    found = {
-        parameter: _first_of(names, "optimizer.param_groups.{}.lr", written, names[0]).split(".", 2)[2][:-3]
-        for parameter, _ in _optimized(optimizer)
-        for names in [parts.names_of(parts.name(parameter))]
-    }
-    for parameter, name in found.items():
-        state |= _template(parameter, name, written)
-    dcp.load(state, checkpoint_id=str(path))
+        state.setdefault(key, values[name])
+    optimized = parts.optimized(optimizer)
+    prefixes = [_first(written, _OPTIONS, names) for _, _, names in optimized]
+    for (parameter, _, _), prefix in zip(optimized, prefixes, strict=True):
+        state |= _room_for(parameter, (prefix, prefix.replace("param_groups", "state", 1)), written)
+    load(state, checkpoint_id=str(path))
     with torch.no_grad():
         for name, key in keys.items():
-            if state[key] is not model[name]:
-                model[name].copy_(state[key])
+            if state[key] is not values[name]:
+                values[name].copy_(state[key])
     if optimizer is not None:
-        _restore(optimizer, found, state)
-
-
-def _optimized(optimizer: Optimizer | None) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Every parameter of an optimizer, with its group."""
-    return [] if optimizer is None else [(p, group) for group in optimizer.param_groups for p in group["params"]]
+        _restore(optimizer, prefixes, state)
 
 
 def _read_names(path: str | Path) -> dict[str, Any]:
     try:
-        return dict(dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata)
+        return dict(FileSystemReader(str(path)).read_metadata().state_dict_metadata)
     except OSError as error:
         raise PipelineError(
             f"there is no whole checkpoint at {str(path)!r} ({error}): give the folder that save() wrote; one that "
@@ -121,40 +118,41 @@ def _read_names(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def _first_of(names: Sequence[str], pattern: str, written: dict[str, Any], otherwise: str) -> str:
-    keys = [pattern.format(name) for name in (otherwise, *names)]
-    return next((key for key in keys if key in written), keys[0])
+def _first(written: dict[str, Any], pattern: str, names: Sequence[str]) -> str:
+    """The key, or the beginning of keys, of the first name that the checkpoint knows."""
+    keys = [pattern.format(name) for name in names]
+    return next((key for key in keys if key in written or key + "lr" in written), keys[0])
 
 
-def _template(parameter: Tensor, name: str, written: dict[str, Any]) -> dict[str, Any]:
-    """Room for what the checkpoint has of a parameter's optimizer state: sharded as it is where it has its shape."""
+def _room_for(parameter: Tensor, prefixes: tuple[str, ...], written: dict[str, Any]) -> dict[str, Any]:
+    """Where to read a parameter's optimizer state into: sharded as the parameter is, where it has its shape."""
     room: dict[str, Any] = {}
     for key, what in written.items():
-        if not key.startswith((f"optimizer.state.{name}.", f"optimizer.param_groups.{name}.")):
-            continue
-        if not isinstance(what, TensorStorageMetadata):
-            room[key] = None
-        elif what.size == parameter.shape:
-            room[key] = torch.zeros_like(parameter, dtype=what.properties.dtype, requires_grad=False)
-        else:
-            room[key] = torch.zeros(what.size, dtype=what.properties.dtype)
+        if key.startswith(prefixes):
+            if not isinstance(what, TensorStorageMetadata):
+                room[key] = None
+            elif what.size == parameter.shape:
+                room[key] = torch.zeros_like(parameter, dtype=what.properties.dtype, requires_grad=False)
+            else:
+                room[key] = torch.zeros(what.size, dtype=what.properties.dtype)
     return room
 
 
-def _restore(optimizer: Optimizer, names: dict[Tensor, str], state: dict[str, Any]) -> None:
+def _restore(optimizer: Optimizer, prefixes: Sequence[str], state: dict[str, Any]) -> None:
     """Put what was read where the optimizer keeps it; parameters the checkpoint knows nothing of start afresh."""
     whole = optimizer.state_dict()
-    number = 0
+    ordered = iter(prefixes)
+
+    def read(prefix: str) -> dict[str, Any]:
+        """Copies: data parallelism gives tied parameters of one rank each their own state."""
+        found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
+
     for group in whole["param_groups"]:
-        for index, _ in enumerate(group["params"]):
-            parameter = optimizer.param_groups[whole["param_groups"].index(group)]["params"][index]
-            kept, options = (
-                {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-                for prefix in (f"optimizer.state.{names[parameter]}.", f"optimizer.param_groups.{names[parameter]}.")
-            )
+        for place, (index, prefix) in enumerate(zip(group["params"], ordered, strict=False)):
+            kept = read(prefix.replace("param_groups", "state", 1))
             if kept:
-                whole["state"][group["params"][index]] = kept
-            if index == 0:
-                group |= options
-            number += 1
+                whole["state"][index] = kept
+            if place == 0:
+                group |= read(prefix)
     optimizer.load_state_dict(whole)

@@ -102,7 +102,7 @@ def total_norm(
     shards: dist.ProcessGroup | None,
     device: torch.device,
 ) -> Tensor:
-    """Norm of the gradients of all ranks' parameters together; the same number on every rank.
+    """Norm of the gradients of all ranks' parameters together, in float64; the same number on every rank.
 
     parameters: this rank's, each to be counted once over all ranks of the pipeline. shards: over which sharded
     gradients are spread.
@@ -121,7 +121,7 @@ def total_norm(
         dist.all_reduce(spread, operation, group=shards)
     norm = torch.maximum(spread, whole) if biggest else spread + whole
     dist.all_reduce(norm, operation, group=pipeline)
-    return (norm if biggest else norm.pow(1 / norm_type)).float()
+    return norm if biggest else norm.pow(1 / norm_type)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -7,8 +7,8 @@ Written against torch 2.13.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,45 +21,9 @@ from attnres_fx.errors import PipelineError
 from attnres_fx.partition.contract import Shapes, shape_of
 from attnres_fx.partition.routes import StageRoute
 from attnres_fx.partition.source_cache import SourceCache
+from attnres_fx.partition.step_log import HopBytes, StepLog
 
-T = TypeVar("T")
 MULTI_STAGE = ("Interleaved1F1B", "InterleavedZeroBubble")
-
-
-@dataclass
-class HopBytes:
-    """Bytes that one rank has sent over one hop, forward and backward."""
-
-    forward: int = 0
-    backward: int = 0
-
-
-@dataclass
-class StepLog:
-    """What one rank did in a step.
-
-    actions: in execution order, as the schedules print them (`"0F1"`: stage 0, forward, microbatch 1). sent: bytes
-    over each hop, named by the stage on its earlier side. waiting: receives that are posted and not yet used.
-    failure: the first exception of a stage's own work, with the action it happened in.
-    """
-
-    actions: list[str] = field(default_factory=list)
-    sent: dict[int, HopBytes] = field(default_factory=dict)
-    waiting: dict[str, str] = field(default_factory=dict)
-    failure: tuple[str, Exception] | None = None
-
-    def attempt(self, action: str, work: Callable[[], T]) -> T | None:
-        """Result of some work of this rank; None where it raised, or where an earlier one did.
-
-        A rank whose own work fails goes on handing zeros to its neighbours, so that the step comes to its end
-        everywhere and every rank can say what happened, instead of waiting for a timeout.
-        """
-        if self.failure is None:
-            try:
-                return work()
-            except Exception as error:
-                self.failure = (action, error)
-        return None
 
 
 class _Root(torch.autograd.Function):
@@ -182,7 +146,7 @@ class SourceStage(PipelineStage):
         self._arrived[mb_index] = prev_stage_outputs
 
     def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor, ...]:
-        return self._leaving_back.pop(mb_index)
+        return self._leaving_back.pop(mb_index, ())
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
         self._returned[mb_index] = tuple(g for g in next_stage_bwd_outputs if g is not None)
@@ -391,7 +355,8 @@ def build_schedule(
     """PyTorch's schedule of that name over this rank's stages; without a loss it runs forward only."""
     driven: Any = list(stages) if name in MULTI_STAGE else stages[0]
     try:
-        return get_schedule_class(name)(driven, microbatches, loss_fn=loss, scale_grads=False)
+        schedule: _PipelineSchedule = get_schedule_class(name)(driven, microbatches, loss_fn=loss, scale_grads=False)
+        return schedule
     except (ValueError, AssertionError) as error:
         raise PipelineError(
             f"schedule {name!r} does not run {microbatches} microbatches on {len(stages)} virtual stages a rank: "

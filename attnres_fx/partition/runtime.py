@@ -23,7 +23,8 @@ from attnres_fx.partition.microbatches import MeanLoss, Microbatches, join_outpu
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from attnres_fx.partition.pipeline_hooks import HopBytes, SourceStage
+    from attnres_fx.partition.pipeline_hooks import SourceStage
+    from attnres_fx.partition.step_log import HopBytes
 
 OLDEST_TORCH = (2, 13)
 DataParallel = Literal["fsdp2", "ddp"]
@@ -94,7 +95,8 @@ class Pipeline:
         try:
             with self._lost_neighbours():
                 self._run(self.schedule)
-                loss = self._agree(self._loss.value)
+                loss, failed = self._agree()
+            self._raise_failure(failed)
             done = True
         finally:
             self._clear()
@@ -115,7 +117,8 @@ class Pipeline:
                 self._run(self._forward_only)
                 if last.is_last:
                     outputs = self._log.attempt("joining the outputs", lambda: self._join(last.outputs, batches))
-                loss = self._agree(self._loss.value)
+                loss, failed = self._agree()
+            self._raise_failure(failed)
         finally:
             self._clear()
             for module, mode in modes.items():
@@ -167,49 +170,38 @@ class Pipeline:
         loss = self._log.attempt(last, lambda: self._loss(outputs, int(index)))
         return torch.zeros((), device=self.device) if loss is None else loss
 
-    def _agree(self, loss: Tensor | None) -> Tensor:
-        """The mean loss on every rank; raises on every rank what any of them met."""
+    def _agree(self) -> tuple[Tensor, str]:
+        """The mean loss, and what went wrong on any rank; the same on every rank."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if loss is not None:
-            sums[0] = loss
+        if self._loss.value is not None:
+            sums[0] = self._loss.value
         sums[1] = self._log.failure is not None
         for group in (self._group, self._replicas):
             if group is not None:
                 dist.all_reduce(sums, group=group)
-        if sums[1]:
-            self._raise_failures()
-        return sums[0].float()
+        if not sums[1]:
+            return sums[0].float(), ""
+        told: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(told, self._log.told, group=self._group)
+        failed = [f"rank {rank} in {text}" for rank, text in enumerate(told) if text]
+        return sums[0].float(), "; ".join(failed) or "a rank of another replica"
 
-    def _raise_failures(self) -> None:
-        mine = self._log.failure
-        told = None if mine is None else f"{mine[0]}: {type(mine[1]).__name__}: {mine[1]}"
-        everyone: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, told, group=self._group)
-        found = [f"rank {rank} in {text}" for rank, text in enumerate(everyone) if text]
-        where = "; ".join(found) or "another replica of this pipeline"
-        raise _StageFailed(
-            f"a stage failed, and the step was not done: {where}. "
-            f"Actions are named <virtual stage><F, B, I or W><microbatch>. Call zero_grad() before the next step."
-        ) from (mine[1] if mine is not None else None)
+    def _raise_failure(self, failed: str) -> None:
+        """Raises, on every rank alike, what stages met on any of them; the pipeline can go on after that."""
+        if failed:
+            raise PipelineError(
+                f"a stage failed, and the step was not done: {failed}. Actions are named <virtual stage><F, B, I or "
+                f"W><microbatch>. Call zero_grad() before the next step."
+            ) from (self._log.failure[1] if self._log.failure is not None else None)
 
     @contextlib.contextmanager
     def _lost_neighbours(self) -> Iterator[None]:
         """Says where this rank stood when communication broke, after which there is no going on."""
         try:
             yield
-        except _StageFailed:
-            raise
         except Exception as error:
-            rank, log = dist.get_rank(self._group), self._log
-            waiting = ", ".join(f"{action} (from {source})" for action, source in log.waiting.items())
-            done = log.actions[-1] if log.actions else "nothing"
-            said = f" Its own work had failed before: {log.failure[0]}: {log.failure[1]}." if log.failure else ""
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            self._broken = (
-                f"rank {rank} (virtual stages {', '.join(str(s.stage_index) for s in self.stages)}) lost a neighbour "
-                f"after {done}, waiting for {waiting or 'the end of the step'}: {type(error).__name__}: {first_line}."
-                f"{said} A process has probably died or is stuck; restart the job from the last checkpoint."
-            )
+            numbers = [stage.stage_index for stage in self.stages]
+            self._broken = self._log.lost(error, rank=dist.get_rank(self._group), stages=numbers)
             raise PipelineError(self._broken) from error
 
     def _clear(self) -> None:
@@ -283,7 +275,7 @@ class Pipeline:
                 mine, norm_type=norm_type, pipeline=self._group, shards=self._replicas, device=self.device
             )
         scale_gradients(list(self.parameters()), (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return norm.float()
 
     # Checkpoints
 
@@ -304,10 +296,6 @@ class Pipeline:
             modules=tuple(self.modules.values()),
             aliases=tuple(tuple(name for _, name in group) for group in self._contract.tied),
         )
-
-
-class _StageFailed(PipelineError):
-    """A stage's own work failed; the ranks have agreed on it and the pipeline can go on."""
 
 
 def build_pipeline(
