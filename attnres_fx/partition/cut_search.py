@@ -31,19 +31,21 @@ def least_maximum(cost: PerStage, count: int, places: int) -> int:
     return int(best[0])
 
 
-def least_sum(allowed: PerStage, weight: Tensor, count: int) -> tuple[int, list[int]]:
-    """The smallest sum of `weight` (per place) over a plan's cuts, and the earliest such cuts, as places.
+def least_sum(allowed: PerStage, weight: PerStage, count: int, places: int) -> tuple[int, list[int]]:
+    """The smallest sum of `weight` over a plan's cuts, and the earliest such cuts, as places.
+
+    weight: for each stage, of the cut at its end, per place.
 
     allowed: which stages may be. A plan there is must be: `least_maximum` has found one.
     """
-    rest = [_at_the_end(len(weight))]
+    rest = [_at_the_end(places)]
     for stage in reversed(range(count)):
-        rest.append(torch.where(allowed(stage), weight + rest[-1], NEVER).amin(1))
+        rest.append(torch.where(allowed(stage), weight(stage) + rest[-1], NEVER).amin(1))
     rest.reverse()
     cuts = [0]
     for stage in range(count - 1):
         at = cuts[-1]
-        through = torch.where(allowed(stage)[at], weight + rest[stage + 1], NEVER)
+        through = torch.where(allowed(stage)[at], weight(stage) + rest[stage + 1], NEVER)
         cuts.append(int((through == rest[stage][at]).nonzero()[0, 0]))
     return int(rest[0][0]), cuts
 
@@ -65,9 +67,9 @@ class CutSearch:
         self.numbers = numbers or numbers_of(request, schedules)
         self.count = request.num_virtual
         length = request.num_sublayers
-        starts = range(length)
-        self.aligned = [is_aligned(request.costs, schedules, p) for p in starts]
-        places = [p for p in starts if p == 0 or request.align == "prefer" or self.aligned[p]]
+        self.aligned = [is_aligned(request.costs, schedules, p) for p in range(length)]
+        places = range(length) if request.starts is None else request.starts
+        places = [p for p in places if p == 0 or request.align == "prefer" or self.aligned[p]]
         self.places = torch.tensor([*places, length])
         self.forward, self.backward = crossing_bytes(crossing_values(request.costs, schedules), length)
 
@@ -157,14 +159,19 @@ class CutSearch:
 
     def cuts(self, slowest: int, limit: int | None) -> tuple[tuple[int, int], tuple[int, ...]]:
         """Of the plans no slower than that: the fewest bytes, then cuts inside blocks, and the earliest such starts."""
-        many = self.count + 1
-        weight = torch.tensor(
-            [
-                (f + b) * many + (not aligned) if p else 0
-                for p, (f, b, aligned) in enumerate(zip(self.forward, self.backward, self.aligned, strict=False))
-            ]
-            + [0]
-        )[self.places]
         times = self.fitting(limit)
-        found, cuts = least_sum(lambda stage: times(stage) <= slowest, weight, self.count)
-        return divmod(found, many), tuple(int(self.places[c]) for c in cuts)
+        weights = self.weights
+        found, cuts = least_sum(
+            lambda stage: times(stage) <= slowest, lambda stage: weights, self.count, len(self.places)
+        )
+        return divmod(found, self.count + 1), tuple(int(self.places[c]) for c in cuts)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        return self.weigh(self.forward, self.backward)
+
+    def weigh(self, forward: Sequence[int], backward: Sequence[int]) -> Tensor:
+        """Bytes first, then whether a block is cut, as one number per place."""
+        pairs = zip(forward, backward, self.aligned, strict=False)
+        weights = [(f + b) * (self.count + 1) + (not aligned) for f, b, aligned in pairs]
+        return torch.tensor([0, *weights[1:], 0])[self.places]
