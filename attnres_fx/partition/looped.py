@@ -8,20 +8,21 @@ limit, caps what one stage may take and lowers the cap until they do.
 The bound: every hop carries at least the sources its own stage makes, and memory is no limit.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnres_fx.partition.crossing import crossing_bytes, crossing_values
-from attnres_fx.partition.cut_search import NEVER, CutSearch, least_maximum, least_sum
+from attnres_fx.partition.cut_search import NEVER, CutSearch, at_ends, least_maximum, least_sum
 from attnres_fx.partition.objective import Numbers, Partition, evaluate, hop_time, resident
 from attnres_fx.partition.request import PlanRequest, Schedules
 
 ROUNDS = 6
-CAPS = 10
+CAPS = 16
 #: Single moves tried, times sublayers.
 MOVES = 40_000
 
@@ -31,73 +32,79 @@ class LoopedSearch(CutSearch):
 
     def __init__(self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None) -> None:
         super().__init__(request, schedules, numbers)
-        self._length = request.num_sublayers
-        self._values = crossing_values(request.costs, schedules)
-        self._work = self.between([f + b for f, b in zip(self.numbers.forward, self.numbers.backward, strict=True)])
-        self._hops: list[tuple[Tensor, Tensor]] = []
+        self._known = {0: (self.hops, self.weights)}
         self.follow(None)
 
     def follow(self, starts: tuple[int, ...] | None) -> None:
         """Let hops carry what they would beside these stages; None: all that crosses."""
-        by_position: dict[int, tuple[Tensor, Tensor]] = {}
-        self._hops = []
+        self._since = []
         for stage in range(self.count):
             # A value walks to the last rank that has not seen it, P - 1 hops.
             oldest = stage - self.request.num_stages + 2
             since = starts[oldest] if starts is not None and oldest > 0 and self.request.cache else 0
-            if since not in by_position:
-                forward, backward = crossing_bytes(self._values, self._length, since)
-                times = [hop_time(self.request, f, b) for f, b in zip(forward, backward, strict=True)]
-                by_position[since] = (torch.tensor([*times[:-1], 0])[self.places], self.weigh(forward, backward))
-            self._hops.append(by_position[since])
+            if since not in self._known:
+                self._known[since] = self.hop_costs(*crossing_bytes(self.values, self.length, since))
+            self._since.append(since)
 
     def time(self, stage: int) -> Tensor:
-        ends = sum(self._ends(stage, [n[0] + n[1] for n in (self.numbers.before, self.numbers.after)]))
-        return torch.where(self.inside, self._work + self._hops[stage][0] + ends, NEVER)
+        self.hops = self._known[self._since[stage]][0]
+        return super().time(stage)
+
+    def weight(self, stage: int) -> Tensor:
+        return self._known[self._since[stage]][1]
 
     def share(self, stage: int) -> Tensor:
         """About what a stage takes of its rank's memory."""
         rank, chunk = stage % self.request.num_stages, stage // self.request.num_stages
         most = max(counts[chunk] for counts in self.request.moments[rank])
-        ends = sum(self._ends(stage, [n[2] for n in (self.numbers.before, self.numbers.after)]))
-        parts = (self.request.costs.before.parameter_bytes, self.request.costs.after.parameter_bytes)
-        parameters = resident(self.request, self._parameters + sum(self._ends(stage, parts)))
-        return torch.where(self.inside, parameters + most * (self._kept + ends) + self._recomputed, NEVER)
+        return torch.where(self.inside, self._memory(stage, most), NEVER)
 
-    @cached_property
     def bound(self) -> int:
         """Picoseconds that the slowest stage of every plan takes at least."""
-        size = self._length + 1
-        corners = torch.zeros(size + 1, size + 1, dtype=torch.long)
-        # A value that only some stages use need not take the next hop.
-        sources = crossing_values(replace(self.request.costs, carried=()), self.schedules)
-        for value in sources if self.request.num_stages > 1 else ():
-            corners[0, value.made + 1] += value.bytes
-            corners[value.made + 1, value.made + 1] -= value.bytes
-            corners[0, value.last + 1] -= value.bytes
-            corners[value.made + 1, value.last + 1] += value.bytes
-        made_here = corners.cumsum(0).cumsum(1)[self.places][:, self.places]
-        sizes, which = made_here.unique(return_inverse=True)
-        times = torch.tensor([hop_time(self.request, int(s), int(s)) for s in sizes])[which]
-        times[:, -1] = 0
-        least = torch.where(self.inside, self._work + times, NEVER)
-        ends = [n[0] + n[1] for n in (self.numbers.before, self.numbers.after)]
-        return least_maximum(lambda stage: least + sum(self._ends(stage, ends)), self.count, len(self.places))
+        while True:
+            found = self._bound()
+            if self.holds(found, self.work):
+                return found
 
-    def plan(self, cap: int | None) -> tuple[int, ...] | None:
-        """The best stages as far as this search sees, none taking more than `cap` of a rank's memory."""
+    def _bound(self) -> int:
+        # Every hop carries the sources its stage makes. (Values that only some stages use need not take it.)
+        corners = torch.zeros(self.length + 2, self.length + 2, dtype=torch.long)
+        for value in crossing_values(replace(self.request.costs, carried=()), self.schedules):
+            for row, sign in ((0, 1), (value.made + 1, -1)):
+                corners[row, value.made + 1] += sign * value.bytes
+                corners[row, value.last + 1] -= sign * value.bytes
+        rows, columns = self.places[:, None], at_ends(self.places, self.width)
+        sizes, which = corners.cumsum(0).cumsum(1)[rows, columns].unique(return_inverse=True)
+        hops = torch.tensor([hop_time(self.request, int(s), int(s)) for s in sizes])[which]
+        least = self.work + torch.where(columns < self.length, hops, 0)
+        ends = [n[0] + n[1] for n in (self.numbers.before, self.numbers.after)]
+        return least_maximum(lambda stage: least + self.ends(stage, *ends), self.count, len(self.places))
+
+    def plan(self, caps: Sequence[int]) -> tuple[int, ...] | None:
+        """The best stages as far as this search sees, none taking more of its rank's memory than its cap."""
 
         def times(stage: int) -> Tensor:
             time = self.time(stage)
-            return time if cap is None else torch.where(self.share(stage) <= cap, time, NEVER)
+            return time if caps[stage] >= NEVER else torch.where(self.share(stage) <= caps[stage], time, NEVER)
 
-        slowest = least_maximum(times, self.count, len(self.places))
+        while True:
+            slowest = least_maximum(times, self.count, len(self.places))
+            if self.holds(slowest, self.work):
+                break
         if slowest >= NEVER:
             return None
-        _, cuts = least_sum(
-            lambda stage: times(stage) <= slowest, lambda stage: self._hops[stage][1], self.count, len(self.places)
-        )
+        _, cuts = least_sum(lambda stage: times(stage) <= slowest, self.weight, self.count, len(self.places))
         return tuple(int(self.places[c]) for c in cuts)
+
+    def shares(self, starts: Sequence[int]) -> list[int]:
+        """`share` of every stage of a plan."""
+        at = torch.searchsorted(self.places, torch.tensor([*starts, self.length])).tolist()
+        return [int(self.share(c)[at[c], at[c + 1] - at[c] - 1]) for c in range(self.count)]
+
+    def least_share(self) -> int:
+        """The smallest cap for all stages that leaves a plan."""
+        self._build(len(self.places))
+        return least_maximum(self.share, self.count, len(self.places))
 
 
 class Found(NamedTuple):
@@ -113,15 +120,10 @@ def find_looped(request: PlanRequest, schedules: Schedules) -> Found:
     """Good stages for given blocks, with any number of virtual stages."""
     search = LoopedSearch(request, schedules)
     tried = _Tried(request, search)
-    if not tried.settle(None):
-        low = least_maximum(search.share, search.count, len(search.places))
-        high = max(int(torch.where(search.inside, search.share(c), 0).max()) for c in range(search.count))
-        tried.settle(low)
-        for _ in range(CAPS):
-            cap = (low + high) // 2
-            low, high = (cap, high) if tried.settle(cap) else (low, cap)
+    if not tried.settle([NEVER] * search.count) and not tried.tighten():
+        tried.settle([search.least_share()] * search.count)
     tried.move_cuts()
-    return Found(tried.best(), search.bound, tried.least_memory())
+    return Found(tried.best(), search.bound(), tried.least_memory())
 
 
 class _Tried:
@@ -145,15 +147,36 @@ class _Tried:
     def least_memory(self) -> int:
         return min((max(p.memory_bytes) for p in self.plans.values()), default=NEVER)
 
-    def settle(self, cap: int | None) -> bool:
-        """Plan under a cap until stages stay; whether one of the plans fits the memory."""
+    def settle(self, caps: Sequence[int]) -> bool:
+        """Plan until stages stay; whether one of the plans fits the memory."""
         self.search.follow(None)
         seen: list[tuple[int, ...]] = []
-        while len(seen) < ROUNDS and (starts := self.search.plan(cap)) is not None and starts not in seen:
+        while len(seen) < ROUNDS and (starts := self.search.plan(caps)) is not None and starts not in seen:
             seen.append(starts)
             self.judge(starts)
             self.search.follow(starts)
         return any(self.fits(self.judge(starts)) for starts in seen)
+
+    def tighten(self) -> bool:
+        """Cap the largest stages of ranks that do not fit below what they take, until all fit or no plan is left."""
+        limit, ranks = self.request.memory_limit or 0, self.request.num_stages
+        caps = [NEVER] * self.search.count
+        for _ in range(CAPS):
+            if (starts := self.search.plan(caps)) is None:
+                return False
+            plan = self.judge(starts)
+            if self.fits(plan):
+                return True
+            shares = self.search.shares(starts)
+            widths = [b - a for a, b in pairwise((*starts, self.search.length))]
+            for rank, memory in enumerate(plan.memory_bytes):
+                excess = float(memory - limit)
+                for stage in sorted(range(rank, len(caps), ranks), key=lambda c: -shares[c]):
+                    if excess > 0:
+                        caps[stage] = min(caps[stage], shares[stage] - 1)
+                        excess -= shares[stage] / widths[stage]  # about what one sublayer takes
+            self.search.follow(starts)
+        return False
 
     def move_cuts(self) -> None:
         """Move single cuts by one place while the plan gets better."""
