@@ -57,7 +57,7 @@ def inspect(
     Returns a StreamReport: `print` it, or look at `.streams` and `.refusals`.
     Raises CaptureError where the model cannot be traced.
     """
-    _refuse_converted(model)
+    refuse_converted(model)
     mode: Mode = "train" if getattr(model, "training", False) else "eval"
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, modes=(mode,))
     found = analyze_(next(iter(captured.graphs.values())).gm)
@@ -93,7 +93,7 @@ def convert(
     if not isinstance(config, AttnResConfig):
         raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
     lowering = checked_lowering(lowering)
-    _refuse_converted(model)
+    refuse_converted(model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     distinct = {id(g): (mode, g) for mode, g in captured.graphs.items()}
     found = {mode: analyze_(graph.gm) for mode, graph in distinct.values()}
@@ -102,7 +102,7 @@ def convert(
     _require_same_reads(found, selected)
     schedules = {s.name: plan_schedule(s.num_sublayers, config) for s in selected}
     parameters = make_parameters(captured.graphs[mode].gm.graph, captured.root, streams, selected, config)
-    rewritten = {m: _rewrite(captured, m, s, schedules, config, parameters) for m, s in found.items()}
+    rewritten = {m: rewrite_(captured.graphs[m].gm, s, schedules, config, parameters) for m, s in found.items()}
     replacements = {m: rewritten[distinct[id(g)][0]] for m, g in captured.graphs.items()}
     report = _report(model, captured, streams, selected, schedules, config)
     converted = ConvertedModel(
@@ -130,7 +130,7 @@ def _starting_mode(captured: Captured) -> Mode:
     return other
 
 
-def _refuse_converted(model: Any) -> None:
+def refuse_converted(model: Any) -> None:
     graph = model.graph if isinstance(model, GraphModule | ExportedProgram) else None
     holds_reads = graph is not None and any(n.target in OPERATORS for n in graph.nodes)
     if isinstance(model, ConvertedModel) or holds_reads:
@@ -167,15 +167,14 @@ def _require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stre
             )
 
 
-def _rewrite(
-    captured: Captured,
-    mode: Mode,
+def rewrite_(
+    gm: GraphModule,
     streams: StreamSet,
     schedules: Mapping[str, DepthSchedule],
     config: AttnResConfig,
     parameters: AttnResParameters,
 ) -> tuple[Replacement, ...]:
-    gm = captured.graphs[mode].gm
+    """Put reads with the given parameters into an analysed graph, in place."""
     gm.add_module("attnres", parameters)
     result = run_pass(
         insert_depth_attention_pass,

@@ -1,0 +1,1 @@
+"""Where to cut a model into blocks and pipeline stages, what that costs, and the stages themselves."""

@@ -76,7 +76,9 @@ class ModelCosts:
                 )
             at += stream.count
         if at != len(self.sublayers):
-            raise PlanError(f"the streams have {at} sublayers and {len(self.sublayers)} costs are given: give one each.")
+            raise PlanError(
+                f"the streams have {at} sublayers and {len(self.sublayers)} costs are given: give one each."
+            )
 
 
 @dataclass(frozen=True)

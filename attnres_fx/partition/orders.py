@@ -67,9 +67,7 @@ def action_orders(
 
     Raises PlanError for numbers the schedule cannot run, and where this torch has no such schedules.
     """
-    check_schedule(
-        schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=num_microbatches
-    )
+    check_schedule(schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=num_microbatches)
     listed = _listed_orders(schedule, num_stages, virtual_stages, num_microbatches)
     orders = tuple(tuple(_actions(listed[rank])) for rank in range(num_stages))
     return tuple(_in_turn(order) for order in orders) if schedule in SINGLE else orders

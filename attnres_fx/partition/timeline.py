@@ -11,8 +11,9 @@ The model:
   parts). A value kept for later stages stays from its arrival, or the end of the forward that makes it, to the end of
   the same stage's backward: gradients walk the way back, so that is its last use on this rank.
 
-Not in it: gradient reduction, the optimizer, and that PyTorch's 1F1B loop waits for a send in the pair of messages it
-posts together, which on a link slower than a stage makes it wait longer than here.
+Not in it: gradient reduction, the optimizer, the buffers that PyTorch's stages hold to receive every microbatch into
+(`Traffic.receive_buffer_bytes`), and that PyTorch's 1F1B loop waits for a send in the pair of messages it posts
+together, which on a link slower than a stage makes it wait longer than here.
 """
 
 from collections.abc import Sequence
@@ -217,19 +218,21 @@ def _peak_activations(rank: Sequence[TimedAction], loads: Sequence[StageLoad]) -
 
 
 def _peak_cache(rank: int, timed: Sequence[TimedAction], hops: Sequence[TimedHop], loads: Sequence[StageLoad]) -> int:
-    # At one time what is freed goes before what comes.
-    changes = [
-        (hop.end, loads[hop.action.stage + 1].received_bytes)
+    # Between stages of one rank nothing arrives, nor does it at the first stage.
+    arrivals = {
+        (hop.action.stage + 1, hop.action.microbatch): hop.end
         for hop in hops
         if hop.target_rank == rank and hop.action.kind == "F"
-    ]
+    }
+    changes = [(end, loads[stage].received_bytes) for (stage, _), end in arrivals.items()]
     for t in timed:
-        load = loads[t.action.stage]
+        load, arrived = loads[t.action.stage], (t.action.stage, t.action.microbatch) in arrivals
         if t.action.kind == "F":
             changes.append((t.end, load.produced_bytes))
         elif t.action.kind in "BW":
-            changes.append((t.end, -load.received_bytes - load.produced_bytes))
+            changes.append((t.end, -load.produced_bytes - (load.received_bytes if arrived else 0)))
     held = peak = 0
+    # At one time what is freed goes before what comes.
     for _, change in sorted(changes):
         held += change
         peak = max(peak, held)

@@ -63,6 +63,15 @@ class Traffic:
     exact: HopCount
     cache_bytes: tuple[int, ...]
 
+    def receive_buffer_bytes(self, num_microbatches: int, *, cache: bool = True) -> tuple[int, ...]:
+        """What PyTorch's stages set aside on each rank to receive into, as long as they live: room for the outputs and
+        the gradients of every microbatch, whenever they arrive."""
+        hops, held = self.exact if cache else self.naive, [0] * self.num_stages
+        for hop, (forward, backward) in enumerate(zip(hops.forward, hops.backward, strict=True)):
+            held[(hop + 1) % self.num_stages] += num_microbatches * forward
+            held[hop % self.num_stages] += num_microbatches * backward
+        return tuple(held)
+
     def table(self) -> str:
         """Every hop with what travels over it, then totals and peaks."""
         labels = {v.name: v.label or v.name for v in self.values}
@@ -80,7 +89,13 @@ class Traffic:
         counts = (self.exact, self.cached, self.naive)
         rows.append(["all", "", *(size(sum(c.forward)) for c in counts), size(sum(self.exact.backward)), ""])
         rows.append(
-            ["peak", "", *(size(max(c.forward, default=0)) for c in counts), size(max(self.exact.backward, default=0)), ""]
+            [
+                "peak",
+                "",
+                *(size(max(c.forward, default=0)) for c in counts),
+                size(max(self.exact.backward, default=0)),
+                "",
+            ]
         )
         headers = ["stages", "ranks", "exact", "paper's cache", "naive", "gradients", "exact count: values"]
         return tabulate(rows, headers=headers, disable_numparse=True)
@@ -135,9 +150,7 @@ def stage_of(sublayer: int, starts: Sequence[int]) -> int:
     return bisect_right(starts, sublayer) - 1
 
 
-def _crossing(
-    stream: StreamCost, schedules: Mapping[str, DepthSchedule] | None, position: int
-) -> Iterable[Source]:
+def _crossing(stream: StreamCost, schedules: Mapping[str, DepthSchedule] | None, position: int) -> Iterable[Source]:
     """What a stage that starts at this read position of a stream takes: all that crosses there, as its first read
     sees it all; later ones see less of it."""
     if position == 0:
@@ -179,9 +192,7 @@ def count_traffic(values: Sequence[StageValue], *, num_stages: int, virtual_stag
     for v in values:
         for stage in (v.produced, *(hop + 1 for hop in exact[v.name])):
             kept[stage % num_stages] += v.bytes
-    return Traffic(
-        num_stages, virtual_stages, tuple(values), count(naive), count(cached), count(exact), tuple(kept)
-    )
+    return Traffic(num_stages, virtual_stages, tuple(values), count(naive), count(cached), count(exact), tuple(kept))
 
 
 def _hops_as_in_paper(value: StageValue, num_stages: int) -> range:
