@@ -6,6 +6,7 @@ Times are whole picoseconds, so that sums do not depend on their order and equal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import TypeVar
 
 from torch import Tensor
@@ -92,6 +93,7 @@ def block_order(starts: Sequence[int], count: int) -> tuple[int, tuple[tuple[int
     return -len(starts), tuple((abs(s - e), s) for s, e in zip(starts, even, strict=True))
 
 
+@lru_cache(maxsize=1 << 16)
 def picoseconds(count: float, per_second: float) -> int:
     """Time of so many operations or bytes at a speed."""
     return round(Fraction(count) / Fraction(per_second) * PICOSECONDS)

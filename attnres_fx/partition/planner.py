@@ -15,6 +15,7 @@ from dataclasses import replace
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.blocks import all_blocks, count_blocks
 from attnres_fx.partition.cut_search import NEVER, CutSearch
+from attnres_fx.partition.looped import find_looped
 from attnres_fx.partition.objective import Partition, evaluate
 from attnres_fx.partition.request import PlanRequest, Schedules, check_request
 from attnres_fx.passes.schedule import DepthSchedule
@@ -29,13 +30,18 @@ def find_partition(request: PlanRequest) -> Partition:
     Raises PlanError where nothing fits, saying what to change.
     """
     check_request(request)
+    found = _find_looped(request) if request.virtual_stages > 1 else _find(request)
+    if found is None:
+        raise PlanError("nothing fits")
+    return found
+
+
+def _find(request: PlanRequest) -> Partition | None:
     best: Partition | None = None
     for schedules in _choices(request):
         found = best_cuts(request, schedules, best)
         if found is not None and (best is None or found.objective < best.objective):
             best = found
-    if best is None:
-        raise PlanError("nothing fits")
     return best
 
 
@@ -57,3 +63,11 @@ def best_cuts(request: PlanRequest, schedules: Schedules, known: Partition | Non
         return None
     _, starts = search.cuts(slowest, request.memory_limit)
     return evaluate(request, starts, schedules, search.numbers)
+
+
+def _find_looped(request: PlanRequest) -> Partition | None:
+    for schedules in _choices(request):
+        found = find_looped(request, schedules)
+        if found.best is not None:
+            return replace(found.best, gap=max(0.0, found.best.slowest / found.bound - 1))
+    return None
