@@ -152,6 +152,7 @@ def stages_of(
         splits,
         num_stages=num_stages,
         virtual_stages=virtual_stages,
+        cache=cache,
         flatten=call.flatten,
         unflatten=call.unflatten,
     )
