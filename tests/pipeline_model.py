@@ -6,7 +6,7 @@ All is float64, so that what is wrong stands out from rounding.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -57,10 +57,10 @@ class Whole(nn.Module):
 class HandStage(nn.Module):
     """Virtual stage `index` of `count`, with its share of the layers."""
 
-    def __init__(self, model, index, count, route):
+    def __init__(self, model, index, count, routes):
         super().__init__()
         size = len(model.layers) // count
-        self.route, self.inputs, self.is_last = route, (0, 1) if index == count - 1 else (0,), index == count - 1
+        self.routes, self.inputs, self.is_last = routes, (0, 1) if index == count - 1 else (0,), index == count - 1
         self.mine, self.index, self.count = range(index * size, (index + 1) * size), index, count
         self.layers = nn.ModuleDict({str(i): model.layers[i] for i in self.mine})
         if index == 0:
@@ -73,8 +73,12 @@ class HandStage(nn.Module):
 
     first, last = Whole.first, Whole.last
 
+    @property
+    def route(self):
+        return self.routes[self.training]
+
     def forward(self, *inputs):
-        values = dict(zip(self.route.takes, inputs, strict=False))
+        values = {n.rstrip("!"): v for n, v in zip(self.route.takes, inputs, strict=False)}
         ids, *scale = inputs[len(self.route.takes) :]
         if self.index == 0:
             values["v0"], values["mask"], values["hint"] = self.first(ids)
@@ -88,7 +92,7 @@ class HandStage(nn.Module):
         if self.fail_at is not None and self.fail_at():
             raise ZeroDivisionError("on purpose")
         if not self.is_last:
-            return tuple(values[name] for name in self.route.produced)
+            return tuple(values[name.rstrip("!")] for name in self.route.produced)
         sources = [values[f"v{j}"] for j in range(self.mine.stop + 1)]
         return [self.last(sources, *(values[n] for n in ("mask", "hint", "side", "again", "twin")), *scale)]
 
@@ -103,7 +107,7 @@ class HandStages:
         later = [(f"v{i + 1}", i // size, range(i // size + 1, count)) for i in range(len(model.layers))]
         extra = [("hint", 0, [last]), ("twin", 0, [last]), ("side", count // 2, [last]), ("again", 1, [last])]
         made = [("v0", 0, range(1, count)), ("mask", 0, [last]), *extra, *later]
-        self.values = tuple(
+        values = [
             StageValue(
                 name,
                 produced,
@@ -113,17 +117,30 @@ class HandStages:
             )
             for name, produced, used in made
             if any(u > produced for u in used)
-        )
+        ]
+        # The eval graph has other names, in another order.
+        self.by_mode = {True: values, False: [replace(v, name=v.name + "!") for v in reversed(values)]}
         self.num_stages, self.virtual_stages = num_stages, virtual_stages
-        routes = route_values(self.values, num_stages=num_stages, virtual_stages=virtual_stages, cache=cache)
-        self.stages = [HandStage(model, c, count, routes[c]) for c in range(count)]
+        routes = {
+            mode: route_values(values, num_stages=num_stages, virtual_stages=virtual_stages, cache=cache)
+            for mode, values in self.by_mode.items()
+        }
+        self.stages = [HandStage(model, c, count, {m: r[c] for m, r in routes.items()}) for c in range(count)]
         self.tied = (((0, "embed.weight"), (last, "head.weight")),) if model.head.weight is model.embed.weight else ()
+
+    @property
+    def values(self):
+        return self.by_mode[self.stages[0].training]
 
     def bytes_of(self, name, rows=2, tokens=TOKENS):
         return rows * tokens * {"mask": 8, "hint": 8}.get(name, 8 * WIDTH)
 
     def __iter__(self):
         return iter(self.stages)
+
+    def train(self, mode=True):
+        for stage in self.stages:
+            stage.train(mode)
 
     def flatten(self, args, kwargs):
         return [args[0], kwargs.get("scale", 1.0)]
@@ -134,7 +151,7 @@ class HandStages:
     def shapes(self, flat):
         rows = tuple(flat[0].shape)
         special = {"mask": (rows, torch.int64), "hint": ((*rows, 1), torch.float64)}
-        return {v.name: special.get(v.name, ((*rows, WIDTH), torch.float64)) for v in self.values}
+        return {v.name: special.get(v.name.rstrip("!"), ((*rows, WIDTH), torch.float64)) for v in self.values}
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,8 @@ def equals_one_process(schedule, virtual, cache):
     values = {v.name: v for v in pipeline._contract.values}
     wanted = {}
     for stage in pipeline.stages:
-        forward = sum(values[n].bytes for n in stage.route.sent) * 4
-        backward = sum(values[n].bytes for n in stage.route.received if values[n].differentiable) * 4
+        forward = sum(values[n].bytes for n in stage.terms.route.sent) * 4
+        backward = sum(values[n].bytes for n in stage.terms.route.received if values[n].differentiable) * 4
         wanted.setdefault(stage.stage_index, [0, 0])[0] += forward
         wanted.setdefault(stage.stage_index - 1, [0, 0])[1] += backward
     sent = {hop: [b.forward, b.backward] for hop, b in pipeline.bytes_sent.items()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,6 @@ from attnres_fx.errors import PipelineError
 from attnres_fx.partition.contract import Plan, Stages
 from attnres_fx.partition.gradients import TiedGradients, TiedGroup
 from attnres_fx.partition.pipeline_hooks import MULTI_STAGE, SourceStage
-from attnres_fx.partition.source_cache import SourceCache
 from attnres_fx.partition.step_log import StepLog
 
 if TYPE_CHECKING:
@@ -167,28 +166,8 @@ def replicate(module: nn.Module, groups: Groups, data_parallel: str | None) -> n
 
 
 def pipeline_stages(
-    stages: Stages,
-    modules: Mapping[int, nn.Module],
-    wrapped: Mapping[int, nn.Module],
-    group: dist.ProcessGroup,
-    device: torch.device,
+    wrapped: Mapping[int, nn.Module], plan: Plan, group: dist.ProcessGroup, device: torch.device
 ) -> list[SourceStage]:
-    """This rank's stages for PyTorch's schedules, with one cache for all of them where they share values."""
-    routes = {c: cast(Any, m).route for c, m in modules.items()}
-    shares = any(route.cached for route in routes.values())
-    together, log = SourceCache(), StepLog()
-    return [
-        SourceStage(
-            wrapped[c],
-            routes[c],
-            stages.num_stages * stages.virtual_stages,
-            inputs=tuple(cast(Any, modules[c]).inputs),
-            differentiable=frozenset(v.name for v in stages.values if v.differentiable),
-            cache=together if shares else SourceCache(),
-            frees=not shares or c == max(modules),
-            log=log,
-            device=device,
-            group=group,
-        )
-        for c in modules
-    ]
+    """This rank's stages for PyTorch's schedules."""
+    log, count = StepLog(), plan.num_stages * plan.virtual_stages
+    return [SourceStage(module, c, count, log=log, device=device, group=group) for c, module in wrapped.items()]

@@ -42,7 +42,8 @@ class Stage(Protocol):
 class Stages(Protocol):
     """Stages of one model: all virtual stages, or at least this rank's.
 
-    values: every tensor that leaves a stage. num_stages, virtual_stages: P ranks with V virtual stages each.
+    What is said of values, and the routes of the stages, is of the current mode. values: every tensor that leaves a
+    stage. num_stages, virtual_stages: P ranks with V virtual stages each.
     tied: groups of (virtual stage, parameter name) that are one parameter in the model; the first is the owner.
     """
 
@@ -56,7 +57,10 @@ class Stages(Protocol):
     def tied(self) -> Sequence[Sequence[tuple[int, str]]]: ...
     def __iter__(self) -> Iterator[Stage]: ...
 
-    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+    def train(self, mode: bool = True) -> Any:
+        """Choose the train or the eval graph of all stages."""
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         """The model's flat inputs, from the arguments of one microbatch."""
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:

@@ -58,33 +58,55 @@ class _Weights:
     gradients: list[Tensor]
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a stage goes by in one step; train and eval graphs may differ in all of it.
+
+    route: what it takes and gives. inputs: which flat inputs it takes. differentiable: values whose gradients
+    travel. shapes: of all values. cache: shared by the stages of a rank, or its own. frees: whether it is the last of
+    its rank to use the cache in a forward pass.
+    """
+
+    route: StageRoute
+    inputs: tuple[int, ...]
+    differentiable: frozenset[str]
+    shapes: Shapes
+    cache: SourceCache
+    frees: bool
+
+    @property
+    def returns(self) -> tuple[str, ...]:
+        """Values whose gradients come over the hop to the next stage."""
+        return tuple(n for n in self.route.sent if n in self.differentiable)
+
+    @property
+    def gives_back(self) -> tuple[str, ...]:
+        """Values whose gradients leave over the hop from the stage before."""
+        return tuple(n for n in self.route.received if n in self.differentiable)
+
+
 class SourceStage(PipelineStage):
     """A virtual stage that takes its inputs from, and leaves its outputs in, the source cache of its rank.
 
-    module: called with values and flat inputs. route: what it takes and gives. inputs: which flat inputs it takes.
-    differentiable: names of values whose gradients travel. cache: shared by the stages of a rank, or its own.
-    frees: whether it is the last of its rank to use the cache in a forward pass.
+    module: called with values and flat inputs; `terms` and `flat_inputs` (of every microbatch) are set before a step.
     """
+
+    terms: Terms
 
     def __init__(
         self,
         module: nn.Module,
-        route: StageRoute,
+        index: int,
         count: int,
         *,
-        inputs: tuple[int, ...],
-        differentiable: frozenset[str],
-        cache: SourceCache,
-        frees: bool,
         log: StepLog,
         device: torch.device,
         group: dist.ProcessGroup | None,
     ) -> None:
-        super().__init__(module, route.stage, count, device, input_args=(), output_args=(), group=group)
-        self.route, self.inputs, self.differentiable = route, inputs, differentiable
-        self.cache, self.frees, self.log = cache, frees, log
+        super().__init__(module, index, count, device, input_args=(), output_args=(), group=group)
+        self.log = log
+        self.own_cache = SourceCache()
         self.flat_inputs: Sequence[Sequence[Any]] = ()
-        self.shapes: Shapes = {}
         self.outputs: dict[int, tuple[Any, ...]] = {}
         self._arrived: dict[int, tuple[Tensor, ...]] = {}
         self._returned: dict[int, tuple[Tensor, ...]] = {}
@@ -92,13 +114,17 @@ class SourceStage(PipelineStage):
         self._leaving_back: dict[int, tuple[Tensor, ...]] = {}
         self._runs: dict[int, _Run] = {}
         self._weights: dict[int, _Weights] = {}
-        self._returns = tuple(n for n in route.sent if n in differentiable)
-        self._gives_back = tuple(n for n in route.received if n in differentiable)
+
+    @property
+    def cache(self) -> SourceCache:
+        return self.terms.cache if hasattr(self, "terms") else self.own_cache
 
     # Hops
 
     def _receive(self, names: Sequence[str], stage: int, action: str) -> tuple[tuple[Tensor, ...], list[dist.P2POp]]:
-        buffers = tuple(torch.empty(self.shapes[n][0], dtype=self.shapes[n][1], device=self.device) for n in names)
+        buffers = tuple(
+            torch.empty(self.terms.shapes[n][0], dtype=self.terms.shapes[n][1], device=self.device) for n in names
+        )
         if not names:
             return buffers, []
         peer = self._resolve_peer_global_rank(stage)
@@ -116,7 +142,7 @@ class SourceStage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         action = f"{self.stage_index}F{fwd_chunk_id}"
-        self._arrived[fwd_chunk_id], ops = self._receive(self.route.received, self.stage_index - 1, action)
+        self._arrived[fwd_chunk_id], ops = self._receive(self.terms.route.received, self.stage_index - 1, action)
         return ops
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -129,7 +155,7 @@ class SourceStage(PipelineStage):
         if not self.has_backward:
             return []
         action = f"{self.stage_index}B{bwd_chunk_id}"
-        self._returned[bwd_chunk_id], ops = self._receive(self._returns, self.stage_index + 1, action)
+        self._returned[bwd_chunk_id], ops = self._receive(self.terms.returns, self.stage_index + 1, action)
         return ops
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
@@ -163,49 +189,52 @@ class SourceStage(PipelineStage):
         mb, action = fwd_chunk_id, f"{self.stage_index}F{fwd_chunk_id}"
         self.log.waiting.pop(action, None)
         self.log.actions.append(action)
-        for name, value in zip(self.route.received, self._arrived.pop(mb, ()), strict=True):
+        for name, value in zip(self.terms.route.received, self._arrived.pop(mb, ()), strict=True):
             self.cache.put(mb, name, value)
         outputs = self.log.attempt(action, lambda: self._forward(mb))
         if outputs is None and not self.is_last:
-            for name in self.route.produced:
-                shape, dtype = self.shapes[name]
+            for name in self.terms.route.produced:
+                shape, dtype = self.terms.shapes[name]
                 self.cache.put(mb, name, torch.zeros(shape, dtype=dtype, device=self.device))
-        leaving = tuple(self.cache.value(mb, name) for name in self.route.sent)
+        leaving = tuple(self.cache.value(mb, name) for name in self.terms.route.sent)
         if not self.is_last and self.group_size > 1:
             self._leaving[mb] = leaving
         elif self.is_last and not self.has_backward and outputs is not None:
             self.outputs[mb] = outputs
-        if not self.has_backward and self.frees:
+        if not self.has_backward and self.terms.frees:
             self.cache.finish(mb)
         return outputs if self.is_last else leaving
 
     def _forward(self, mb: int) -> tuple[Any, ...]:
         wants = self.has_backward and torch.is_grad_enabled()
-        taken = {n: self.cache.value(mb, n).detach() for n in self.route.takes}
-        leaves = {n: v.requires_grad_() for n, v in taken.items() if wants and n in self.differentiable}
+        taken = {n: self.cache.value(mb, n).detach() for n in self.terms.route.takes}
+        leaves = {n: v.requires_grad_() for n, v in taken.items() if wants and n in self.terms.differentiable}
         flat = self.flat_inputs[mb]
-        outputs = self.forward_maybe_with_nosync(*taken.values(), *(flat[i] for i in self.inputs))
+        outputs = self.forward_maybe_with_nosync(*taken.values(), *(flat[i] for i in self.terms.inputs))
         outputs = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
         made = {} if self.is_last else self._named(outputs)
         for name, value in made.items():
             self.cache.put(mb, name, value)
         if wants:
-            roots = {n: _Root.apply(v) for n, v in made.items() if n in self.differentiable and v.requires_grad}
+            roots = {n: _Root.apply(v) for n, v in made.items() if n in self.terms.differentiable and v.requires_grad}
             self._runs[mb] = _Run(leaves, roots)
         return outputs
 
     def _named(self, outputs: tuple[Any, ...]) -> dict[str, Tensor]:
-        names = self.route.produced
+        names = self.terms.route.produced
         if len(outputs) != len(names):
             raise PipelineError(
                 f"virtual stage {self.stage_index} returned {len(outputs)} values and its route names {len(names)}."
             )
         for name, value in zip(names, outputs, strict=True):
-            if not isinstance(value, Tensor) or shape_of(value) != (tuple(self.shapes[name][0]), self.shapes[name][1]):
+            if not isinstance(value, Tensor) or shape_of(value) != (
+                tuple(self.terms.shapes[name][0]),
+                self.terms.shapes[name][1],
+            ):
                 found = shape_of(value) if isinstance(value, Tensor) else type(value).__name__
                 raise PipelineError(
                     f"virtual stage {self.stage_index} made value {name!r} as {found}; planned was "
-                    f"{self.shapes[name]}. Plan with the shapes, and under the autocast, that it runs with."
+                    f"{self.terms.shapes[name]}. Plan with the shapes, and under the autocast, that it runs with."
                 )
         return dict(zip(names, outputs, strict=True))
 
@@ -219,13 +248,13 @@ class SourceStage(PipelineStage):
         mb, action = bwd_chunk_id, f"{self.stage_index}{'B' if full_backward else 'I'}{bwd_chunk_id}"
         self.log.waiting.pop(f"{self.stage_index}B{mb}", None)
         self.log.actions.append(action)
-        for name, gradient in zip(self._returns, self._returned.pop(mb, ()), strict=True):
+        for name, gradient in zip(self.terms.returns, self._returned.pop(mb, ()), strict=True):
             self.cache.bank(mb, name, gradient)
         run = self._runs.pop(mb, None)
         if run is not None:
             self.log.attempt(action, lambda: self._backward(mb, run, loss, full_backward, last_backward))
-        self._leaving_back[mb] = tuple(self._gradient(mb, name) for name in self._gives_back)
-        self.cache.drop(mb, (*self.route.received, *self.route.produced))
+        self._leaving_back[mb] = tuple(self._gradient(mb, name) for name in self.terms.gives_back)
+        self.cache.drop(mb, (*self.terms.route.received, *self.terms.route.produced))
 
     def _gradient(self, mb: int, name: str) -> Tensor:
         gradient = self.cache.gradient(mb, name)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnres_fx.errors import PipelineError
 from attnres_fx.partition import checkpoint
-from attnres_fx.partition.contract import Plan, Shapes, Stages, shape_of
+from attnres_fx.partition.contract import Plan, Shapes, Stage, Stages, shape_of
 from attnres_fx.partition.gradients import TiedGradients, scale_gradients, total_norm
 from attnres_fx.partition.microbatches import MeanLoss, Microbatches, join_outputs, split_batch
 
@@ -108,12 +108,12 @@ class Pipeline:
 
     def eval(self, *args: Any, target: Any = None, **kwargs: Any) -> Evaluation:
         """Forward of one batch in eval mode, without gradients; train mode is put back after."""
-        batches = self._start(args, kwargs, target)
-        modes = {module: module.training for module in self.modules.values()}
-        last, outputs = self.stages[-1], None
+        training = self.training
+        self.train(False)
         try:
+            batches = self._start(args, kwargs, target)
+            last, outputs = self.stages[-1], None
             with torch.no_grad(), self._lost_neighbours():
-                self.train(False)
                 self._run(self._forward_only)
                 if last.is_last:
                     outputs = self._log.attempt("joining the outputs", lambda: self._join(last.outputs, batches))
@@ -121,8 +121,7 @@ class Pipeline:
             self._raise_failure(failed)
         finally:
             self._clear()
-            for module, mode in modes.items():
-                module.train(mode)
+            self.train(training)
         return Evaluation(loss if target is not None else None, outputs)
 
     def _join(self, outputs: dict[int, tuple[Any, ...]], batches: Microbatches) -> Any:
@@ -143,9 +142,7 @@ class Pipeline:
         self._clear()
         self._log.actions.clear()
         self._log.sent.clear()
-        shapes = self._shapes_for(flat[0])
-        for stage in self.stages:
-            stage.flat_inputs, stage.shapes = flat, shapes
+        self._set_terms(flat)
         if self.stages[-1].is_last:
             total = batches.counts.sum()
             if self._replicas is not None:
@@ -154,11 +151,27 @@ class Pipeline:
             self._loss.start(batches, total)
         return batches
 
-    def _shapes_for(self, flat: Sequence[Any]) -> Shapes:
-        key = tuple(shape_of(x) if isinstance(x, Tensor) else repr(x) for x in flat)
+    def _set_terms(self, flat: Sequence[Sequence[Any]]) -> None:
+        """Routes and shapes of the current mode, handed to the stages; one cache for all of them if they share."""
+        from attnres_fx.partition.pipeline_hooks import Terms
+
+        key = (self.training, *(shape_of(x) if isinstance(x, Tensor) else repr(x) for x in flat[0]))
         if key not in self._shapes:
-            self._shapes[key] = self._contract.shapes(flat)
-        return self._shapes[key]
+            self._shapes[key] = self._contract.shapes(flat[0])
+        differentiable = frozenset(v.name for v in self._contract.values if v.differentiable)
+        routes = {c: cast(Stage, module).route for c, module in self.modules.items()}
+        shares = any(route.cached for route in routes.values())
+        for stage in self.stages:
+            c = stage.stage_index
+            stage.flat_inputs = flat
+            stage.terms = Terms(
+                routes[c],
+                inputs=cast(Stage, self.modules[c]).inputs,
+                differentiable=differentiable,
+                shapes=self._shapes[key],
+                cache=self.stages[0].own_cache if shares else stage.own_cache,
+                frees=not shares or stage is self.stages[-1],
+            )
 
     def _run(self, schedule: Any) -> None:
         from attnres_fx.partition.pipeline_hooks import run_schedule
@@ -236,10 +249,16 @@ class Pipeline:
 
     # Parameters
 
+    @property
+    def training(self) -> bool:
+        """Whether the stages are in train mode."""
+        return next(iter(self.modules.values())).training
+
     def train(self, mode: bool = True) -> "Pipeline":
-        """Train or eval mode of every stage of this rank."""
-        for module in self.modules.values():
-            module.train(mode)
+        """Train or eval mode of every stage, and so which of its graphs runs."""
+        self._contract.train(mode)
+        for stage in self.stages:
+            stage.submod.train(mode)
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -339,7 +358,7 @@ def build_pipeline(
     if wanted:
         for module in modules.values():
             module.compile(backend=backend)
-    pipeline_stages = building.pipeline_stages(stages, modules, wrapped, groups.pipeline, where)
+    pipeline_stages = building.pipeline_stages(wrapped, plan, groups.pipeline, where)
     replicas = dist.get_world_size(groups.replicas) if groups.replicas is not None else 1
     loss = MeanLoss(loss_fn, stages.unflatten, replicas)
     return Pipeline(
