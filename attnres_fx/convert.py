@@ -57,7 +57,7 @@ def inspect(
     Returns a StreamReport: `print` it, or look at `.streams` and `.refusals`.
     Raises CaptureError where the model cannot be traced.
     """
-    _refuse_converted(model)
+    refuse_converted(model)
     mode: Mode = "train" if getattr(model, "training", False) else "eval"
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, modes=(mode,))
     found = analyze_(next(iter(captured.graphs.values())).gm)
@@ -93,7 +93,7 @@ def convert(
     if not isinstance(config, AttnResConfig):
         raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
     lowering = checked_lowering(lowering)
-    _refuse_converted(model)
+    refuse_converted(model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     distinct = {id(g): (mode, g) for mode, g in captured.graphs.items()}
     found = {mode: analyze_(graph.gm) for mode, graph in distinct.values()}
@@ -130,7 +130,7 @@ def _starting_mode(captured: Captured) -> Mode:
     return other
 
 
-def _refuse_converted(model: Any) -> None:
+def refuse_converted(model: Any) -> None:
     graph = model.graph if isinstance(model, GraphModule | ExportedProgram) else None
     holds_reads = graph is not None and any(n.target in OPERATORS for n in graph.nodes)
     if isinstance(model, ConvertedModel) or holds_reads:

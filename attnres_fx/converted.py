@@ -198,19 +198,7 @@ class ConvertedModel(nn.Module):
     def flatten_arguments(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The arguments of a call as the flat inputs of the current program; raises ArgumentError."""
         program = self.programs["train" if self.training else "eval"]
-        bound_args, bound_kwargs = self.signature.bind(args, kwargs)
-        if self.in_spec is None:
-            return list(bound_args)
-        leaves, spec = pytree.tree_flatten((bound_args, bound_kwargs))
-        if len(leaves) == len(program.shapes):
-            check_shapes(program.shapes, leaves, program.ranges)
-        if len(leaves) != len(program.shapes) or spec != self.in_spec:
-            raise ArgumentError(
-                f"the arguments have another structure than the captured ones: {spec} against {self.in_spec}."
-            )
-        if program.guards is not None:
-            _check_guards(program.guards, leaves)
-        return leaves
+        return flat_arguments(program, self.signature, self.in_spec, args, kwargs)
 
     def graph_module(self, mode: Mode | None = None, *, lowered: bool = False) -> GraphModule:
         """The program of a mode as a `torch.fx.GraphModule` on this model's own tensors; flat inputs.
@@ -261,6 +249,23 @@ class ConvertedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.signature}, modes={'/'.join(self.programs)}"
+
+
+def flat_arguments(
+    program: Program, signature: CallSignature, in_spec: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """The arguments of a call as the flat inputs of a program; raises ArgumentError."""
+    bound_args, bound_kwargs = signature.bind(args, kwargs)
+    if in_spec is None:
+        return list(bound_args)
+    leaves, spec = pytree.tree_flatten((bound_args, bound_kwargs))
+    if len(leaves) == len(program.shapes):
+        check_shapes(program.shapes, leaves, program.ranges)
+    if len(leaves) != len(program.shapes) or spec != in_spec:
+        raise ArgumentError(f"the arguments have another structure than the captured ones: {spec} against {in_spec}.")
+    if program.guards is not None:
+        _check_guards(program.guards, leaves)
+    return leaves
 
 
 def _norm_module(root: nn.Module, path: str) -> NormModule:

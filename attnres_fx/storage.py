@@ -9,6 +9,7 @@ import importlib
 import inspect
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def _exported(converted: ConvertedModel, mode: Mode, program: Program) -> Tensor
     flags = {m: m.training for m in converted.modules()}
     try:
         nn.Module.train(converted, mode == "train")
-        exported = _export_flat(_FlatModel(converted, program), program)
+        exported = export_flat(converted, program)
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -212,7 +213,9 @@ def _exported(converted: ConvertedModel, mode: Mode, program: Program) -> Tensor
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
 
-def _export_flat(flat: _FlatModel, program: Program) -> torch.export.ExportedProgram:
+def export_flat(converted: ConvertedModel, program: Program) -> torch.export.ExportedProgram:
+    """A program as `torch.export` traces it again, flat inputs and outputs, in aten operations."""
+    flat = _FlatModel(converted, program)
     example, free = zip(*(_example(n, s) for n, s in _inputs(program)), strict=True)
     errors = []
     for shapes in (tuple(free), None):
@@ -259,7 +262,7 @@ def _rebuilt(about: dict[str, Any], stored: dict[str, Any]) -> ConvertedModel:
             shapes = tuple(_decode(program["shapes"]))
             ranges = {n: (low, high) for n, (low, high) in program["ranges"].items()}
             graphs[name] = CapturedGraph(gm, _load_spec(program["out_spec"]), shapes, ranges, guards)
-        result[mode] = (graphs[name], _renamed(graphs[name].gm, _decode(program["replacements"])))
+        result[mode] = (graphs[name], renamed(graphs[name].gm, _decode(program["replacements"])))
     converted = ConvertedModel(
         root,
         attnres,
@@ -324,7 +327,8 @@ def _loaded_graph(data: Tensor, tensors: dict[str, Tensor]) -> tuple[GraphModule
     return gm, guards
 
 
-def _renamed(gm: GraphModule, replacements: list[Replacement]) -> tuple[Replacement, ...]:
+def renamed(gm: GraphModule, replacements: Sequence[Replacement]) -> tuple[Replacement, ...]:
+    """The reads of a graph that was exported again, in order, with the names their nodes have there."""
     nodes = [n for n in gm.graph.nodes if n.target is DEPTH_ATTENTION]
     renamed = []
     for node, placed in zip(nodes, replacements, strict=True):

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.errors import PlanError
+from attnres_fx.partition.writes import Writes, find_writes
 from attnres_fx.passes.graph_tools import describe, tensor_of, value_of
 from attnres_fx.passes.inline_regions import getattr_path
 from attnres_fx.passes.result import PassResult
@@ -57,6 +58,7 @@ class Chain:
     streams: tuple[ChainStream, ...]
     unit: Mapping[Node, int]
     floating: frozenset[Node]
+    writes: Writes
 
     @property
     def num_sublayers(self) -> int:
@@ -80,11 +82,15 @@ class Chain:
 
 
 def drop_assertions_pass(gm: GraphModule) -> PassResult:
-    """Remove what only states a tensor's dtype and device again, in place: it would tie tensors to a sublayer."""
+    """Remove what only states a tensor's dtype and device again, and what nobody uses, in place.
+
+    Either would tie tensors to a sublayer that has no other use of them.
+    """
     found = [n for n in gm.graph.nodes if op_name(n) == "_assert_tensor_metadata" and not n.users]
     for node in found:
         gm.graph.erase_node(node)
-    return PassResult(gm, bool(found), (), tuple(n.name for n in found))
+    unused = gm.graph.eliminate_dead_code()
+    return PassResult(gm, bool(found) or unused, (), tuple(n.name for n in found))
 
 
 def find_chain(gm: GraphModule, streams: Sequence[ChainStream], reads: Sequence[ChainRead]) -> Chain:
@@ -95,7 +101,7 @@ def find_chain(gm: GraphModule, streams: Sequence[ChainStream], reads: Sequence[
     placing = _Placing(gm, streams, reads)
     placing.forward()
     placing.backward()
-    return Chain(gm.graph, tuple(streams), placing.unit, frozenset(placing.floating))
+    return Chain(gm.graph, tuple(streams), placing.unit, frozenset(placing.floating), placing.writes)
 
 
 def is_mode_switch(node: Node) -> bool:
@@ -127,6 +133,12 @@ class _Placing:
                 self.anchor[summary] = unit - 1
                 self.anchor |= {u: unit for u in summary.users if u not in chain_reads and u.op != "output"}
         self.opening = self._opening(streams, reads, by_name)
+        self.writes = find_writes(gm.graph)
+        self.owners = {o for owners in self.writes.targets.values() for o in owners}
+        self.followers: dict[Node, list[Node]] = {}
+        for node, before in self.writes.needs.items():
+            for write in before:
+                self.followers.setdefault(write, []).append(node)
         self.early: dict[Node, int] = {}
         self.floating: set[Node] = set()
         self.unit: dict[Node, int] = {}
@@ -144,33 +156,41 @@ class _Placing:
         return set(_ancestors(roots))
 
     def forward(self) -> None:
-        for node in self.nodes:
-            known = [self.early[i] for i in node.all_input_nodes if i in self.early]
-            if node in self.anchor:
-                known.append(self.anchor[node])
-            if known:
-                self.early[node] = max(known)
-            elif self._may_be_repeated(node):
-                self.floating.add(node)
+        unrepeatable: set[Node] = set()
+        while True:
+            self.early, self.floating = {}, set()
+            for node in self.nodes:
+                known = [self.early[i] for i in self.writes.inputs(node) if i in self.early]
+                if node in self.anchor:
+                    known.append(self.anchor[node])
+                if known:
+                    self.early[node] = max(known)
+                elif node not in unrepeatable and self._may_be_repeated(node):
+                    self.floating.add(node)
+            # A storage that something of one sublayer is written into is that sublayer's, from its making on.
+            owned = {o for w, owners in self.writes.targets.items() if w not in self.floating for o in owners}
+            if owned <= unrepeatable:
+                return
+            unrepeatable |= owned
 
     def _may_be_repeated(self, node: Node) -> bool:
         """Whether a node that depends on nothing of the chain is the same wherever it is computed."""
-        for source in node.all_input_nodes:
+        for source in self.writes.inputs(node):
             if source.op == "get_attr" and isinstance(getattr_path(self.gm, str(source.target)), torch.nn.Parameter):
                 return False
             if source.op not in ("get_attr", "placeholder") and source not in self.floating:
                 return False
         if node.op == "call_module" or is_random(node):
             return False
-        schema = getattr(node.target, "_schema", None)
-        return not (schema is not None and schema.is_mutable)
+        return all(o.op not in ("get_attr", "placeholder") for o in self.writes.targets.get(node, ()))
 
     def backward(self) -> None:
         """Give every node that is not floating its sublayer, users first."""
+        unused = {n for n in self.nodes if not self._users(n) and n not in self.early and n not in self.floating}
         for node in reversed(self.nodes):
-            if node in self.floating:
+            if node in self.floating or node in unused:
                 continue
-            late = min((self._wanted(node, user) for user in node.users), default=None)
+            late = min((self._wanted(node, user) for user in self._users(node) if user not in unused), default=None)
             early = self.early.get(node)
             if node in self.opening and early is None:
                 self.unit[node] = -1
@@ -180,6 +200,22 @@ class _Placing:
                 self.unit[node] = late
             else:
                 self.unit[node] = max(early, late) if self._goes_with_its_users(node) else early
+        for node in unused:  # what is run for its effect: beside what it takes
+            self.unit[node] = max((self.unit[i] for i in node.all_input_nodes if i in self.unit), default=-1)
+        for write, owners in self.writes.targets.items():
+            self._keep_together(write, owners)
+
+    def _keep_together(self, write: Node, owners: Sequence[Node]) -> None:
+        """A write where its storage is made: it must not write into what came from another stage."""
+        made = [self.unit[o] for o in owners if o in self.unit]
+        if write in self.unit and any(u != self.unit[write] for u in made):
+            raise PlanError(
+                f"{describe(write)} writes in place into a tensor that sublayer {made[0]} makes, in sublayer "
+                f"{self.unit[write]}: a stage cannot write into what another has made. Write into a copy there."
+            )
+
+    def _users(self, node: Node) -> list[Node]:
+        return [*node.users, *self.followers.get(node, ())]
 
     def _wanted(self, node: Node, user: Node) -> int:
         if user.op == "output":
@@ -191,6 +227,8 @@ class _Placing:
         return self.unit[user]
 
     def _goes_with_its_users(self, node: Node) -> bool:
+        if node in self.writes.targets or node in self.owners:
+            return True
         if node.op == "call_module" or not isinstance(value_of(node), torch.Tensor):
             return not isinstance(value_of(node), tuple | list)
         if op_name(node) == "getitem" and not isinstance(value_of(node.all_input_nodes[0]), torch.Tensor):

@@ -37,7 +37,10 @@ def ask_inputs_for_sizes_pass(gm: GraphModule) -> PassResult:
     symbols = symbols_of(gm.graph)
     asked: dict[Any, Node] = {}
     replaced = []
-    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if not inputs:
+        return PassResult(gm, False)
+    first = inputs[-1].next
     for node in list(gm.graph.nodes):
         value = value_of(node)
         if not isinstance(value, torch.SymInt) or node.op == "placeholder" or not node.users:

@@ -1,7 +1,7 @@
 """A stage as a module, and all stages of a model together."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
@@ -40,12 +40,17 @@ class Stage(GraphModule):
     programs: dict[Mode, _Runnable]
 
     def __init__(
-        self, root: nn.Module, index: int, programs: Mapping[Mode, StageProgram], lowering: Lowering | None = None
+        self,
+        roots: Sequence[nn.Module],
+        index: int,
+        programs: Mapping[Mode, StageProgram],
+        lowering: Lowering | None = None,
     ) -> None:
+        """roots: where the graphs' attributes are found, in the first that has each."""
         graphs = {mode: p.graph for mode, p in programs.items()}
         first: Mode = "train" if "train" in graphs else "eval"
         super().__init__(nn.Module(), Graph(), class_name="Stage")
-        _take_attributes(self, root, graphs.values())
+        _take_attributes(self, roots, graphs.values())
         self.index = index
         self.graph = graphs[first]
         self.programs = {
@@ -99,22 +104,31 @@ def _lowered(stage: Stage, graph: Graph, lowering: Lowering, training: bool) -> 
     return type(gm).forward
 
 
-def _take_attributes(stage: nn.Module, root: nn.Module, graphs: Any) -> None:
-    """Put what the graphs name on the stage, at the paths it has on the root; persistent as there."""
+def _take_attributes(stage: nn.Module, roots: Sequence[nn.Module], graphs: Iterable[Graph]) -> None:
+    """Put what the graphs name on the stage, at the paths it has on its root; persistent as there."""
     for target in dict.fromkeys(str(n.target) for g in graphs for n in g.nodes if n.op == "get_attr"):
+        root = next((r for r in roots if _has(r, target)), roots[-1])
         *path, leaf = target.split(".")
         holder, there = stage, root
         for part in path:
             if part not in holder._modules:
                 holder.add_module(part, nn.Module())
             holder, there = getattr(holder, part), getattr(there, part)
-        value = getattr_path(root, target)
+        value = getattr(there, leaf)
         if isinstance(value, nn.Parameter):
             holder.register_parameter(leaf, value)
         elif isinstance(value, torch.Tensor):
             holder.register_buffer(leaf, value, persistent=leaf not in there._non_persistent_buffers_set)
         else:
             setattr(holder, leaf, value)
+
+
+def _has(root: nn.Module, target: str) -> bool:
+    try:
+        getattr_path(root, target)
+    except AttributeError:
+        return False
+    return True
 
 
 def _forget_real_values(graph: Graph) -> None:
@@ -128,7 +142,7 @@ class Stages(Sequence[Stage]):
     """The virtual stages of a model in order, and what they have in common.
 
     num_stages: ranks P; virtual_stages: V; stage c runs on rank c mod P. tied: groups of (stage, parameter name)
-    that are one and the same parameter.
+    that are one and the same parameter. cache: whether the stages of a rank share what they have seen.
     """
 
     def __init__(
@@ -138,13 +152,15 @@ class Stages(Sequence[Stage]):
         *,
         num_stages: int,
         virtual_stages: int,
-        flatten: Callable[[tuple[Any, ...], Mapping[str, Any]], list[Any]],
-        unflatten: Callable[[Any], Any],
+        cache: bool = True,
+        flatten: Callable[[Mode, tuple[Any, ...], Mapping[str, Any]], list[Any]],
+        unflatten: Callable[[Mode, Any], Any],
     ) -> None:
         self._stages = tuple(stages)
         self._splits = dict(splits)
         self.num_stages = num_stages
         self.virtual_stages = virtual_stages
+        self.cache = cache
         self._flatten = flatten
         self._unflatten = unflatten
         self.tied = _tied(self._stages)
@@ -168,13 +184,18 @@ class Stages(Sequence[Stage]):
             raise PlanError(f"there is no rank {rank}: the plan has {self.num_stages}.")
         return self._stages[rank :: self.num_stages]
 
-    def values(self, mode: Mode = "train") -> tuple[StageValue, ...]:
-        """What travels between stages in a mode, in the order in which it is made."""
-        return self._splits[mode].values
+    @property
+    def mode(self) -> Mode:
+        return self._stages[0].mode
 
-    def shapes(self, inputs: Sequence[Any], mode: Mode = "train") -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    @property
+    def values(self) -> tuple[StageValue, ...]:
+        """What travels between stages in the current mode, in the order in which it is made."""
+        return self._splits[self.mode].values
+
+    def shapes(self, inputs: Sequence[Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every value that travels, for a microbatch's flat inputs."""
-        split = self._splits[mode]
+        split = self._splits[self.mode]
         nodes = [n for n in split.chain.graph.nodes if n.op == "placeholder"]
         sizes = sizes_for(split.symbols, dict(zip(nodes, inputs, strict=True)))
         found = {}
@@ -186,11 +207,11 @@ class Stages(Sequence[Stage]):
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """A call's arguments as the model's flat inputs."""
-        return self._flatten(args, kwargs)
+        return self._flatten(self.mode, args, kwargs)
 
     def unflatten(self, outputs: Any) -> Any:
         """The last stage's outputs as the model returns them."""
-        return self._unflatten(outputs)
+        return self._unflatten(self.mode, outputs)
 
     def train(self, mode: bool = True) -> Self:
         for stage in self._stages:

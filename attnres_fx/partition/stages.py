@@ -20,6 +20,7 @@ from attnres_fx.errors import PlanError
 from attnres_fx.partition.chain import Chain, is_mode_switch, size_in_bytes
 from attnres_fx.partition.routes import StageRoute, StageValue, route_values
 from attnres_fx.partition.sizes import Symbols, symbols_of
+from attnres_fx.partition.writes import Writes
 from attnres_fx.passes.graph_tools import describe, nodes_without_gradients, tensor_of, value_of
 from attnres_fx.passes.inline_regions import getattr_path
 from attnres_fx.passes.spelling import CASTS, RESHAPES, TOKEN_MOVES, op_name
@@ -122,13 +123,13 @@ def _refuse_shared_state(gm: GraphModule, chain: Chain, stage: Mapping[Node, int
     """A buffer that one stage writes and another uses would be two buffers."""
     written: dict[str, set[int]] = {}
     held: dict[str, set[int]] = {}
-    for node in chain.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
+    for node, at in stage.items():
         for source in node.all_input_nodes:
-            if source.op == "get_attr" and node in stage:
-                held.setdefault(str(source.target), set()).add(stage[node])
-                if schema is not None and schema.is_mutable and node.args and node.args[0] is source:
-                    written.setdefault(str(source.target), set()).add(stage[node])
+            if source.op == "get_attr":
+                held.setdefault(str(source.target), set()).add(at)
+        for owner in chain.writes.targets.get(node, ()):
+            if owner.op == "get_attr":
+                written.setdefault(str(owner.target), set()).add(at)
     for name in written:
         if len(held[name]) > 1:
             raise PlanError(
@@ -187,7 +188,7 @@ def _program(split: Split, route: StageRoute) -> StageProgram:
     wanted = list(output.all_input_nodes) if is_last else produced
     own = {n for n, s in split.stage.items() if s == route.stage} | split.repeated.get(route.stage, frozenset())
     taken = {split.nodes[name] for name in route.takes}
-    kept = _closure([*wanted, *(n for n in own if _has_effect(n))], stop=taken)
+    kept = _closure(split.chain.writes, [*wanted, *(n for n in own if n in split.chain.writes.targets)], stop=taken)
     graph = Graph()
     copies: dict[Node, Node] = {}
     for name in route.takes:
@@ -210,20 +211,15 @@ def _program(split: Split, route: StageRoute) -> StageProgram:
     return StageProgram(graph, route, inputs)
 
 
-def _closure(nodes: Iterable[Node], stop: set[Node]) -> set[Node]:
+def _closure(writes: Writes, nodes: Iterable[Node], stop: set[Node]) -> set[Node]:
     found: set[Node] = set()
     stack = [n for n in nodes if n not in stop]
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack += [i for i in node.all_input_nodes if i not in stop]
+            stack += [i for i in writes.inputs(node) if i not in stop]
     return found
-
-
-def _has_effect(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return not node.users and (schema is None or schema.is_mutable)
 
 
 def _drop_empty_regions(graph: Graph) -> None:

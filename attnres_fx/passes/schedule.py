@@ -6,6 +6,7 @@ A stream of L sublayers has L + 1 read positions: position l is read with l subl
 0 sees only the root and needs no operator; position L is the last read, before the final norm.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -72,7 +73,7 @@ class DepthSchedule:
         """Index of the block that `sublayer` is in."""
         if not 0 <= sublayer < self.num_sublayers:
             raise ScheduleError(f"sublayer {sublayer} does not exist: there are {self.num_sublayers}.")
-        return sum(start <= sublayer for start in self.starts) - 1
+        return bisect_right(self.starts, sublayer) - 1
 
     def block_of_read(self, position: int) -> int:
         """Block that the read at `position` belongs to: the one whose outputs it is the last to see."""

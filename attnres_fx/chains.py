@@ -1,0 +1,174 @@
+"""A converted model's graphs as chains of sublayers, and as stages."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from attnres_fx.call import CallSignature
+from attnres_fx.converted import ConvertedModel, Program, flat_arguments
+from attnres_fx.partition.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
+from attnres_fx.partition.sizes import ask_inputs_for_sizes_pass
+from attnres_fx.partition.stage_module import Stage, Stages
+from attnres_fx.partition.stages import split_chain, stage_programs
+from attnres_fx.passes import DepthSchedule, Replacement, Stream
+from attnres_fx.passes.inline_regions import getattr_path
+from attnres_fx.passes.lowering import Lowering
+from attnres_fx.passes.result import run_pass
+from attnres_fx.running import Mode
+from attnres_fx.sizes import take_guards
+from attnres_fx.storage import export_flat, renamed
+
+
+@dataclass(frozen=True, eq=False)
+class ChainedGraph:
+    """One mode's graph in order of its sublayers. labels: what the sources of its reads are, by node name."""
+
+    gm: GraphModule
+    chain: Chain
+    labels: Mapping[str, str]
+
+
+def chain_graph(
+    gm: GraphModule,
+    streams: Sequence[Stream],
+    schedules: Mapping[str, DepthSchedule],
+    replacements: Sequence[Replacement],
+) -> ChainedGraph:
+    """Order a converted graph, changing it where sizes are asked of tensors that live in one stage only.
+
+    streams: those rewritten. schedules: by stream name. replacements: the reads of this graph.
+    """
+    for each in (drop_assertions_pass, ask_inputs_for_sizes_pass):
+        run_pass(each, gm)
+    order = {n.name: i for i, n in enumerate(gm.graph.nodes)}
+    main = [s for s in streams if s.nested_in is None]
+    begins = {s.name: min(order[r.node] for r in replacements if r.stream == s.name) for s in main}
+    main.sort(key=lambda s: begins[s.name])
+    runs, at = [], 0
+    for stream in main:
+        runs.append(ChainStream(stream.name, at, stream.num_sublayers, _sublayer_names(stream)))
+        at += stream.num_sublayers
+    reads = [r for s in main for r in _chain_reads(s, schedules[s.name], replacements)]
+    labels = {
+        node: label if len(main) == 1 else f"{r.stream}:{label}" for r in replacements for label, node in r.sources
+    }
+    return ChainedGraph(gm, find_chain(gm, runs, reads), labels)
+
+
+def _sublayer_names(stream: Stream) -> tuple[str, ...]:
+    """Each sublayer by the read that opens it."""
+    at = {r.position: r.name for r in reversed(stream.reads)}
+    return tuple(at.get(i, f"{stream.name}[{i}]") for i in range(stream.num_sublayers))
+
+
+def _chain_reads(stream: Stream, schedule: DepthSchedule, replacements: Sequence[Replacement]) -> list[ChainRead]:
+    position = {r.name: r.position for r in stream.reads}
+    extras = {r.name for r in stream.reads if r.extras}
+    own = [r for r in replacements if r.stream == stream.name]
+    found = []
+    for placed in own:
+        at = position[placed.read]
+        closes = (
+            schedule.variant == "local"
+            and placed.read not in extras
+            and 0 < at < schedule.num_sublayers
+            and at in schedule.starts
+        )
+        summary = None
+        if closes:
+            label = f"c_{schedule.block_of(at) + 1}"
+            held = [n for r in own for name, n in r.sources if name == label]
+            summary = held[0] if stream.post_norm and held else placed.node
+        found.append(ChainRead(placed.node, stream.name, at, summary))
+    return found
+
+
+def chains_of(converted: ConvertedModel) -> dict[Mode, ChainedGraph]:
+    """Every mode's graph of a converted model, in order."""
+    streams = [s.stream for s in converted.report.streams]
+    schedules = {s.stream.name: s.schedule for s in converted.report.streams}
+    made: dict[int, ChainedGraph] = {}
+    found: dict[Mode, ChainedGraph] = {}
+    for mode, program in converted.programs.items():
+        if id(program) not in made:
+            if converted.in_spec is None:
+                gm, replacements = _exported(converted, program)
+            else:
+                gm, replacements = GraphModule(converted, copy.deepcopy(program.graph)), program.replacements
+            _name_as_the_model_does(gm, converted)
+            made[id(program)] = chain_graph(gm, streams, schedules, replacements)
+        found[mode] = made[id(program)]
+    return found
+
+
+def _name_as_the_model_does(gm: GraphModule, converted: ConvertedModel) -> None:
+    """Give a parameter that has several names the one the model lists it under."""
+    first: dict[int, str] = {}
+    for name, parameter in converted.named_parameters(remove_duplicate=False):
+        first.setdefault(id(parameter), name)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            node.target = first.get(id(getattr_path(gm, str(node.target))), node.target)
+
+
+def _exported(converted: ConvertedModel, program: Program) -> tuple[GraphModule, tuple[Replacement, ...]]:
+    """A symbolic trace in aten operations, which say what they read and write; its reads by their new names."""
+    order = {n.name: i for i, n in enumerate(program.graph.nodes)}
+    exported = export_flat(converted, program)
+    gm = exported.module()
+    assert isinstance(gm, GraphModule)
+    take_guards(gm)
+    gm.graph.set_codegen(CodeGen())
+    gm.recompile()
+    return gm, renamed(gm, sorted(program.replacements, key=lambda r: order[r.node]))
+
+
+def stages_of(
+    converted: ConvertedModel,
+    starts: Sequence[int],
+    *,
+    num_stages: int,
+    virtual_stages: int,
+    cache: bool,
+    lowering: Lowering | None,
+) -> Stages:
+    """A converted model cut before the sublayers `starts`, which has one entry per virtual stage."""
+    chains = chains_of(converted)
+    splits = {m: split_chain(c.gm, c.chain, starts, c.labels) for m, c in chains.items()}
+    programs = {m: stage_programs(s, num_ranks=num_stages, cache=cache) for m, s in splits.items()}
+    roots = [converted, *(c.gm for c in chains.values())]
+    stages = [
+        Stage(roots, i, {m: p[i] for m, p in programs.items()}, lowering or converted.lowering)
+        for i in range(len(starts))
+    ]
+    call = Call(converted.signature, converted.in_spec, dict(converted.programs))
+    return Stages(
+        stages,
+        splits,
+        num_stages=num_stages,
+        virtual_stages=virtual_stages,
+        cache=cache,
+        flatten=call.flatten,
+        unflatten=call.unflatten,
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a converted model is called, without the model: the programs hold no tensors."""
+
+    signature: CallSignature
+    in_spec: Any
+    programs: Mapping[Mode, Program]
+
+    def flatten(self, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        return flat_arguments(self.programs[mode], self.signature, self.in_spec, args, kwargs)
+
+    def unflatten(self, mode: Mode, outputs: Any) -> Any:
+        spec = self.programs[mode].out_spec
+        return outputs if spec is None else pytree.tree_unflatten(outputs, spec)

@@ -1,0 +1,158 @@
+"""Checkpoints by original parameter names, through `torch.distributed.checkpoint`.
+
+Whoever saves, whoever loads: stages of a pipeline of any width, or the unsplit model. A name says what a tensor is;
+which rank holds it, and in which shards, is no part of the file. Keys are `model.<name>`,
+`optimizer.state.<name>.<what>` and `optimizer.param_groups.<name>.<option>`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from attnres_fx.errors import PipelineError
+
+Optimizer = torch.optim.Optimizer
+_STATE, _OPTIONS = "optimizer.state.{}.", "optimizer.param_groups.{}."
+
+
+@dataclass(frozen=True)
+class Parts:
+    """modules: what one rank holds of a model. aliases: groups of names that are one parameter of the model."""
+
+    modules: tuple[nn.Module, ...]
+    aliases: tuple[tuple[str, ...], ...] = ()
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """All names of a parameter, the one its optimizer state is saved under first."""
+        return next((tuple(dict.fromkeys(group)) for group in self.aliases if name in group), (name,))
+
+    def optimized(self, optimizer: Optimizer | None) -> list[tuple[Tensor, dict[str, Any], tuple[str, ...]]]:
+        """Every parameter of an optimizer, with its group and all its names."""
+        names = {id(p): n for module in self.modules for n, p in module.named_parameters()}
+        groups = optimizer.param_groups if optimizer is not None else []
+        found = [(parameter, group) for group in groups for parameter in group["params"]]
+        if any(id(parameter) not in names for parameter, _ in found):
+            raise PipelineError("the optimizer has a parameter that is not this rank's: give it pipeline.parameters().")
+        return [(p, group, self.names_of(names[id(p)])) for p, group in found]
+
+
+def merged_state(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers of several stages under their original names."""
+    return {name: value for module in modules for name, value in module.state_dict().items()}
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Write a checkpoint of an unsplit model, which pipelines of any width can load."""
+    save_modules(path, whole(model), optimizer)
+
+
+def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Read a checkpoint into an unsplit model, in place, whatever it was saved from."""
+    load_modules(path, whole(model), optimizer)
+
+
+def whole(model: nn.Module) -> Parts:
+    """An unsplit model as the only part of itself."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return Parts((model,), tuple(tuple(group) for group in names.values() if len(group) > 1))
+
+
+def save_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
+    """Write what every rank holds; all ranks call it."""
+    state: dict[str, Any] = {f"model.{name}": value for name, value in merged_state(parts.modules).items()}
+    for parameter, group, names in parts.optimized(optimizer):
+        kept = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        state |= {_STATE.format(names[0]) + key: value for key, value in kept.items()}
+        state |= {_OPTIONS.format(names[0]) + key: value for key, value in group.items() if key != "params"}
+    save(state, checkpoint_id=str(path))
+
+
+def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
+    """Read what every rank holds, in place; all ranks call it.
+
+    A tied parameter is read under whichever of its names the checkpoint has. Raises PipelineError where a name is
+    missing or the folder holds no whole checkpoint.
+    """
+    written = _read_names(path)
+    values = merged_state(parts.modules)
+    keys = {name: _first(written, "model.{}", (name, *parts.names_of(name))) for name in values}
+    missing = sorted(name for name, key in keys.items() if key not in written)
+    if missing:
+        raise PipelineError(
+            f"the checkpoint {str(path)!r} has no {missing[0]!r} ({len(missing)} names are missing): it is of another "
+            f"model, or of one converted with another config."
+        )
+    state: dict[str, Any] = {}
+    for name, key in keys.items():
+        state.setdefault(key, values[name])
+    optimized = parts.optimized(optimizer)
+    prefixes = [_first(written, _OPTIONS, names) for _, _, names in optimized]
+    for (parameter, _, _), prefix in zip(optimized, prefixes, strict=True):
+        state |= _room_for(parameter, (prefix, prefix.replace("param_groups", "state", 1)), written)
+    load(state, checkpoint_id=str(path))
+    with torch.no_grad():
+        for name, key in keys.items():
+            if state[key] is not values[name]:
+                values[name].copy_(state[key])
+    if optimizer is not None:
+        _restore(optimizer, prefixes, state)
+
+
+def _read_names(path: str | Path) -> dict[str, Any]:
+    try:
+        return dict(FileSystemReader(str(path)).read_metadata().state_dict_metadata)
+    except OSError as error:
+        raise PipelineError(
+            f"there is no whole checkpoint at {str(path)!r} ({error}): give the folder that save() wrote; one that "
+            f"was being written when the job ended has no .metadata file and cannot be used."
+        ) from error
+
+
+def _first(written: dict[str, Any], pattern: str, names: Sequence[str]) -> str:
+    """The key, or the beginning of keys, of the first name that the checkpoint knows."""
+    keys = [pattern.format(name) for name in names]
+    return next((key for key in keys if key in written or key + "lr" in written), keys[0])
+
+
+def _room_for(parameter: Tensor, prefixes: tuple[str, ...], written: dict[str, Any]) -> dict[str, Any]:
+    """Where to read a parameter's optimizer state into: sharded as the parameter is, where it has its shape."""
+    room: dict[str, Any] = {}
+    for key, what in written.items():
+        if key.startswith(prefixes):
+            if not isinstance(what, TensorStorageMetadata):
+                room[key] = None
+            elif what.size == parameter.shape:
+                room[key] = torch.zeros_like(parameter, dtype=what.properties.dtype, requires_grad=False)
+            else:
+                room[key] = torch.zeros(what.size, dtype=what.properties.dtype)
+    return room
+
+
+def _restore(optimizer: Optimizer, prefixes: Sequence[str], state: dict[str, Any]) -> None:
+    """Put what was read where the optimizer keeps it; parameters the checkpoint knows nothing of start afresh."""
+    whole = optimizer.state_dict()
+    ordered = iter(prefixes)
+
+    def read(prefix: str) -> dict[str, Any]:
+        """Copies: data parallelism gives tied parameters of one rank each their own state."""
+        found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
+
+    for group in whole["param_groups"]:
+        for place, (index, prefix) in enumerate(zip(group["params"], ordered, strict=False)):
+            kept = read(prefix.replace("param_groups", "state", 1))
+            if kept:
+                whole["state"][index] = kept
+            if place == 0:
+                group |= read(prefix)
+    optimizer.load_state_dict(whole)

@@ -1,0 +1,247 @@
+"""What a plan is judged by, written once and slowly: the planner and its tests both ask here.
+
+Times are whole picoseconds, so that sums do not depend on their order and equal plans compare equal.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import TypeVar
+
+from torch import Tensor
+
+from attnres_fx.partition.model_costs import DeviceSpeed, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition.request import PlanRequest, Schedules
+from attnres_fx.partition.traffic import check_starts, count_traffic, stage_of, stage_values
+from attnres_fx.passes.schedule import DepthSchedule
+
+PICOSECONDS = 10**12
+
+Number = TypeVar("Number", int, Tensor)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Per sublayer, with its depth reads: picoseconds forward and backward, bytes saved, and bytes of the sources it
+    makes. before, after: the same four of what precedes and follows the chain."""
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    saved: tuple[int, ...]
+    made: tuple[int, ...]
+    before: tuple[int, int, int]
+    after: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Stages and blocks, and what they cost; lists are per virtual stage unless they say "rank".
+
+    starts: first sublayer of each. schedules: per stream its name and its blocks.
+    forward_seconds, backward_seconds: of sublayers and depth reads. hop_seconds: of the hop that leaves it, there and
+    back. hop_forward_bytes, hop_backward_bytes: on that hop. parameter_bytes, activation_bytes: activations of one
+    microbatch, with the sources no other stage takes. cache_bytes: per rank, values from or for other stages, one
+    microbatch. memory_bytes: per rank, of everything at its fullest moment.
+    slowest_seconds: the largest of forward + backward + hop, which is what is made small first; traffic_bytes: over
+    all hops, both ways, next; unaligned_cuts: stages that begin inside a block, then.
+    gap: how far slowest_seconds may be above the best there is, as a share of it; 0 where it is the best.
+    """
+
+    starts: tuple[int, ...]
+    schedules: tuple[tuple[str, DepthSchedule], ...]
+    forward_seconds: tuple[float, ...]
+    backward_seconds: tuple[float, ...]
+    hop_seconds: tuple[float, ...]
+    hop_forward_bytes: tuple[int, ...]
+    hop_backward_bytes: tuple[int, ...]
+    parameter_bytes: tuple[int, ...]
+    activation_bytes: tuple[int, ...]
+    cache_bytes: tuple[int, ...]
+    memory_bytes: tuple[int, ...]
+    slowest: int
+    traffic_bytes: int
+    unaligned_cuts: int
+    gap: float = 0.0
+
+    @property
+    def slowest_seconds(self) -> float:
+        return self.slowest / PICOSECONDS
+
+    @property
+    def block_starts(self) -> dict[str, tuple[int, ...]]:
+        """First sublayer of each block, counted in its stream."""
+        return {name: schedule.starts for name, schedule in self.schedules}
+
+    @property
+    def objective(self) -> tuple[object, ...]:
+        """What is compared, first entries first: slowest stage, bytes, cuts inside blocks, then, so that one plan is
+        the best: the earlier stages, the more blocks, the more even blocks."""
+        return (
+            self.slowest,
+            self.traffic_bytes,
+            self.unaligned_cuts,
+            self.starts,
+            tuple(block_order(schedule.starts, schedule.num_sublayers) for _, schedule in self.schedules),
+        )
+
+
+def block_order(starts: Sequence[int], count: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """More blocks first; then, block by block, the start nearest to where blocks of even size would begin."""
+    size, longer = divmod(count, len(starts))
+    even = (k * size + min(k, longer) for k in range(len(starts)))
+    return -len(starts), tuple((abs(s - e), s) for s, e in zip(starts, even, strict=True))
+
+
+@lru_cache(maxsize=1 << 16)
+def picoseconds(count: float, per_second: float) -> int:
+    """Time of so many operations or bytes at a speed."""
+    return round(Fraction(count) / Fraction(per_second) * PICOSECONDS)
+
+
+def reading_sublayer(stream: StreamCost, schedule: DepthSchedule, position: int) -> int:
+    """The sublayer of the chain whose stage runs a read: the one it opens, or, for the last read and for those at a
+    block's end in `local`, the one it follows."""
+    closes_block = schedule.variant == "local" and 0 < position and position in schedule.starts
+    return stream.first + (position - 1 if closes_block or position == stream.count else position)
+
+
+def count_sources(schedule: DepthSchedule, position: int) -> int:
+    return position + 1 if schedule.variant == "full" else len(schedule.sources(position))
+
+
+def numbers_of(request: PlanRequest, schedules: Schedules) -> Numbers:
+    """Times and bytes of every sublayer with the reads it runs."""
+    costs, device = request.costs, request.device
+    timed = [_times(s, device, request.recompute) for s in costs.sublayers]
+    forward, backward = [f for f, _ in timed], [b for _, b in timed]
+    saved = [s.activation_bytes for s in costs.sublayers]
+    made = [0] * len(saved)
+    for stream in costs.streams:
+        schedule = schedules[stream.name]
+        # One number a value, so that times are linear in the number of sources.
+        value = picoseconds(stream.value_bytes, device.memory_bandwidth)
+        made[stream.first] += stream.value_bytes  # the root
+        for position in range(1, stream.count + 1):
+            sources = count_sources(schedule, position)
+            reader = reading_sublayer(stream, schedule, position)
+            forward[reader] += (sources + 1) * value
+            backward[reader] += (3 * sources + 1) * value
+            # Every sublayer makes one source: its output, or the sum of its block so far.
+            made[stream.first + position - 1] += stream.value_bytes
+        if schedule.variant == "local":
+            for start in schedule.starts[1:]:  # the summary
+                made[stream.first + start - 1] += stream.value_bytes
+        if request.recompute:
+            for i in range(stream.first, stream.first + stream.count):
+                saved[i] = stream.value_bytes
+    for value in costs.carried:
+        made[value.produced] += value.bytes
+    ends = [(*_times(s, device, False), s.activation_bytes) for s in (costs.before, costs.after)]
+    return Numbers(tuple(forward), tuple(backward), tuple(saved), tuple(made), ends[0], ends[1])
+
+
+def _times(part: SublayerCost, device: DeviceSpeed, recompute: bool) -> tuple[int, int]:
+    again = part.forward_flops if recompute else 0.0
+    return picoseconds(part.forward_flops, device.flops), picoseconds(part.backward_flops + again, device.flops)
+
+
+def evaluate(
+    request: PlanRequest, starts: Sequence[int], schedules: Schedules, numbers: Numbers | None = None
+) -> Partition:
+    """Everything about one choice of stages and blocks, whether it fits the memory limit or not.
+
+    numbers: of the same request and schedules, where they are known. Raises PlanError where a stage would be empty.
+    """
+    costs, count = request.costs, len(starts)
+    check_starts(starts, request.num_sublayers)
+    numbers = numbers or numbers_of(request, schedules)
+    values = stage_values(costs.streams, schedules, starts, carried=costs.carried)
+    traffic = count_traffic(values, num_stages=request.num_stages, virtual_stages=request.virtual_stages)
+    hops = traffic.exact if request.cache else traffic.naive
+    stages = [range(a, b) for a, b in zip(starts, (*starts[1:], request.num_sublayers), strict=True)]
+    forward, backward, saved = (
+        [sum(per[i] for i in stage) for stage in stages] for per in (numbers.forward, numbers.backward, numbers.saved)
+    )
+    for at, end in ((0, numbers.before), (-1, numbers.after)):
+        forward[at] += end[0]
+        backward[at] += end[1]
+        saved[at] += end[2]
+    hop_times = [hop_time(request, f, b) for f, b in zip(hops.forward, hops.backward, strict=True)] + [0]
+    leaving = [sum(v.bytes for v in values if v.produced == c) for c in range(count)]
+    arriving = [0, *hops.forward]
+    for c, stage in enumerate(stages):
+        saved[c] += sum(numbers.made[i] for i in stage) - leaving[c]
+        if not request.cache:
+            saved[c] += leaving[c] + arriving[c]
+    kept = traffic.cache_bytes if request.cache else (0,) * request.num_stages
+    parameters = stage_parameters(request, starts)
+    memory = []
+    for rank, moments in enumerate(request.moments):
+        mine = range(rank, count, request.num_stages)
+        fixed = resident(request, sum(parameters[c] for c in mine))
+        fixed += max(recompute_peak(request, stages[c]) for c in mine)
+        fullest = max(sum(n * saved[c] for n, c in zip(ns, mine, strict=True)) + ns[0] * kept[rank] for ns in moments)
+        memory.append(fixed + fullest)
+    slowest = max(f + b + h for f, b, h in zip(forward, backward, hop_times, strict=True))
+    return Partition(
+        starts=tuple(starts),
+        schedules=tuple((s.name, schedules[s.name]) for s in costs.streams),
+        forward_seconds=tuple(t / PICOSECONDS for t in forward),
+        backward_seconds=tuple(t / PICOSECONDS for t in backward),
+        hop_seconds=tuple(t / PICOSECONDS for t in hop_times),
+        hop_forward_bytes=(*hops.forward, 0),
+        hop_backward_bytes=(*hops.backward, 0),
+        parameter_bytes=tuple(parameters),
+        activation_bytes=tuple(saved),
+        cache_bytes=tuple(kept),
+        memory_bytes=tuple(memory),
+        slowest=slowest,
+        traffic_bytes=hops.total,
+        unaligned_cuts=sum(not is_aligned(costs, schedules, start) for start in starts),
+    )
+
+
+def hop_time(request: PlanRequest, forward: int, backward: int) -> int:
+    """Picoseconds of one hop there and back: two messages. On one rank nothing travels."""
+    if request.num_stages == 1:
+        return 0
+    device = request.device
+    latency = round(Fraction(device.link_latency) * PICOSECONDS)
+    return 2 * latency + sum(picoseconds(count, device.link_bandwidth) for count in (forward, backward))
+
+
+def stage_parameters(request: PlanRequest, starts: Sequence[int]) -> tuple[int, ...]:
+    """Parameter bytes of every stage. A parameter that several places share counts once on each rank that has one."""
+    costs = request.costs
+    found = [0] * len(starts)
+    found[0] += costs.before.parameter_bytes
+    found[-1] += costs.after.parameter_bytes
+    for i, sublayer in enumerate(costs.sublayers):
+        found[stage_of(i, starts)] += sublayer.parameter_bytes
+    for size, places in costs.tied:
+        ranks: set[int] = set()
+        for place in places:
+            stage = {"before": 0, "after": len(starts) - 1}.get(place)
+            stage = stage_of(int(place), starts) if stage is None else stage
+            rank = stage % request.num_stages
+            if ranks and rank not in ranks:  # the first place has counted it
+                found[stage] += size
+            ranks.add(rank)
+    return tuple(found)
+
+
+def resident(request: PlanRequest, parameter_bytes: Number) -> Number:
+    """Bytes of parameters with their gradients and optimizer state."""
+    return parameter_bytes + parameter_bytes * round(1024 * request.optimizer_factor) // 1024
+
+
+def recompute_peak(request: PlanRequest, stage: range) -> int:
+    """Activations of the one sublayer that is being run again."""
+    return max(request.costs.sublayers[i].activation_bytes for i in stage) if request.recompute else 0
+
+
+def is_aligned(costs: ModelCosts, schedules: Schedules, start: int) -> bool:
+    """Whether a stage that begins there begins with a block."""
+    stream = next(s for s in costs.streams if s.first <= start < s.first + s.count)
+    return start - stream.first in schedules[stream.name].starts

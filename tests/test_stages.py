@@ -1,0 +1,197 @@
+"""Stages against the converted model they were cut from, run one after another in one process."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from families import FAMILIES
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import attnres_fx as ax
+from attnres_fx.chains import chains_of, stages_of
+from examples.small_gpt import GPTConfig, SmallGPT
+
+HEAVY = {"swin"}
+
+
+def spread(converted):
+    """Queries away from zero, so that a source in the wrong place shows."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for read in converted.attnres.reads:
+            read.query.normal_(std=0.5, generator=generator)
+            if read.gate is not None:
+                read.gate.fill_(0.7)
+    return converted
+
+
+def evenly(converted, count):
+    total = next(iter(chains_of(converted).values())).chain.num_sublayers
+    count = min(count, total)
+    return tuple(total * c // count for c in range(count))
+
+
+def cut(converted, starts, ranks=None, **options):
+    ranks = ranks or len(starts)
+    options = {"cache": True, "lowering": None, **options}
+    return stages_of(converted, starts, num_stages=ranks, virtual_stages=len(starts) // ranks, **options)
+
+
+def tensors(output):
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def assert_same(model, stages, kwargs, tolerance=1e-5):
+    """Outputs, and the gradient of every parameter that is in some stage."""
+    for each in (model, stages):
+        results = tensors(each(**kwargs) if each is model else each.run(**kwargs))
+        model.zero_grad()
+        weights = [torch.randn(r.shape, generator=torch.Generator().manual_seed(1)) for r in results]
+        sum((r * w).sum() for r, w in zip(results, weights, strict=True)).backward()
+        found = [r.detach() for r in results] + [
+            p.grad.clone() if p.grad is not None else torch.zeros(1) for p in model.parameters()
+        ]
+        if each is model:
+            expected = found
+    for x, y in zip(expected, found, strict=True):
+        assert (x - y).abs().max() <= tolerance * max(float(x.abs().max()), 1e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_cut_into_stages_computes_what_it_did_whole(name):
+    model, kwargs, _ = FAMILIES[name]()
+    converted = spread(ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(num_blocks=2)))
+    converted.eval()
+    stages = cut(converted, evenly(converted, 3)).eval()
+    assert_same(converted, stages, kwargs)
+    held = set().union(*(dict(s.named_parameters()) for s in stages))
+    assert held <= set(dict(converted.named_parameters(remove_duplicate=False)))
+
+
+@pytest.mark.parametrize("variant", ["full", "local"])
+@pytest.mark.parametrize("name", ["opt", "mamba", "bert", "carry", "in place", "t5", "parallel"])
+def test_other_variants_too(name, variant):
+    if name not in FAMILIES:
+        pytest.skip(f"no family {name}")
+    model, kwargs, _ = FAMILIES[name]()
+    blocks = {} if variant == "full" else {"num_blocks": 2}
+    converted = spread(ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(variant=variant, **blocks)))
+    converted.eval()
+    assert_same(converted, cut(converted, evenly(converted, 3)).eval(), kwargs)
+
+
+def gpt(**options):
+    torch.manual_seed(0)
+    return SmallGPT(GPTConfig(**{"layers": 3, "heads": 2, "width": 16, "context": 16, "vocabulary": 40, **options}))
+
+
+IDS = {"ids": torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(0))}
+
+
+@pytest.mark.parametrize("variant", ["full", "block", "local"])
+def test_what_crosses_a_cut_is_what_the_schedule_says(variant):
+    blocks = {} if variant == "full" else {"boundaries": (2, 5)}
+    converted = ax.convert(gpt(), kwargs=IDS, config=ax.AttnResConfig(variant=variant, **blocks))
+    schedule = converted.report.streams[0].schedule
+    for starts in itertools.combinations(range(1, 6), 2):
+        stages = cut(converted, (0, *starts))
+        for i, start in enumerate(starts, start=1):
+            labels = {v.label for v in stages.values if v.produced < i and any(u >= i for u in v.used)}
+            later = {str(s) for s in schedule.carried(start)}
+            assert labels == later, (starts, i)
+
+
+def test_tied_weights_are_one_tensor_named_in_both_stages():
+    converted = ax.convert(gpt(tied=True), kwargs=IDS)
+    stages = cut(converted, (0, 3))
+    (group,) = stages.tied
+    assert [stage for stage, _ in group] == [0, 1]
+    first, second = (stages[i].get_parameter(name) for i, name in group)
+    assert first is second
+
+
+def test_a_stage_takes_the_inputs_it_needs_and_holds_nothing_else():
+    converted = ax.convert(gpt(tied=False), kwargs=IDS)
+    stages = cut(converted, (0, 2, 4))
+    counts = [sum(p.numel() for p in s.parameters()) for s in stages]
+    assert sum(counts) == sum(p.numel() for p in converted.parameters())
+    assert isinstance(stages[1], torch.fx.GraphModule)
+    assert set(dict(stages[1].named_parameters())) < set(dict(converted.named_parameters()))
+
+
+def test_stages_follow_other_sizes_and_both_modes():
+    converted = spread(ax.convert(gpt(dropout=0.0), kwargs=IDS))
+    stages = cut(converted, (0, 2, 4))
+    other = {"ids": torch.randint(0, 40, (3, 5))}
+    for training in (True, False):
+        converted.train(training)
+        stages.train(training)
+        assert torch.allclose(stages.run(**other), converted(**other), atol=1e-6)
+        shapes = stages.shapes(stages.flatten((), other))
+        assert {s for s, _ in shapes.values()} == {(3, 5, 16)}
+
+
+def test_a_symbolic_trace_is_cut_too():
+    model = gpt()
+    traced = torch.fx.symbolic_trace(model)
+    converted = spread(ax.convert(traced, kwargs=IDS))
+    assert_same(converted, cut(converted, (0, 2, 4)), IDS)
+
+
+def test_a_value_two_later_stages_use_travels_once_to_each():
+    class Shared(nn.Module):
+        """Keys made by the first layer for all of them."""
+
+        def __init__(self):
+            super().__init__()
+            self.keys = nn.Linear(8, 8)
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            shared = None
+            for layer in self.layers:
+                if shared is None:
+                    shared = self.keys(x).tanh()
+                x = x + (layer(x) @ shared.transpose(-1, -2)) @ shared
+            return x
+
+    x = torch.randn(2, 3, 8)
+    converted = spread(ax.convert(Shared(), (x,)))
+    stages = cut(converted, (0, 1, 2, 3))
+    extra = [v for v in stages.values if v.label == v.name]
+    assert [(v.produced, v.used) for v in extra] == [(0, (1, 2, 3))]
+    assert_same(converted, stages, {"x": x})
+
+
+def test_a_mask_is_built_again_and_does_not_travel():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x, keep):
+            mask = keep.unsqueeze(-1) & torch.ones(x.shape[1], 1, dtype=torch.bool)
+            for layer in self.layers:
+                x = x + torch.where(mask, layer(x).tanh(), 0.0) @ layer.weight
+            return x
+
+    kwargs = {"x": torch.randn(2, 3, 8), "keep": torch.rand(2, 3) > 0.3}
+    converted = spread(ax.convert(Masked(), kwargs=kwargs))
+    stages = cut(converted, (0, 1, 2))
+    assert all(v.label != v.name for v in stages.values)
+    assert all(len(s.inputs) >= 1 for s in stages)
+    assert_same(converted, stages, kwargs)
+
+
+def test_a_copied_stage_runs_on_its_own_tensors():
+    stages = cut(spread(ax.convert(gpt(), kwargs=IDS)), (0, 3))
+    copied = copy.deepcopy(stages[0])
+    before = stages[0](*[stages.flatten((), IDS)[i] for i in stages[0].inputs])
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    after = stages[0](*[stages.flatten((), IDS)[i] for i in stages[0].inputs])
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert all(float(t.abs().max()) == 0 for t in copied(*[stages.flatten((), IDS)[i] for i in copied.inputs]))
