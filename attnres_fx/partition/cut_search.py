@@ -8,6 +8,7 @@ Stages wider than the band are longer than the plan found, or the band is widene
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,19 @@ def _at_last_place(places: int) -> Tensor:
     return best
 
 
+class HopCosts(NamedTuple):
+    """Per place, of a hop at a cut there.
+
+    time: picoseconds, both ways. weight: bytes first, then whether a block is cut, as one number. forward, backward:
+    bytes.
+    """
+
+    time: Tensor
+    weight: Tensor
+    forward: Tensor
+    backward: Tensor
+
+
 class CutSearch:
     """Stages of a request for given blocks, where each hop carries everything that crosses its cut.
 
@@ -79,8 +93,7 @@ class CutSearch:
         places = [p for p in places if p == 0 or request.align == "prefer" or self.aligned[p]]
         self.places = torch.tensor([*places, self.length])
         self.values = crossing_values(request.costs, schedules)
-        self.forward, self.backward = crossing_bytes(self.values, self.length)
-        self.hops, self.weights = self.hop_costs(self.forward, self.backward)
+        self.everything = self.hop_costs(0)
         self._build(4 * len(places) // self.count + 1)
 
     def _build(self, width: int) -> None:
@@ -91,9 +104,8 @@ class CutSearch:
         self.work = self.between([f + b for f, b in zip(numbers.forward, numbers.backward, strict=True)])
         self.work = torch.where(self.inside, self.work, NEVER)
         self.parameters = self.between([s.parameter_bytes for s in costs.sublayers])
-        # Per microbatch: activations, the sources made here, and what was received.
+        # Per microbatch: activations and the sources made here.
         self.kept = self.between([s + m for s, m in zip(numbers.saved, numbers.made, strict=True)])
-        self.kept += torch.tensor(self.forward)[self.places][:, None]
         self.again = self._recomputed() if self.request.recompute else torch.zeros_like(self.kept)
         self._fixed: dict[tuple[bool, bool], Tensor] = {}
 
@@ -110,14 +122,19 @@ class CutSearch:
         sums = torch.tensor([0, *per_sublayer]).cumsum(0)[self.places]
         return at_ends(sums, self.width) - sums[:, None]
 
-    def hop_costs(self, forward: Sequence[int], backward: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Per place, of the hop that leaves there: picoseconds; and bytes first, then whether a block is cut, as one
-        number."""
-        many, hops, weights = self.count + 1, [0], [0]
+    def hop_costs(self, since: int) -> "HopCosts":
+        """Hops that carry all that crosses their cut and was made by the sublayer `since` or later ones."""
+        forward, backward = crossing_bytes(self.values, self.length, since)
+        times, weights = [0], [0]
         for f, b, aligned in list(zip(forward, backward, self.aligned, strict=False))[1:]:
-            hops.append(hop_time(self.request, f, b))
-            weights.append((f + b) * many + (not aligned))
-        return torch.tensor([*hops, 0])[self.places], torch.tensor([*weights, 0])[self.places]
+            times.append(hop_time(self.request, f, b))
+            weights.append((f + b) * (self.count + 1) + (not aligned))
+        columns = ([*times, 0], [*weights, 0], forward, backward)
+        return HopCosts(*(torch.tensor(column)[self.places] for column in columns))
+
+    def hop(self, stage: int) -> "HopCosts":
+        """The hop that leaves a stage."""
+        return self.everything
 
     def _recomputed(self) -> Tensor:
         """The largest activations of a stage's sublayers."""
@@ -138,7 +155,7 @@ class CutSearch:
     def time(self, stage: int) -> Tensor:
         """Picoseconds of a stage and the hop that leaves it; NEVER or more where it would be empty."""
         ends = self.ends(stage, *(n[0] + n[1] for n in (self.numbers.before, self.numbers.after)))
-        return self.work + at_ends(self.hops + ends, self.width)
+        return self.work + at_ends(self.hop(stage).time + ends, self.width)
 
     def memory(self, stage: int) -> Tensor:
         """Bytes of the rank that runs this stage, at its fullest moment."""
@@ -149,9 +166,14 @@ class CutSearch:
         which = stage == 0, stage == self.count - 1
         if which not in self._fixed:
             self._fixed[which] = resident(self.request, self._parameters(stage)) + self.again
-        return self._fixed[which] + in_flight * (
-            self.kept + self.ends(stage, self.numbers.before[2], self.numbers.after[2])
-        )
+        kept = self.kept + self.ends(stage, self.numbers.before[2], self.numbers.after[2])
+        return self._fixed[which] + in_flight * kept + self.request.num_microbatches * self._buffers(stage)
+
+    def _buffers(self, stage: int) -> Tensor:
+        """What a stage receives into, per microbatch: outputs from one side, gradients from the other."""
+        if self.request.num_stages == 1:
+            return torch.zeros_like(self.kept)
+        return self.hop(stage - 1).forward[:, None] + at_ends(self.hop(stage).backward, self.width)
 
     def _parameters(self, stage: int) -> Tensor:
         costs = self.request.costs
@@ -198,6 +220,6 @@ class CutSearch:
         inside blocks, and the earliest such starts."""
         times = self.fitting(limit)
         found, cuts = least_sum(
-            lambda stage: times(stage) <= slowest, lambda stage: self.weights, self.count, len(self.places)
+            lambda stage: times(stage) <= slowest, lambda stage: self.hop(stage).weight, self.count, len(self.places)
         )
         return divmod(found, self.count + 1), tuple(int(self.places[c]) for c in cuts)

@@ -8,7 +8,7 @@ limit, caps what one stage may take and lowers the cap until they do.
 The bound: every hop carries at least the sources its own stage makes, and memory is no limit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnres_fx.partition.crossing import crossing_bytes, crossing_values
-from attnres_fx.partition.cut_search import NEVER, CutSearch, at_ends, least_maximum, least_sum
+from attnres_fx.partition.crossing import crossing_values
+from attnres_fx.partition.cut_search import NEVER, CutSearch, HopCosts, at_ends, least_maximum, least_sum
 from attnres_fx.partition.objective import Numbers, Partition, evaluate, hop_time, resident
 from attnres_fx.partition.request import PlanRequest, Schedules
 
 ROUNDS = 6
 CAPS = 16
-#: Single moves tried, times sublayers.
-MOVES = 40_000
+#: Moves of single cuts tried, times what judging one takes (sublayers, and values that cross cuts).
+MOVES = 400_000
 
 
 class LoopedSearch(CutSearch):
@@ -32,7 +32,7 @@ class LoopedSearch(CutSearch):
 
     def __init__(self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None) -> None:
         super().__init__(request, schedules, numbers)
-        self._known = {0: (self.hops, self.weights)}
+        self._known = {0: self.everything}
         self.follow(None)
 
     def follow(self, starts: tuple[int, ...] | None) -> None:
@@ -43,15 +43,11 @@ class LoopedSearch(CutSearch):
             oldest = stage - self.request.num_stages + 2
             since = starts[oldest] if starts is not None and oldest > 0 and self.request.cache else 0
             if since not in self._known:
-                self._known[since] = self.hop_costs(*crossing_bytes(self.values, self.length, since))
+                self._known[since] = self.hop_costs(since)
             self._since.append(since)
 
-    def time(self, stage: int) -> Tensor:
-        self.hops = self._known[self._since[stage]][0]
-        return super().time(stage)
-
-    def weight(self, stage: int) -> Tensor:
-        return self._known[self._since[stage]][1]
+    def hop(self, stage: int) -> HopCosts:
+        return self._known[self._since[max(stage, 0)]]
 
     def share(self, stage: int) -> Tensor:
         """About what a stage takes of its rank's memory."""
@@ -93,7 +89,9 @@ class LoopedSearch(CutSearch):
                 break
         if slowest >= NEVER:
             return None
-        _, cuts = least_sum(lambda stage: times(stage) <= slowest, self.weight, self.count, len(self.places))
+        _, cuts = least_sum(
+            lambda stage: times(stage) <= slowest, lambda stage: self.hop(stage).weight, self.count, len(self.places)
+        )
         return tuple(int(self.places[c]) for c in cuts)
 
     def shares(self, starts: Sequence[int]) -> list[int]:
@@ -139,10 +137,17 @@ class _Tried:
         return self.plans[starts]
 
     def fits(self, plan: Partition) -> bool:
-        return self.request.memory_limit is None or max(plan.memory_bytes) <= self.request.memory_limit
+        return self._excess(plan) == 0
+
+    def _excess(self, plan: Partition) -> int:
+        limit = self.request.memory_limit
+        return 0 if limit is None else sum(max(0, memory - limit) for memory in plan.memory_bytes)
+
+    def _key(self, plan: Partition) -> tuple[object, ...]:
+        return self._excess(plan), plan.objective
 
     def best(self) -> Partition | None:
-        return min(filter(self.fits, self.plans.values()), key=lambda p: p.objective, default=None)
+        return min(filter(self.fits, self.plans.values()), key=self._key, default=None)
 
     def least_memory(self) -> int:
         return min((max(p.memory_bytes) for p in self.plans.values()), default=NEVER)
@@ -179,19 +184,33 @@ class _Tried:
         return False
 
     def move_cuts(self) -> None:
-        """Move single cuts by one place while the plan gets better."""
-        places = self.search.places.tolist()
-        left = MOVES // self.request.num_sublayers
-        found, before = self.best(), None
-        while found is not None and found is not before and left > 0:
-            before = found
-            for cut in range(1, self.search.count):
-                at = places.index(found.starts[cut])
-                edges = (*found.starts, self.request.num_sublayers)
-                for start in (places[at - 1], places[at + 1]):
-                    if edges[cut - 1] < start < edges[cut + 1]:
-                        left -= 1
-                        moved = self.judge((*found.starts[:cut], start, *found.starts[cut + 1 :]))
-                        if self.fits(moved) and moved.objective < found.objective:
-                            found = moved
-                            break
+        """Move single cuts by one place while the plan gets better, or nearer to fitting."""
+        crossing = sum(v.last - v.made for v in self.search.values) * self.search.count // self.search.length
+        left = MOVES // (self.search.length + crossing)
+        found = min(self.plans.values(), key=self._key, default=None)
+        while found is not None:
+            for candidate in self._neighbours(found):
+                known = candidate in self.plans
+                if not known and left == 0:
+                    return
+                left -= not known
+                moved = self.judge(candidate)
+                if self._key(moved) < self._key(found):
+                    found = moved
+                    break
+            else:
+                return
+
+    def _neighbours(self, plan: Partition) -> Iterator[tuple[int, ...]]:
+        """Plans with one cut moved, those beside the stages that are worst first."""
+        places, starts = self.search.places.tolist(), plan.starts
+        limit = self.request.memory_limit or NEVER
+        full = [plan.memory_bytes[c % self.request.num_stages] > limit for c in range(len(starts))]
+        slow = plan.stage_seconds
+        order = sorted(range(1, len(starts)), key=lambda c: (-(full[c] + full[c - 1]), -max(slow[c], slow[c - 1]), c))
+        edges = (*starts, self.search.length)
+        for cut in order:
+            at = places.index(starts[cut])
+            for start in (places[at - 1], places[at + 1]):
+                if edges[cut - 1] < start < edges[cut + 1]:
+                    yield (*starts[:cut], start, *starts[cut + 1 :])

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from attnres_fx.partition.model_costs import DeviceSpeed, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition.loads import reading_sublayer
+from attnres_fx.partition.model_costs import DeviceSpeed, ModelCosts, SublayerCost
 from attnres_fx.partition.request import PlanRequest, Schedules
 from attnres_fx.partition.traffic import check_starts, count_traffic, stage_of, stage_values
 from attnres_fx.passes.schedule import DepthSchedule
@@ -40,9 +41,10 @@ class Partition:
 
     starts: first sublayer of each. schedules: per stream its name and its blocks.
     forward_seconds, backward_seconds: of sublayers and depth reads. hop_seconds: of the hop that leaves it, there and
-    back. hop_forward_bytes, hop_backward_bytes: on that hop. parameter_bytes, activation_bytes: activations of one
-    microbatch, with the sources no other stage takes. cache_bytes: per rank, values from or for other stages, one
-    microbatch. memory_bytes: per rank, of everything at its fullest moment.
+    back. hop_forward_bytes, hop_backward_bytes: on that hop. parameter_bytes. activation_bytes: of one microbatch, with
+    the sources that no other stage takes. sent_bytes: of one microbatch, values made here that other stages take.
+    receive_buffer_bytes: per rank, what PyTorch's stages receive into, for all microbatches. memory_bytes: per rank,
+    of all that at its fullest moment (what was received stays in the buffers).
     slowest_seconds: the largest of forward + backward + hop, which is what is made small first; traffic_bytes: over
     all hops, both ways, next; unaligned_cuts: stages that begin inside a block, then.
     gap: how far slowest_seconds may be above the best there is, as a share of it; 0 where it is the best.
@@ -57,7 +59,8 @@ class Partition:
     hop_backward_bytes: tuple[int, ...]
     parameter_bytes: tuple[int, ...]
     activation_bytes: tuple[int, ...]
-    cache_bytes: tuple[int, ...]
+    sent_bytes: tuple[int, ...]
+    receive_buffer_bytes: tuple[int, ...]
     memory_bytes: tuple[int, ...]
     slowest: int
     traffic_bytes: int
@@ -67,6 +70,12 @@ class Partition:
     @property
     def slowest_seconds(self) -> float:
         return self.slowest / PICOSECONDS
+
+    @property
+    def stage_seconds(self) -> tuple[float, ...]:
+        """Of each virtual stage, with the hop that leaves it."""
+        parts = zip(self.forward_seconds, self.backward_seconds, self.hop_seconds, strict=True)
+        return tuple(sum(part) for part in parts)
 
     @property
     def block_starts(self) -> dict[str, tuple[int, ...]]:
@@ -99,13 +108,6 @@ def picoseconds(count: float, per_second: float) -> int:
     return round(Fraction(count) / Fraction(per_second) * PICOSECONDS)
 
 
-def reading_sublayer(stream: StreamCost, schedule: DepthSchedule, position: int) -> int:
-    """The sublayer of the chain whose stage runs a read: the one it opens, or, for the last read and for those at a
-    block's end in `local`, the one it follows."""
-    closes_block = schedule.variant == "local" and 0 < position and position in schedule.starts
-    return stream.first + (position - 1 if closes_block or position == stream.count else position)
-
-
 def count_sources(schedule: DepthSchedule, position: int) -> int:
     return position + 1 if schedule.variant == "full" else len(schedule.sources(position))
 
@@ -136,7 +138,7 @@ def numbers_of(request: PlanRequest, schedules: Schedules) -> Numbers:
             for i in range(stream.first, stream.first + stream.count):
                 saved[i] = stream.value_bytes
     for value in costs.carried:
-        made[value.produced] += value.bytes
+        made[max(value.produced, 0)] += value.bytes
     ends = [(*_times(s, device, False), s.activation_bytes) for s in (costs.before, costs.after)]
     return Numbers(tuple(forward), tuple(backward), tuple(saved), tuple(made), ends[0], ends[1])
 
@@ -169,20 +171,19 @@ def evaluate(
         saved[at] += end[2]
     hop_times = [hop_time(request, f, b) for f, b in zip(hops.forward, hops.backward, strict=True)] + [0]
     leaving = [sum(v.bytes for v in values if v.produced == c) for c in range(count)]
-    arriving = [0, *hops.forward]
     for c, stage in enumerate(stages):
         saved[c] += sum(numbers.made[i] for i in stage) - leaving[c]
-        if not request.cache:
-            saved[c] += leaving[c] + arriving[c]
-    kept = traffic.cache_bytes if request.cache else (0,) * request.num_stages
+    buffers = traffic.receive_buffer_bytes(request.num_microbatches, cache=request.cache)
     parameters = stage_parameters(request, starts)
     memory = []
     for rank, moments in enumerate(request.moments):
         mine = range(rank, count, request.num_stages)
-        fixed = resident(request, sum(parameters[c] for c in mine))
-        fixed += max(recompute_peak(request, stages[c]) for c in mine)
-        fullest = max(sum(n * saved[c] for n, c in zip(ns, mine, strict=True)) + ns[0] * kept[rank] for ns in moments)
-        memory.append(fixed + fullest)
+        memory.append(
+            resident(request, sum(parameters[c] for c in mine))
+            + max(recompute_peak(request, stages[c]) for c in mine)
+            + max(sum(n * (saved[c] + leaving[c]) for n, c in zip(ns, mine, strict=True)) for ns in moments)
+            + buffers[rank]
+        )
     slowest = max(f + b + h for f, b, h in zip(forward, backward, hop_times, strict=True))
     return Partition(
         starts=tuple(starts),
@@ -194,7 +195,8 @@ def evaluate(
         hop_backward_bytes=(*hops.backward, 0),
         parameter_bytes=tuple(parameters),
         activation_bytes=tuple(saved),
-        cache_bytes=tuple(kept),
+        sent_bytes=tuple(leaving),
+        receive_buffer_bytes=buffers,
         memory_bytes=tuple(memory),
         slowest=slowest,
         traffic_bytes=hops.total,
