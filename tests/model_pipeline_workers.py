@@ -111,15 +111,15 @@ def pipeline_of(converted, schedule, virtual, *, ranks=None, cache=True, starts=
     total = next(iter(chains_of(converted).values())).chain.num_sublayers
     count = ranks * virtual
     starts = starts or tuple(total * c // count for c in range(count))
-    stages = stages_of(
-        converted, starts, num_stages=ranks, virtual_stages=virtual, cache=cache, lowering=None
-    )
+    stages = stages_of(converted, starts, num_stages=ranks, virtual_stages=virtual, cache=cache, lowering=None)
     # Stages share the converted model's parameters: the reference must not see what the pipeline does to them.
     for stage in stages:
         for module in stage.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    module._parameters[name] = _copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone()))
+                    module._parameters[name] = _copies.setdefault(
+                        id(parameter), nn.Parameter(parameter.detach().clone())
+                    )
     _copies.clear()
     plan = Ask(ranks, virtual, schedule)
     pipeline = build_pipeline(stages, plan, loss_fn=loss_fn, compile=compile, **options)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnres_fx.partition.crossing import crossing_values
 from attnres_fx.partition.cut_search import NEVER, CutSearch, HopCosts, at_ends, least_maximum, least_sum
-from attnres_fx.partition.objective import Numbers, Partition, evaluate, hop_time, resident
+from attnres_fx.partition.objective import Numbers, Partition, evaluate, hop_time
 from attnres_fx.partition.request import PlanRequest, Schedules
 
 ROUNDS = 6

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from attnres_fx.errors import PlanError
-from attnres_fx.partition.blocks import all_blocks, count_blocks
+from attnres_fx.partition.blocks import all_blocks
 from attnres_fx.partition.cut_search import NEVER, CutSearch
 from attnres_fx.partition.looped import find_looped
 from attnres_fx.partition.objective import Partition, evaluate
