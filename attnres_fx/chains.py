@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -101,17 +102,17 @@ def chains_of(converted: ConvertedModel) -> dict[Mode, ChainedGraph]:
     for mode, program in converted.programs.items():
         if id(program) not in made:
             gm, replacements, out_spec = _in_aten(converted, program)
-            _name_as_the_model_does(gm, converted)
+            name_as_the_model_does(gm, converted)
             chained = chain_graph(gm, streams, schedules, replacements)
             made[id(program)] = replace(chained, out_spec=out_spec)
         found[mode] = made[id(program)]
     return found
 
 
-def _name_as_the_model_does(gm: GraphModule, converted: ConvertedModel) -> None:
+def name_as_the_model_does(gm: GraphModule, model: nn.Module) -> None:
     """Give a parameter that has several names the one the model lists it under."""
     first: dict[int, str] = {}
-    for name, parameter in converted.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
     for node in gm.graph.nodes:
         if node.op == "get_attr":
