@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnres_fx as ax
+from attnres_fx.chains import chains_of
 from attnres_fx.partition import cost
 from attnres_fx.partition.activations import saved_bytes
 from attnres_fx.partition.bodies import extract_body, graph_facts
-from attnres_fx.partition.chain import ChainRead, ChainStream, drop_assertions_pass, find_chain
 from attnres_fx.partition.cost import measure_costs
 from attnres_fx.partition.flops import Flops, count_flops
 from attnres_fx.partition.given_costs import costs_from_dict, costs_to_dict
@@ -38,18 +38,11 @@ SIZES = {
 
 
 def converted_graph(model, *args, variant="full", **kwargs):
-    """A converted model's graph and its chain; of one stream, all of whose reads are in order."""
+    """A converted model's graph in the model's own mode, and its chain of sublayers."""
     config = ax.AttnResConfig(variant=variant, **({} if variant == "full" else {"block_size": 2}))
     converted = ax.convert(model, args, kwargs, config=config, check=False)
-    mode = "train" if model.training else "eval"
-    gm, reads = converted.graph_module(mode), converted.replacements(mode)
-    drop_assertions_pass(gm)
-    names = ("first", *(r.read for r in reads[:-1]))
-    summaries = [
-        r.node if variant == "local" and i % 2 == 0 and i < len(reads) else None for i, r in enumerate(reads, 1)
-    ]
-    placed = [ChainRead(r.node, "stream", i, s) for i, (r, s) in enumerate(zip(reads, summaries, strict=True), 1)]
-    return gm, find_chain(gm, [ChainStream("stream", 0, len(reads), names)], placed)
+    ordered = chains_of(converted)["train" if model.training else "eval"]
+    return ordered.gm, ordered.chain
 
 
 def measured(model, *args, recompute=False, **kwargs):
@@ -383,6 +376,7 @@ def test_a_summary_that_later_reads_have_as_a_source_is_not_kept_twice():
     assert fourth == full[3].activation_bytes
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in")
 def test_what_cannot_be_traced_is_estimated_and_said(caplog):
     library = torch.library.Library("cost_test", "FRAGMENT")
     library.define("odd(Tensor x) -> Tensor")

@@ -24,7 +24,7 @@ from attnres_fx.partition.request import PlanRequest, Schedules
 ROUNDS = 6
 CAPS = 16
 #: Moves of single cuts tried, times what judging one takes (sublayers, and values that cross cuts).
-MOVES = 400_000
+MOVES = 200_000
 
 
 class LoopedSearch(CutSearch):
