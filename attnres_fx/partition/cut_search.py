@@ -1,7 +1,7 @@
 """The best cuts for given blocks where a hop depends on its own cut alone: exact, by dynamic programming.
 
-With V = 1 that is every plan: what any later stage needs crosses each cut on its way there. A rank's stage is then known
-by its two ends, and its time and memory are differences of sums.
+With V = 1 that is every plan: what any later stage needs crosses each cut on its way there. A rank's stage is then
+known by its two ends, and its time and memory are differences of sums.
 
 Costs of a stage come as a band: a row for each place where it may begin, column d for the end d + 1 places further on.
 Stages wider than the band are longer than the plan found, or the band is widened until they are.
@@ -83,14 +83,19 @@ class CutSearch:
     align="require" and given stage starts leave fewer places.
     """
 
-    def __init__(self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None) -> None:
+    def __init__(
+        self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None, *, aligned: bool = False
+    ) -> None:
+        """aligned: only stages that begin with blocks, or, where blocks are fewer, that end where the next begins."""
         self.request, self.schedules = request, schedules
         self.numbers = numbers or numbers_of(request, schedules)
         self.count = request.num_virtual
         self.length = request.num_sublayers
         self.aligned = [is_aligned(request.costs, schedules, p) for p in range(self.length)]
-        places = range(self.length) if request.starts is None else request.starts
-        places = [p for p in places if p == 0 or request.align == "prefer" or self.aligned[p]]
+        at_blocks = request.align == "require" or (aligned and sum(self.aligned) >= self.count)
+        self.whole = aligned and not at_blocks
+        places: Sequence[int] = range(self.length) if request.starts is None else request.starts
+        places = [p for p in places if p == 0 or not at_blocks or self.aligned[p]]
         self.places = torch.tensor([*places, self.length])
         self.values = crossing_values(request.costs, schedules)
         self.everything = self.hop_costs(0)
@@ -102,12 +107,19 @@ class CutSearch:
         self.width = min(width, count - 1)
         self.inside = torch.arange(count)[:, None] + torch.arange(self.width)[None, :] + 1 < count
         self.work = self.between([f + b for f, b in zip(numbers.forward, numbers.backward, strict=True)])
-        self.work = torch.where(self.inside, self.work, NEVER)
+        allowed = self.inside & ~self._holds_begin() if self.whole else self.inside
+        self.work = torch.where(allowed, self.work, NEVER)
         self.parameters = self.between([s.parameter_bytes for s in costs.sublayers])
         # Per microbatch: activations and the sources made here.
         self.kept = self.between([s + m for s, m in zip(numbers.saved, numbers.made, strict=True)])
         self.again = self._recomputed() if self.request.recompute else torch.zeros_like(self.kept)
         self._fixed: dict[tuple[bool, bool], Tensor] = {}
+
+    def _holds_begin(self) -> Tensor:
+        """Whether a block begins inside each stage, after its start."""
+        begun = torch.tensor([0, *self.aligned]).cumsum(0)  # blocks that begin before each place
+        first = begun[(self.places + 1).clamp(max=self.length)]
+        return at_ends(begun[self.places], self.width) > first[:, None]
 
     def holds(self, found: int, band: Tensor) -> bool:
         """Whether every stage wider than the bands costs more than what was found; widens them where not."""
@@ -167,13 +179,13 @@ class CutSearch:
         if which not in self._fixed:
             self._fixed[which] = resident(self.request, self._parameters(stage)) + self.again
         kept = self.kept + self.ends(stage, self.numbers.before[2], self.numbers.after[2])
-        return self._fixed[which] + in_flight * kept + self.request.num_microbatches * self._buffers(stage)
+        return self._fixed[which] + in_flight * (kept + self._arriving(stage))
 
-    def _buffers(self, stage: int) -> Tensor:
-        """What a stage receives into, per microbatch: outputs from one side, gradients from the other."""
-        if self.request.num_stages == 1:
+    def _arriving(self, stage: int) -> Tensor:
+        """What a stage receives of one microbatch, by where it begins."""
+        if self.request.num_stages == 1 or stage == 0:
             return torch.zeros_like(self.kept)
-        return self.hop(stage - 1).forward[:, None] + at_ends(self.hop(stage).backward, self.width)
+        return self.hop(stage - 1).forward[:, None].expand_as(self.kept)
 
     def _parameters(self, stage: int) -> Tensor:
         costs = self.request.costs

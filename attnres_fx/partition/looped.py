@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnres_fx.partition.crossing import crossing_values
 from attnres_fx.partition.cut_search import NEVER, CutSearch, HopCosts, at_ends, least_maximum, least_sum
-from attnres_fx.partition.objective import Numbers, Partition, evaluate, hop_time
+from attnres_fx.partition.objective import Numbers, Partition, are_aligned, evaluate, hop_time
 from attnres_fx.partition.request import PlanRequest, Schedules
 
 ROUNDS = 6
@@ -30,8 +30,10 @@ MOVES = 200_000
 class LoopedSearch(CutSearch):
     """Costs of stages that know each other through the last plan alone (`follow`)."""
 
-    def __init__(self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None) -> None:
-        super().__init__(request, schedules, numbers)
+    def __init__(
+        self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None, *, aligned: bool = False
+    ) -> None:
+        super().__init__(request, schedules, numbers, aligned=aligned)
         self._known = {0: self.everything}
         self.follow(None)
 
@@ -114,9 +116,9 @@ class Found(NamedTuple):
     least_memory: int
 
 
-def find_looped(request: PlanRequest, schedules: Schedules) -> Found:
-    """Good stages for given blocks, with any number of virtual stages."""
-    search = LoopedSearch(request, schedules)
+def find_looped(request: PlanRequest, schedules: Schedules, *, aligned: bool = False) -> Found:
+    """Good stages for given blocks, with any number of virtual stages. aligned: as for `CutSearch`."""
+    search = LoopedSearch(request, schedules, aligned=aligned)
     tried = _Tried(request, search)
     if not tried.settle([NEVER] * search.count) and not tried.tighten():
         tried.settle([search.least_share()] * search.count)
@@ -212,5 +214,9 @@ class _Tried:
         for cut in order:
             at = places.index(starts[cut])
             for start in (places[at - 1], places[at + 1]):
-                if edges[cut - 1] < start < edges[cut + 1]:
-                    yield (*starts[:cut], start, *starts[cut + 1 :])
+                moved = (*starts[:cut], start, *starts[cut + 1 :])
+                if edges[cut - 1] < start < edges[cut + 1] and (not self.search.whole or self._whole(moved)):
+                    yield moved
+
+    def _whole(self, starts: Sequence[int]) -> bool:
+        return are_aligned(self.request.costs, self.search.schedules, starts)

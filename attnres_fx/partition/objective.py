@@ -43,10 +43,11 @@ class Partition:
     forward_seconds, backward_seconds: of sublayers and depth reads. hop_seconds: of the hop that leaves it, there and
     back. hop_forward_bytes, hop_backward_bytes: on that hop. parameter_bytes. activation_bytes: of one microbatch, with
     the sources that no other stage takes. sent_bytes: of one microbatch, values made here that other stages take.
-    receive_buffer_bytes: per rank, what PyTorch's stages receive into, for all microbatches. memory_bytes: per rank,
-    of all that at its fullest moment (what was received stays in the buffers).
+    received_bytes: of one microbatch, what arrives over the hop to it. memory_bytes: per rank, of parameters, their
+    gradients and optimizer state, and of all that the microbatches in flight keep at the fullest moment.
     slowest_seconds: the largest of forward + backward + hop, which is what is made small first; traffic_bytes: over
-    all hops, both ways, next; unaligned_cuts: stages that begin inside a block, then.
+    all hops, both ways, next; unaligned_cuts: stages that begin inside a block, then. aligned: whether every stage
+    begins with a block, or, where blocks are fewer, every block with a stage.
     gap: how far slowest_seconds may be above the best there is, as a share of it; 0 where it is the best.
     """
 
@@ -60,11 +61,12 @@ class Partition:
     parameter_bytes: tuple[int, ...]
     activation_bytes: tuple[int, ...]
     sent_bytes: tuple[int, ...]
-    receive_buffer_bytes: tuple[int, ...]
+    received_bytes: tuple[int, ...]
     memory_bytes: tuple[int, ...]
     slowest: int
     traffic_bytes: int
     unaligned_cuts: int
+    aligned: bool
     gap: float = 0.0
 
     @property
@@ -173,7 +175,8 @@ def evaluate(
     leaving = [sum(v.bytes for v in values if v.produced == c) for c in range(count)]
     for c, stage in enumerate(stages):
         saved[c] += sum(numbers.made[i] for i in stage) - leaving[c]
-    buffers = traffic.receive_buffer_bytes(request.num_microbatches, cache=request.cache)
+    arriving = [0, *hops.forward] if request.num_stages > 1 else [0] * count
+    kept = [sum(parts) for parts in zip(saved, leaving, arriving, strict=True)]
     parameters = stage_parameters(request, starts)
     memory = []
     for rank, moments in enumerate(request.moments):
@@ -181,8 +184,7 @@ def evaluate(
         memory.append(
             resident(request, sum(parameters[c] for c in mine))
             + max(recompute_peak(request, stages[c]) for c in mine)
-            + max(sum(n * (saved[c] + leaving[c]) for n, c in zip(ns, mine, strict=True)) for ns in moments)
-            + buffers[rank]
+            + max(sum(n * kept[c] for n, c in zip(ns, mine, strict=True)) for ns in moments)
         )
     slowest = max(f + b + h for f, b, h in zip(forward, backward, hop_times, strict=True))
     return Partition(
@@ -196,11 +198,12 @@ def evaluate(
         parameter_bytes=tuple(parameters),
         activation_bytes=tuple(saved),
         sent_bytes=tuple(leaving),
-        receive_buffer_bytes=buffers,
+        received_bytes=tuple(arriving),
         memory_bytes=tuple(memory),
         slowest=slowest,
         traffic_bytes=hops.total,
         unaligned_cuts=sum(not is_aligned(costs, schedules, start) for start in starts),
+        aligned=are_aligned(costs, schedules, starts),
     )
 
 
@@ -247,3 +250,14 @@ def is_aligned(costs: ModelCosts, schedules: Schedules, start: int) -> bool:
     """Whether a stage that begins there begins with a block."""
     stream = next(s for s in costs.streams if s.first <= start < s.first + s.count)
     return start - stream.first in schedules[stream.name].starts
+
+
+def block_begins(costs: ModelCosts, schedules: Schedules) -> list[int]:
+    """Sublayers of the chain with which a block begins."""
+    return [s.first + start for s in costs.streams for start in schedules[s.name].starts]
+
+
+def are_aligned(costs: ModelCosts, schedules: Schedules, starts: Sequence[int]) -> bool:
+    """Whether stages begin where blocks do: all of them, or, where blocks are fewer, all blocks where stages do."""
+    fewer, more = sorted((set(block_begins(costs, schedules)), set(starts)), key=len)
+    return fewer <= more
