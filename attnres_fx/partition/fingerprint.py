@@ -59,7 +59,8 @@ def check_same_model(planned: ModelFingerprint, given: ModelFingerprint) -> None
         raise PlanError(f"the plan was made for a {planned.model} and this model is a {given.model}: {hint}.")
     if len(planned.sublayers) != len(given.sublayers):
         raise PlanError(
-            f"the plan was made for {len(planned.sublayers)} sublayers and this model has {len(given.sublayers)}: {hint}."
+            f"the plan was made for {len(planned.sublayers)} sublayers and this model has {len(given.sublayers)}: "
+            f"{hint}."
         )
     for (place, ours), (_, theirs) in zip(planned.parts, given.parts, strict=True):
         for what, was, now in (

@@ -139,8 +139,8 @@ def numbers_of(request: PlanRequest, schedules: Schedules) -> Numbers:
         if request.recompute:
             for i in range(stream.first, stream.first + stream.count):
                 saved[i] = stream.value_bytes
-    for value in costs.carried:
-        made[max(value.produced, 0)] += value.bytes
+    for crossing in costs.carried:
+        made[max(crossing.produced, 0)] += crossing.bytes
     ends = [(*_times(s, device, False), s.activation_bytes) for s in (costs.before, costs.after)]
     return Numbers(tuple(forward), tuple(backward), tuple(saved), tuple(made), ends[0], ends[1])
 

@@ -44,9 +44,8 @@ def from_plain(kind: Any, value: Any, at: str) -> Any:
             return value
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif kind is type(None) or (isinstance(kind, type) and origin is None):
-        if type(value) is kind:
-            return value
+    elif isinstance(kind, type) and origin is None and type(value) is kind:
+        return value
     raise _wrong(kind, value, at)
 
 
