@@ -98,14 +98,15 @@ def _some_choices(request: PlanRequest) -> Iterator[_Found]:
     if request.variant == "local":  # where none is known to be the fastest: reads and hops that take no time
         costs = request.costs
         free = replace(costs, streams=tuple(replace(s, value_bytes=0) for s in costs.streams))
-        starts = even_blocks(request.num_sublayers, request.block_counts[0])
+        even = even_blocks(request.num_sublayers, request.block_counts[0])
         unread = replace(request, costs=free, align="prefer", memory_limit=None)
-        yield replace(_best_cuts(unread, _schedules(request, starts), aligned=False), best=None)
+        yield replace(_best_cuts(unread, _schedules(request, even), aligned=False), best=None)
     for blocks in request.block_counts:
         count = request.num_sublayers
-        layouts = [even_blocks(count, blocks), latest_blocks(count, blocks, {}, {})]
+        layouts: list[tuple[int, ...] | None] = [even_blocks(count, blocks), latest_blocks(count, blocks, {}, {})]
         tried: set[tuple[int, ...]] = set()
-        for starts in layouts:
+        for layout in layouts:
+            starts = layout
             while starts is not None and starts not in tried:
                 tried.add(starts)
                 found = _both(request, _schedules(request, starts))
