@@ -81,6 +81,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--align", default="prefer", choices=("prefer", "require"))
     parser.add_argument("--memory-limit", type=_bytes, metavar="BYTES", help="of a rank, e.g. 80GB")
     parser.add_argument("--link-bandwidth", type=_bytes, metavar="BYTES", help="a second between ranks, e.g. 50GB")
+    parser.add_argument("--flops", type=float, help="operations a second that a rank reaches, e.g. 400e12")
+    parser.add_argument("--memory-bandwidth", type=_bytes, metavar="BYTES", help="a second, of a rank, e.g. 3TB")
     parser.add_argument("--recompute", action="store_true", help="keep only the inputs of sublayers for backward")
     parser.add_argument("--meta", action="store_true", help="build the model without weights, however large it is")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan as JSON")
@@ -157,6 +159,7 @@ def _plan(options: argparse.Namespace) -> int:
     import torch
 
     import attnres_fx as ax
+    from attnres_fx.partition.model_costs import DeviceSpeed
 
     with torch.device("meta") if options.meta else contextlib.nullcontext():
         model, args, kwargs = _load(options)
@@ -167,6 +170,8 @@ def _plan(options: argparse.Namespace) -> int:
         block_size=options.block_size,
         boundaries=options.boundaries,
     )
+    given = {"flops": options.flops, "memory_bandwidth": options.memory_bandwidth}
+    speed = DeviceSpeed(**{name: float(value) for name, value in given.items() if value is not None})
     plan = ax.plan(
         model,
         args,
@@ -181,6 +186,7 @@ def _plan(options: argparse.Namespace) -> int:
         align=options.align,
         memory_limit=options.memory_limit,
         link_bandwidth=options.link_bandwidth,
+        device=speed,
         recompute=options.recompute,
     )
     print(plan)

@@ -1,9 +1,11 @@
 """Train a converted GPT over a pipeline, on the sources of Python's standard library.
 
-    attnres-fx plan examples.pipeline_train:model --stages 2 --microbatches 4 --save plan.json
+    attnres-fx plan examples.pipeline_train:model --stages 2 --microbatches 4 --save plan.json \
+        --flops 50e9 --memory-bandwidth 10GB --link-bandwidth 1GB
     torchrun --nproc_per_node=2 examples/pipeline_train.py --plan plan.json
 
-A checkpoint can be read again by any number of stages: plan for another number and give `--resume`.
+The speeds are those of a laptop, whose processes are the ranks. A checkpoint can be read again by any number of stages:
+plan for another number and give `--resume`.
 """
 
 import argparse

@@ -213,8 +213,8 @@ class Plan:
             f"traffic a microbatch, both ways: {size(used.total)} (naive {size(counts.naive.total)}, paper's cache "
             f"{size(counts.cached.total)}, plain residual {size(plain)}); fullest hop {size(used.peak)}",
             f"kept for other stages a microbatch, per rank: {', '.join(size(b) for b in counts.cache_bytes)}",
-            f"step {self.timeline.step_seconds * 1e3:.4g} ms, bubble {self.timeline.bubble:.1%}; slowest stage "
-            f"{part.slowest_seconds * 1e3:.4g} ms, at most {part.gap:.1%} above the best",
+            f"step {_seconds(self.timeline.step_seconds)}, bubble {self.timeline.bubble:.1%}; slowest stage "
+            f"{_seconds(part.slowest_seconds)}, at most {part.gap:.1%} above the best",
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join([head, "", table, "", *lines])
@@ -286,6 +286,13 @@ def _checksum(content: Any) -> str:
 def _major(version: Any) -> str:
     parts = str(version).split(".")
     return ".".join(parts[:2]) if parts[0] == "0" else parts[0]
+
+
+def _seconds(count: float) -> str:
+    for unit, one in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if count >= one:
+            return f"{count / one:.4g} {unit}"
+    return f"{count * 1e9:.4g} ns"
 
 
 def _shortened(name: str, length: int = 34) -> str:
