@@ -62,6 +62,7 @@ def main() -> None:
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=options.timeout))
     try:
         train(options, "cuda" if gpu else "cpu")
+        dist.barrier()  # nobody leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 

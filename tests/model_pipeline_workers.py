@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import attnres_fx as ax
 from attnres_fx.chains import chains_of, stages_of
 from attnres_fx.partition.runtime import build_pipeline
+from attnres_fx.partition.timeline import StageLoad, simulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples.small_gpt import GPTConfig, SmallGPT
@@ -161,8 +162,6 @@ def compared(pipeline, converted, kwargs, target):
 def bytes_as_routed(pipeline, stages):
     """Whether what was sent is what the routes say, to the byte."""
     sizes = {v.name: v for v in stages.values}
-    shapes = stages.shapes(pipeline.stages[0].flat_inputs[0]) if pipeline.stages[0].flat_inputs else None
-    del shapes
     wanted = {}
     for stage in pipeline.stages:
         route = stages[stage.stage_index].route
@@ -171,6 +170,14 @@ def bytes_as_routed(pipeline, stages):
         wanted.setdefault(stage.stage_index - 1, [0, 0])[1] += 4 * back
     sent = {hop: [b.forward, b.backward] for hop, b in pipeline.bytes_sent.items()}
     return sent == {hop: b for hop, b in wanted.items() if any(b)}
+
+
+def simulated_order(schedule, virtual):
+    """What the timeline says this rank does, in order."""
+    ranks = dist.get_world_size()
+    loads = [StageLoad(1.0, 1.0, 1.0, 0.1, 0.1)] * (ranks * virtual)
+    timeline = simulate(loads, schedule=schedule, num_stages=ranks, virtual_stages=virtual, num_microbatches=4)
+    return timeline.order(dist.get_rank())
 
 
 # Cases
@@ -186,6 +193,7 @@ def against_one_process(kind, choices, config):
             key = f"{schedule} {virtual} {'cache' if cache else 'no cache'}"
             found[key] = compared(pipeline, converted, kwargs, target)
             found[key]["bytes"] = bytes_as_routed(pipeline, stages)
+            found[key]["order"] = pipeline.actions == simulated_order(schedule, virtual)
     return found
 
 
