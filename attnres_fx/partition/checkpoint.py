@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -74,7 +75,7 @@ def save_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
         kept = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         state |= {_STATE.format(names[0]) + key: value for key, value in kept.items()}
         state |= {_OPTIONS.format(names[0]) + key: value for key, value in group.items() if key != "params"}
-    save(state, checkpoint_id=str(path))
+    save(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
 
 
 def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
@@ -99,7 +100,7 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
     prefixes = [_first(written, _OPTIONS, names) for _, _, names in optimized]
     for (parameter, _, _), prefix in zip(optimized, prefixes, strict=True):
         state |= _room_for(parameter, (prefix, prefix.replace("param_groups", "state", 1)), written)
-    load(state, checkpoint_id=str(path))
+    load(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
     with torch.no_grad():
         for name, key in keys.items():
             if state[key] is not values[name]:
