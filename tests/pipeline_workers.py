@@ -329,6 +329,8 @@ def bad_input():
         "mesh": refusal(lambda: built(mesh=mesh["dp"])),
         "missing": refusal(lambda: built(stages=other)),
         "meta": refusal(lambda: built(stages=empty)),
+        "no backend": refusal(lambda: built(compile="nonsense")),
+        "no gradients": refusal(torch.no_grad()(lambda: pipeline.step(ids, target=target))),
         "rows": refusal(lambda: pipeline.step(ids[:6], target=target[:6])),
         "target": refusal(lambda: pipeline.step(ids, target=target[:4])),
     }
@@ -343,6 +345,24 @@ def values_of_another_dtype():
     stages.shapes = lambda flat: {n: (s, torch.float32) for n, (s, _) in HandStages.shapes(stages, flat).items()}
     pipeline = build_pipeline(stages, HandPlan(2, 1, "1F1B", 4), loss_fn=loss_fn, compile=False)
     return {"error": refusal(lambda: pipeline.step(batch(8)[0], target=batch(8)[1]))}
+
+
+@every("two", choices=[{"schedule": "GPipe", "virtual": 1}, {"schedule": "1F1B", "virtual": 1}])
+def what_the_cache_holds(schedule, virtual):
+    """Bytes of values at the peak, in microbatches' worth."""
+    pipeline = build(whole(), schedule, virtual, microbatches=8)
+    ids, target = batch(16)
+    found = {}
+    for what, run in (("step", pipeline.step), ("eval", pipeline.eval)):
+        pipeline.stages[0].cache.peak_bytes = 0
+        run(ids, target=target)
+        route = pipeline.stages[0].terms.route
+        stages = pipeline._contract
+        stages.train(what == "step")
+        held = sum(v.bytes for v in stages.values if v.name in (*route.received, *route.produced))
+        stages.train(True)
+        found[what] = pipeline.peak_cache_bytes / held
+    return found
 
 
 @case("two")
@@ -407,6 +427,15 @@ def data_parallel(kind, schedule, virtual, *, ranks=2, steps=3, **options):
 def data_parallel_around_one_rank(kind):
     """Tied parameters of one rank, which data parallelism wraps one by one."""
     return data_parallel(kind, "Interleaved1F1B", 2, ranks=1)
+
+
+@every("four", choices=[{"schedule": "GPipe", "virtual": 1}, {"schedule": "InterleavedZeroBubble", "virtual": 2}])
+def failure_of_one_replica(schedule, virtual):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    pipeline = build(whole(), schedule, virtual, ranks=2, mesh=mesh, data_parallel="fsdp2")
+    if dist.get_rank() == 1:
+        pipeline.modules[1].fail_at = lambda: True
+    return lost(pipeline)
 
 
 @case("four")
