@@ -441,6 +441,7 @@ def test_without_a_process_group_nothing_is_built():
         runtime.build_pipeline(None, None, loss_fn=None, compile=False)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_an_unsplit_checkpoint_keeps_options_and_state(tmp_path):
     def made(rate):
         torch.manual_seed(0)

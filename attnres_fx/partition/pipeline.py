@@ -68,7 +68,8 @@ class Pipeline:
         float32 scalar, equal on every rank: over all elements of the target that are not ignored, of all
         microbatches and of all data-parallel batches. Raises PipelineError on every rank where a stage failed on
         one of them (the gradients are then incomplete: `zero_grad()` before the next step, which will be clean),
-        and where a neighbour was lost (then the job has to start again from a checkpoint).
+        and where a neighbour was lost (then the job has to start again from a checkpoint, as it has to after any
+        failure under data parallelism).
         """
         if not torch.is_grad_enabled():
             raise PipelineError("step() computes gradients and was called under no_grad(): call eval() there.")
