@@ -11,6 +11,7 @@ from attnres_fx.depth_weights import depth_weights
 from attnres_fx.errors import AttnResError
 from attnres_fx.parameters import parameter_groups
 from attnres_fx.passes.lowering import Lowering
+from attnres_fx.pipeline import build_stages, load_plan, plan
 from attnres_fx.storage import load
 from attnres_fx.verify import verify
 
@@ -21,6 +22,7 @@ __all__ = [
     "Lowering",
     "__version__",
     "attach",
+    "build_stages",
     "compile",
     "convert",
     "depth_weights",
@@ -29,7 +31,9 @@ __all__ = [
     "explain",
     "inspect",
     "load",
+    "load_plan",
     "parameter_groups",
     "plain",
+    "plan",
     "verify",
 ]

@@ -2,9 +2,10 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -26,11 +27,15 @@ from attnres_fx.storage import export_flat, renamed
 
 @dataclass(frozen=True, eq=False)
 class ChainedGraph:
-    """One mode's graph in order of its sublayers. labels: what the sources of its reads are, by node name."""
+    """One mode's graph in order of its sublayers.
+
+    labels: what the sources of its reads are, by node name. out_spec: structure of the outputs, which are flat.
+    """
 
     gm: GraphModule
     chain: Chain
     labels: Mapping[str, str]
+    out_spec: Any = None
 
 
 def chain_graph(
@@ -96,28 +101,28 @@ def chains_of(converted: ConvertedModel) -> dict[Mode, ChainedGraph]:
     found: dict[Mode, ChainedGraph] = {}
     for mode, program in converted.programs.items():
         if id(program) not in made:
-            if converted.in_spec is None:
-                gm, replacements = _exported(converted, program)
-            else:
-                gm, replacements = GraphModule(converted, copy.deepcopy(program.graph)), program.replacements
-            _name_as_the_model_does(gm, converted)
-            made[id(program)] = chain_graph(gm, streams, schedules, replacements)
+            gm, replacements, out_spec = _in_aten(converted, program)
+            name_as_the_model_does(gm, converted)
+            chained = chain_graph(gm, streams, schedules, replacements)
+            made[id(program)] = replace(chained, out_spec=out_spec)
         found[mode] = made[id(program)]
     return found
 
 
-def _name_as_the_model_does(gm: GraphModule, converted: ConvertedModel) -> None:
+def name_as_the_model_does(gm: GraphModule, model: nn.Module) -> None:
     """Give a parameter that has several names the one the model lists it under."""
     first: dict[int, str] = {}
-    for name, parameter in converted.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             node.target = first.get(id(getattr_path(gm, str(node.target))), node.target)
 
 
-def _exported(converted: ConvertedModel, program: Program) -> tuple[GraphModule, tuple[Replacement, ...]]:
-    """A symbolic trace in aten operations, which say what they read and write; its reads by their new names."""
+def _in_aten(converted: ConvertedModel, program: Program) -> tuple[GraphModule, tuple[Replacement, ...], Any]:
+    """A graph in aten operations, which say what they read and write, its reads, and its outputs' structure."""
+    if converted.in_spec is not None:
+        return GraphModule(converted, copy.deepcopy(program.graph)), program.replacements, program.out_spec
     order = {n.name: i for i, n in enumerate(program.graph.nodes)}
     exported = export_flat(converted, program)
     gm = exported.module()
@@ -125,7 +130,8 @@ def _exported(converted: ConvertedModel, program: Program) -> tuple[GraphModule,
     take_guards(gm)
     gm.graph.set_codegen(CodeGen())
     gm.recompile()
-    return gm, renamed(gm, sorted(program.replacements, key=lambda r: order[r.node]))
+    reads = renamed(gm, sorted(program.replacements, key=lambda r: order[r.node]))
+    return gm, reads, exported.call_spec.out_spec
 
 
 def stages_of(
@@ -146,12 +152,14 @@ def stages_of(
         Stage(roots, i, {m: p[i] for m, p in programs.items()}, lowering or converted.lowering)
         for i in range(len(starts))
     ]
-    call = Call(converted.signature, converted.in_spec, dict(converted.programs))
+    specs = {m: c.out_spec for m, c in chains.items()}
+    call = Call(converted.signature, converted.in_spec, dict(converted.programs), specs)
     return Stages(
         stages,
         splits,
         num_stages=num_stages,
         virtual_stages=virtual_stages,
+        cache=cache,
         flatten=call.flatten,
         unflatten=call.unflatten,
     )
@@ -164,10 +172,12 @@ class Call:
     signature: CallSignature
     in_spec: Any
     programs: Mapping[Mode, Program]
+    out_specs: Mapping[Mode, Any]
 
     def flatten(self, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        if self.in_spec is None:
+            return pytree.tree_leaves(self.signature.bind(args, dict(kwargs)))
         return flat_arguments(self.programs[mode], self.signature, self.in_spec, args, kwargs)
 
     def unflatten(self, mode: Mode, outputs: Any) -> Any:
-        spec = self.programs[mode].out_spec
-        return outputs if spec is None else pytree.tree_unflatten(outputs, spec)
+        return pytree.tree_unflatten(outputs, self.out_specs[mode])

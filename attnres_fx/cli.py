@@ -1,6 +1,7 @@
-"""`attnres-fx inspect | convert | demo`."""
+"""`attnres-fx inspect | convert | plan | demo`."""
 
 import argparse
+import contextlib
 import importlib
 import sys
 import textwrap
@@ -52,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--save", type=Path, metavar="FILE")
     convert.set_defaults(run=_convert)
 
+    plan = commands.add_parser("plan", help="choose blocks and pipeline stages, and say what they cost")
+    _add_model(plan)
+    _add_plan(plan)
+    plan.set_defaults(run=_plan)
+
     demo = commands.add_parser("demo", help="train a small GPT, convert it three ways, train on")
     demo.add_argument("--steps", type=int, help="training steps before the conversion")
     demo.add_argument("--more-steps", type=int, help="training steps after it, for each model")
@@ -60,6 +66,43 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="FOLDER")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stages", type=int, required=True, metavar="P", help="ranks of the pipeline")
+    parser.add_argument("--virtual-stages", type=int, default=1, metavar="V", help="stages on each rank")
+    parser.add_argument("--microbatches", type=int, metavar="M", help="a step; the input is one of them")
+    parser.add_argument("--schedule", choices=("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"))
+    parser.add_argument("--variant", default="block", choices=("full", "block", "local"))
+    parser.add_argument("--num-blocks", type=_numbers, metavar="N or LOW,HIGH")
+    parser.add_argument("--block-size", type=int)
+    parser.add_argument("--boundaries", type=_indices, metavar="I,J,…", help="first sublayers of later blocks")
+    parser.add_argument("--starts", type=_indices, metavar="0,I,…", help="first sublayers of stages, to pin them")
+    parser.add_argument("--align", default="prefer", choices=("prefer", "require"))
+    parser.add_argument("--memory-limit", type=_bytes, metavar="BYTES", help="of a rank, e.g. 80GB")
+    parser.add_argument("--link-bandwidth", type=_bytes, metavar="BYTES", help="a second between ranks, e.g. 50GB")
+    parser.add_argument("--flops", type=float, help="operations a second that a rank reaches, e.g. 400e12")
+    parser.add_argument("--memory-bandwidth", type=_bytes, metavar="BYTES", help="a second, of a rank, e.g. 3TB")
+    parser.add_argument("--recompute", action="store_true", help="keep only the inputs of sublayers for backward")
+    parser.add_argument("--meta", action="store_true", help="build the model without weights, however large it is")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw timeline and stages (needs matplotlib)")
+
+
+def _numbers(text: str) -> int | tuple[int, int]:
+    found = _indices(text)
+    if len(found) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number, or the fewest and the most: 4,12")
+    return found[0] if len(found) == 1 else (found[0], found[1])
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "gib": 2**30, "mib": 2**20}
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    try:
+        return int(float(number) * units[text[len(number) :].lower()])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} should be bytes: 80GB, 50e9") from None
 
 
 def _indices(text: str) -> list[int]:
@@ -109,6 +152,50 @@ def _convert(options: argparse.Namespace) -> int:
     if options.save is not None:
         converted.save(options.save)
         print(f"\nsaved to {options.save}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    import attnres_fx as ax
+    from attnres_fx.partition.model_costs import DeviceSpeed
+
+    with torch.device("meta") if options.meta else contextlib.nullcontext():
+        model, args, kwargs = _load(options)
+    counts = options.num_blocks if isinstance(options.num_blocks, tuple) else None
+    config = ax.AttnResConfig(
+        variant=options.variant,
+        num_blocks=None if counts else options.num_blocks,
+        block_size=options.block_size,
+        boundaries=options.boundaries,
+    )
+    given = {"flops": options.flops, "memory_bandwidth": options.memory_bandwidth}
+    speed = DeviceSpeed(**{name: float(value) for name, value in given.items() if value is not None})
+    plan = ax.plan(
+        model,
+        args,
+        kwargs,
+        config=config,
+        num_stages=options.stages,
+        virtual_stages=options.virtual_stages,
+        num_microbatches=options.microbatches,
+        schedule=options.schedule,
+        num_blocks=counts,
+        starts=options.starts,
+        align=options.align,
+        memory_limit=options.memory_limit,
+        link_bandwidth=options.link_bandwidth,
+        device=speed,
+        recompute=options.recompute,
+    )
+    print(plan)
+    if options.save is not None:
+        plan.save(options.save)
+        print(f"\nsaved to {options.save}")
+    if options.plot is not None:
+        plan.plot(options.plot)
+        print(f"drawn to {options.plot}")
     return 0
 
 

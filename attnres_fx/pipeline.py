@@ -1,48 +1,51 @@
 """`plan` and `build_stages`: where to cut a model for a pipeline, and the modules between the cuts."""
 
-import logging
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from torch import nn
 from torch.fx import Graph, GraphModule
 
-from attnres_fx.capture import Captured, CapturedGraph, capture
-from attnres_fx.chains import ChainedGraph, chain_graph
+from attnres_fx.capture import Captured, capture
+from attnres_fx.chains import ChainedGraph, chain_graph, chains_of, name_as_the_model_does, stages_of
 from attnres_fx.config import AttnResConfig
-from attnres_fx.convert import Model, rewrite_
-from attnres_fx.partition.model_costs import CarriedValue
+from attnres_fx.convert import Model, convert, refuse_converted, rewrite_
+from attnres_fx.converted import ConvertedModel
+from attnres_fx.errors import CaptureError, PlanError
+from attnres_fx.partition.cost import measure_costs
+from attnres_fx.partition.fingerprint import ModelFingerprint, fingerprint_part
+from attnres_fx.partition.model_costs import CarriedValue, DeviceSpeed, ModelCosts
+from attnres_fx.partition.orders import ZERO_BUBBLE, check_schedule
+from attnres_fx.partition.plan import InputSpec, Plan, PlanOptions
+from attnres_fx.partition.planner import find_partition
+from attnres_fx.partition.request import OPTIMIZER_FACTOR, PlanRequest
+from attnres_fx.partition.stage_module import Stages
 from attnres_fx.partition.stages import split_chain
-from attnres_fx.passes import DepthSchedule, analyze_, plan_schedule
+from attnres_fx.passes import DepthSchedule, Lowering, analyze_, plan_schedule
+from attnres_fx.passes.inline_regions import getattr_path
 from attnres_fx.selection import make_parameters, select_streams
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Planned:
-    """A model as the planner sees it. rechain: the chained graph for other blocks; None where they are pinned."""
-
-    name: str
-    config: AttnResConfig
-    graph: ChainedGraph
-    schedules: dict[str, DepthSchedule]
-    original: "_Original | None"
 
 
 class _Original:
     """One mode of a model that is not converted yet, rewritten for whatever blocks are asked."""
 
     def __init__(self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig):
+        refuse_converted(model)
         self.name = type(model).__name__
         self.config = config
         self.captured = _captured(model, args, kwargs)
-        self.mode, graph = next(iter(self.captured.graphs.items()))
-        self.pristine: CapturedGraph = graph
+        self.pristine = next(iter(self.captured.graphs.values())).gm
 
-    def rewritten(self, schedules: Mapping[str, DepthSchedule] | None = None) -> tuple[ChainedGraph, dict[str, Any]]:
+    def rewritten(
+        self, schedules: Mapping[str, DepthSchedule] | None = None
+    ) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
         """The graph with depth attention for these blocks, by default those of the config, and its schedules."""
-        gm = _copied(self.pristine.gm)
+        gm = _copied(self.pristine)
+        name_as_the_model_does(gm, self.captured.root)
         found = analyze_(gm)
         selected = select_streams(found, self.config, self.name)
         chosen = {s.name: plan_schedule(s.num_sublayers, self.config) for s in selected}
@@ -54,13 +57,10 @@ class _Original:
 
 def _captured(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Captured:
     """One mode: the train graph where there is one, since that is what a pipeline trains."""
-    for modes in (("train",), ("eval",)):
-        try:
-            return capture(model, args, kwargs, modes=modes)  # type: ignore[arg-type]
-        except Exception:
-            if modes == ("eval",):
-                raise
-    raise AssertionError
+    try:
+        return capture(model, args, kwargs, modes=("train",))
+    except CaptureError:
+        return capture(model, args, kwargs, modes=("eval",))
 
 
 def _copied(gm: GraphModule) -> GraphModule:
@@ -78,3 +78,252 @@ def carried_values(chained: ChainedGraph) -> tuple[CarriedValue, ...]:
         for v in every.values
         if v.name not in chained.labels
     )
+
+
+def plan(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_stages: int,
+    virtual_stages: int = 1,
+    num_microbatches: int | None = None,
+    schedule: str | None = None,
+    config: AttnResConfig | None = None,
+    num_blocks: int | tuple[int, int] | None = None,
+    starts: Sequence[int] | None = None,
+    align: Literal["prefer", "require"] = "prefer",
+    memory_limit: int | None = None,
+    link_bandwidth: float | None = None,
+    device: DeviceSpeed | None = None,
+    recompute: bool = False,
+    optimizer_factor: float = OPTIMIZER_FACTOR,
+    cache: bool = True,
+    costs: ModelCosts | None = None,
+) -> Plan:
+    """Choose where blocks and pipeline stages begin, and say what that costs; changes nothing.
+
+    model: an original (its blocks are chosen) or a converted one (its blocks are kept), with weights or on `meta`.
+    args, kwargs: example arguments of ONE microbatch. num_stages: ranks P; virtual_stages: V, stages on each of them.
+    num_microbatches: a step; 4 P by default. schedule: "GPipe", "1F1B" (default for V = 1), "Interleaved1F1B" (default
+    for V > 1) or "InterleavedZeroBubble".
+    config: as for `convert`; without block options in it, blocks are chosen: `num_blocks` of them, a number or (fewest,
+    most), by default about eight. starts: first sublayer of every virtual stage, to choose only the blocks.
+    align: "require" cuts at the ends of blocks alone; "prefer" lets a block span stages where that is better.
+    memory_limit: bytes a rank. device: speeds; link_bandwidth: bytes a second, in place of the device's.
+    recompute: sublayers keep only their inputs for backward. optimizer_factor: bytes of gradient and optimizer state
+    per byte of parameter. cache: whether ranks keep the values they have seen. costs: in place of those measured.
+
+    Raises PlanError where nothing fits, saying what to change, and whatever `convert` raises.
+    Source: arXiv 2603.15031, section 4.1.
+    """
+    config, given = _config_of(model, config)
+    schedule = schedule or ("1F1B" if virtual_stages == 1 else "Interleaved1F1B")
+    microbatches = 4 * num_stages if num_microbatches is None else num_microbatches
+    check_schedule(schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=microbatches)
+    original = None if isinstance(model, ConvertedModel) else _Original(model, args, kwargs, config)
+    chained, schedules = original.rewritten() if original else _converted_chain(model)
+    if costs is None:
+        costs = measure_costs(chained.gm, chained.chain, carried=carried_values(chained))
+    elif len(costs.sublayers) != chained.chain.num_sublayers:
+        raise PlanError(
+            f"costs are given for {len(costs.sublayers)} sublayers and the model has {chained.chain.num_sublayers}: "
+            f"give one each, as attnres_fx.inspect lists them."
+        )
+    device = device or DeviceSpeed()
+    if link_bandwidth is not None:
+        device = replace(device, link_bandwidth=float(link_bandwidth))
+    free = original is not None and not given and config.variant != "full" and len(costs.streams) == 1
+    if num_blocks is not None and not free:
+        raise PlanError(_why_pinned(original is not None, given, config, num_blocks))
+    request = PlanRequest(
+        costs=costs,
+        num_stages=num_stages,
+        num_microbatches=microbatches,
+        virtual_stages=virtual_stages,
+        schedule=schedule,
+        device=device,
+        variant=config.variant,
+        schedules=None if free else {s.name: schedules[s.name] for s in costs.streams},
+        num_blocks=_counts(num_blocks, config) if free else None,
+        starts=tuple(starts) if starts is not None else None,
+        align=align,
+        memory_limit=memory_limit,
+        optimizer_factor=optimizer_factor,
+        recompute=recompute,
+        cache=cache,
+    )
+    partition = find_partition(request)
+    chosen = dict(partition.schedules)
+    if original is not None and free:
+        (blocks,) = chosen.values()
+        config = replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
+        chained, _ = original.rewritten(chosen)
+    split = split_chain(chained.gm, chained.chain, partition.starts, chained.labels)
+    options = PlanOptions(num_stages, virtual_stages, schedule, microbatches, align, recompute, cache, memory_limit)
+    return Plan(
+        model=fingerprint(_name_of(model), chained),
+        config=config,
+        options=options,
+        device=device,
+        costs=costs,
+        partition=partition,
+        values=split.values,
+        inputs=_input_specs(args, kwargs),
+        notes=_notes(schedule, costs, original is not None and not given, config),
+    )
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read what `Plan.save` wrote. Raises PlanError for a file that is cut short, edited, or of another format."""
+    return Plan.load(path)
+
+
+def build_stages(
+    model: Model,
+    plan: Plan,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    check: bool = True,
+    lowering: Lowering | None = None,
+) -> Stages:
+    """Cut a model where a plan says: one module per virtual stage, in order.
+
+    model: what the plan was made for; an original is converted with the plan's config first, on `args` and `kwargs`, or
+    on zeros of the planned shapes. check: of that conversion. lowering: of each stage, as for `convert`.
+    Returns Stages: `stages[c]` is a GraphModule that holds its own parameters alone, under the names they have in the
+    model, on whatever device they are (`meta` too). Weights are shared with the model.
+
+    Raises PlanError for another model than the planned one, and whatever `convert` raises.
+    """
+    if isinstance(model, ConvertedModel):
+        converted = model
+    else:
+        if not args and not kwargs:
+            args, kwargs = _example(plan, model)
+        converted = convert(model, args, kwargs, config=plan.config, check=check, lowering=lowering)
+    plan.check_config(converted.report.config)
+    chained = next(iter(chains_of(converted).values()))
+    plan.check_model(fingerprint(_name_of(converted), chained))
+    blocks = {s.stream.name: s.schedule for s in converted.report.streams}
+    for name, planned in plan.schedules.items():
+        if blocks[name].starts != planned.starts:
+            raise PlanError(
+                f"the plan's blocks of {name!r} begin at {planned.starts} and the model's at {blocks[name].starts}: "
+                f"convert with plan.config, or plan for this model."
+            )
+    return stages_of(
+        converted,
+        plan.starts,
+        num_stages=plan.num_stages,
+        virtual_stages=plan.virtual_stages,
+        cache=plan.options.cache,
+        lowering=lowering,
+    )
+
+
+def _config_of(model: Model, config: AttnResConfig | None) -> tuple[AttnResConfig, bool]:
+    """The conversion to plan for, and whether it says where blocks begin."""
+    if isinstance(model, ConvertedModel):
+        own = model.report.config
+        if config is not None and config != own:
+            raise PlanError(
+                f"the model was converted with {own} and config={config}: leave config out, or plan for the original."
+            )
+        return own, True
+    config = config or AttnResConfig()
+    return config, config.boundaries is not None or config.block_size is not None
+
+
+def _why_pinned(original: bool, given: bool, config: AttnResConfig, num_blocks: Any) -> str:
+    why = (
+        "the model is converted, and keeps its blocks: plan for the original"
+        if not original
+        else "config gives the blocks already: leave block_size and boundaries out of it"
+        if given
+        else "variant='full' has none: leave num_blocks out"
+        if config.variant == "full"
+        else "the model has several streams: give config=AttnResConfig(num_blocks=…), which holds for each"
+    )
+    return f"num_blocks={num_blocks} cannot be chosen, {why}."
+
+
+def _counts(num_blocks: int | tuple[int, int] | None, config: AttnResConfig) -> int | tuple[int, int] | None:
+    if num_blocks is not None and config.num_blocks is not None:
+        raise PlanError(
+            f"num_blocks={num_blocks} and config.num_blocks={config.num_blocks} are both given: leave one out."
+        )
+    return num_blocks if num_blocks is not None else config.num_blocks
+
+
+def _converted_chain(model: Any) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
+    chains = chains_of(model)
+    return chains.get("train") or chains["eval"], {s.stream.name: s.schedule for s in model.report.streams}
+
+
+def _name_of(model: Any) -> str:
+    return model.report.model if isinstance(model, ConvertedModel) else type(model).__name__
+
+
+def _notes(schedule: str, costs: ModelCosts, chosen: bool, config: AttnResConfig) -> tuple[str, ...]:
+    notes = []
+    if schedule in ZERO_BUBBLE:
+        notes.append("stages run uncompiled: compiled ones have wrong gradients under zero bubble")
+    if chosen and len(costs.streams) > 1 and config.variant != "full":
+        notes.append("the model has several streams: each has the blocks config gives it, and stages alone are chosen")
+    return tuple(notes)
+
+
+def fingerprint(name: str, chained: ChainedGraph) -> ModelFingerprint:
+    """Names, shapes and dtypes of what every sublayer holds, without what a conversion adds."""
+    chain = chained.chain
+    parts = []
+    for unit in range(-1, chain.num_sublayers + 1):
+        held = {
+            str(i.target): getattr_path(chained.gm, str(i.target))
+            for n in chain.members(unit)
+            for i in n.all_input_nodes
+            if i.op == "get_attr" and not str(i.target).startswith("attnres.")
+        }
+        own = [(n, t) for n, t in held.items() if isinstance(t, nn.Parameter)]
+        label = chain.names[unit] if 0 <= unit < chain.num_sublayers else ("before" if unit < 0 else "after")
+        parts.append(fingerprint_part(label, own))
+    return ModelFingerprint(name, parts[0], tuple(parts[1:-1]), parts[-1])
+
+
+def _input_specs(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[InputSpec, ...]:
+    found = []
+    for name, value in [*((str(i), a) for i, a in enumerate(args)), *(kwargs or {}).items()]:
+        if isinstance(value, torch.Tensor):
+            found.append(InputSpec(name, str(value.dtype).removeprefix("torch."), tuple(map(int, value.shape))))
+            continue
+        try:
+            found.append(InputSpec(name, value=json.dumps(value)))
+        except TypeError:
+            found.append(InputSpec(name))
+    return tuple(found)
+
+
+def _example(plan: Plan, model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Zeros of the planned shapes, on the model's device."""
+    tensors = model.parameters() if isinstance(model, nn.Module) else ()
+    device = next((p.device for p in tensors), torch.device("cpu"))
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for spec in plan.inputs:
+        if not spec.dtype and spec.value is None:
+            raise PlanError(
+                f"argument {spec.name!r} of the planned example cannot be made again from the plan: give build_stages "
+                f"args and kwargs."
+            )
+        value = (
+            torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+            if spec.dtype
+            else json.loads(str(spec.value))
+        )
+        if spec.name.isdigit():
+            args.append(value)
+        else:
+            kwargs[spec.name] = value
+    return tuple(args), kwargs

@@ -258,10 +258,11 @@ def _rebuilt(about: dict[str, Any], stored: dict[str, Any]) -> ConvertedModel:
     for mode, program in about["programs"].items():
         name = program["stored"]
         if name not in graphs:
-            gm, guards = _loaded_graph(stored[f"program.{name}"], tensors)
+            gm, guards, out_spec = _loaded_graph(stored[f"program.{name}"], tensors)
             shapes = tuple(_decode(program["shapes"]))
             ranges = {n: (low, high) for n, (low, high) in program["ranges"].items()}
-            graphs[name] = CapturedGraph(gm, _load_spec(program["out_spec"]), shapes, ranges, guards)
+            # A symbolic trace returned its outputs in their structure; exported again, it returns them flat.
+            graphs[name] = CapturedGraph(gm, _load_spec(program["out_spec"]) or out_spec, shapes, ranges, guards)
         result[mode] = (graphs[name], renamed(graphs[name].gm, _decode(program["replacements"])))
     converted = ConvertedModel(
         root,
@@ -316,7 +317,7 @@ def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         setattr(module.get_submodule(".".join(path)), leaf, tensor)
 
 
-def _loaded_graph(data: Tensor, tensors: dict[str, Tensor]) -> tuple[GraphModule, Guards | None]:
+def _loaded_graph(data: Tensor, tensors: dict[str, Tensor]) -> tuple[GraphModule, Guards | None, Any]:
     program = torch.export.load(io.BytesIO(data.cpu().numpy().tobytes()))
     program.state_dict.update(tensors)
     gm = program.module()
@@ -324,7 +325,7 @@ def _loaded_graph(data: Tensor, tensors: dict[str, Tensor]) -> tuple[GraphModule
     guards = take_guards(gm)
     gm.graph.set_codegen(CodeGen())
     gm.recompile()
-    return gm, guards
+    return gm, guards, program.call_spec.out_spec
 
 
 def renamed(gm: GraphModule, replacements: Sequence[Replacement]) -> tuple[Replacement, ...]:

@@ -137,7 +137,9 @@ def test_a_symbolic_trace_is_cut_too():
     model = gpt()
     traced = torch.fx.symbolic_trace(model)
     converted = spread(ax.convert(traced, kwargs=IDS))
-    assert_same(converted, cut(converted, (0, 2, 4)), IDS)
+    stages = cut(converted, (0, 2, 4))
+    assert isinstance(stages.run(**IDS), torch.Tensor)
+    assert_same(converted, stages, IDS)
 
 
 def test_a_value_two_later_stages_use_travels_once_to_each():
@@ -195,3 +197,11 @@ def test_a_copied_stage_runs_on_its_own_tensors():
     after = stages[0](*[stages.flatten((), IDS)[i] for i in stages[0].inputs])
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     assert all(float(t.abs().max()) == 0 for t in copied(*[stages.flatten((), IDS)[i] for i in copied.inputs]))
+
+
+def test_a_saved_symbolic_trace_still_returns_a_tensor(tmp_path):
+    converted = spread(ax.convert(torch.fx.symbolic_trace(gpt()), kwargs=IDS))
+    converted.save(tmp_path / "model.pt")
+    found = ax.load(tmp_path / "model.pt")(**IDS)
+    assert isinstance(found, torch.Tensor)
+    assert torch.allclose(found, converted(**IDS), atol=1e-6)

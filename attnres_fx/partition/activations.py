@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from attnres_fx.partition.bodies import Body, bytes_of, fake_mode, tensor_value
+from attnres_fx.partition.bodies import Body, bytes_of, fake_mode, hint, is_returned, tensor_value
 from attnres_fx.partition.kept_attention import KEPT_ATTENTION
 from attnres_fx.passes.graph_tools import tensor_of
 from attnres_fx.passes.spelling import CASTS, IDENTITIES, RESHAPES, TOKEN_MOVES, op_name
@@ -97,9 +97,8 @@ def _kept_bytes(body: Body, forward: GraphModule, num_outputs: int) -> int:
     given = {_storage(v): i for i, p in enumerate(placeholders) if (v := tensor_of(p)) is not None}
     returned = forward.graph.output_node().args[0]
     assert isinstance(returned, tuple | list)
-    # In front of the body's own outputs stand the inputs that it writes to.
-    own = returned[num_outputs - len(body.held) : num_outputs]
-    held = [node for node, is_held in zip(own, body.held, strict=True) if is_held]
+    own = _own_outputs(body, returned[:num_outputs])
+    held = [node for node, original in zip(own, body.outputs, strict=True) if is_returned(original)]
     kept: dict[int, int] = {}
     for node in (*returned[num_outputs:], *held):
         value = tensor_of(node) if isinstance(node, Node) else None
@@ -111,6 +110,21 @@ def _kept_bytes(body: Body, forward: GraphModule, num_outputs: int) -> int:
         elif body.inputs[position].kind == "read":
             kept[_storage(value)] = bytes_of(tensor_value(body.inputs[position].node))
     return sum(kept.values())
+
+
+def _own_outputs(body: Body, returned: Sequence[Any]) -> Sequence[Any]:
+    """The body's outputs among those of its forward half, which also returns inputs written to and bases of views."""
+    wanted = [tensor_value(n) for n in body.outputs]
+    for start in range(len(returned) - len(wanted) + 1):
+        found = returned[start : start + len(wanted)]
+        if all(map(_is_alike, found, wanted)):
+            return found
+    raise ValueError("the forward half does not return the outputs")
+
+
+def _is_alike(found: Any, wanted: Tensor) -> bool:
+    value = tensor_of(found) if isinstance(found, Node) else None
+    return value is not None and value.dtype == wanted.dtype and tuple(value.shape) == tuple(map(hint, wanted.shape))
 
 
 def _storage(value: Tensor) -> int:
@@ -125,7 +139,7 @@ def _storage_bytes(value: Tensor) -> int:
 
 def _bytes_by_eye(body: Body) -> int:
     kept = [n for n in body.nodes if tensor_of(n) is not None and not _passes_on(n) and _is_kept_for(list(n.users))]
-    held = [n for n in body.nodes if any(u.op == "output" for u in n.users)]
+    held = [n for n in body.nodes if is_returned(n)]
     return sum(bytes_of(tensor_of(n)) for n in dict.fromkeys((*kept, *held))) + input_bytes(body)
 
 

@@ -6,7 +6,7 @@ slack = max(1, L // (4 B)); the last block may be shorter.
 """
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 
 
 def block_sizes(count: int, blocks: int) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def count_blocks(count: int, blocks: int, enough: int) -> int:
     """How many choices there are, counted up to about `enough`."""
     low, high = block_sizes(count, blocks)
 
-    @lru_cache(maxsize=None)
+    @cache
     def choices(left: int, length: int) -> int:
         if left == 1:
             return int(1 <= length <= high)

@@ -45,13 +45,13 @@ class Body:
     """A unit's own computation as a graph of its own.
 
     gm: takes `inputs`, returns what others use of it. key: equal for bodies of the same structure: operations,
-    shapes, dtypes, wiring. held: which outputs the model itself returns. nodes: what it was copied from.
+    shapes, dtypes, wiring. outputs, nodes: what it was copied from.
     """
 
     gm: GraphModule
     inputs: tuple[BodyInput, ...]
     key: tuple[Any, ...]
-    held: tuple[bool, ...]
+    outputs: tuple[Node, ...]
     nodes: tuple[Node, ...]
 
     def fake_inputs(self, mode: FakeTensorMode) -> list[Tensor]:
@@ -118,6 +118,11 @@ def parameter_of(node: Node) -> torch.nn.Parameter | None:
         return None
     found = getattr_path(root, str(node.target))
     return found if isinstance(found, torch.nn.Parameter) else None
+
+
+def is_returned(node: Node) -> bool:
+    """Whether the model itself returns a node's value."""
+    return any(u.op == "output" for u in node.users)
 
 
 def is_read(node: Node) -> bool:
@@ -199,9 +204,9 @@ class _Extraction:
             self.copies[node] = self._copy(node)
         outputs = [n for n in self.own if isinstance(value_of(n), Tensor) and self._is_used_outside(n)]
         self.graph.output(tuple(self.copies[n] for n in outputs))
-        held = tuple(any(u.op == "output" for u in n.users) for n in outputs)
-        key = (*self._inputs_key(), *self._nodes_key(), held, tuple(str(self.copies[n]) for n in outputs))
-        return Body(GraphModule(self.holder, self.graph), tuple(self.inputs), key, held, tuple(self.own))
+        returned = tuple((str(self.copies[n]), is_returned(n)) for n in outputs)
+        key = (*self._inputs_key(), *self._nodes_key(), returned)
+        return Body(GraphModule(self.holder, self.graph), tuple(self.inputs), key, tuple(outputs), tuple(self.own))
 
     def _is_used_outside(self, node: Node) -> bool:
         return any(u not in self.members and (computes(u) or is_read(u) or u.op == "output") for u in node.users)

@@ -86,6 +86,8 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
     """
     written = _read_names(path)
     values = merged_state(parts.modules)
+    # What modules keep beside tensors of their own, a conversion's config: stages have none.
+    values = {n: v for n, v in values.items() if not n.endswith("_extra_state") or f"model.{n}" in written}
     keys = {name: _first(written, "model.{}", (name, *parts.names_of(name))) for name in values}
     missing = sorted(name for name, key in keys.items() if key not in written)
     if missing:

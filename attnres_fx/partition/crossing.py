@@ -19,7 +19,12 @@ class CrossingValue(NamedTuple):
 
 def crossing_values(costs: ModelCosts, schedules: Schedules) -> list[CrossingValue]:
     """Everything that crosses some cut: sources of every stream, and values carried besides."""
-    found = [CrossingValue(v.produced, max(v.used), v.bytes, v.differentiable) for v in costs.carried if v.used]
+    last = len(costs.sublayers) - 1
+    found = [
+        CrossingValue(max(v.produced, 0), min(max(v.used), last), v.bytes, v.differentiable)
+        for v in costs.carried
+        if v.used
+    ]
     for stream in costs.streams:
         schedule, end = schedules[stream.name], stream.count - 1
         spans: list[tuple[int, int]] = [(0, end)]

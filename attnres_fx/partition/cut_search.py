@@ -1,13 +1,14 @@
 """The best cuts for given blocks where a hop depends on its own cut alone: exact, by dynamic programming.
 
-With V = 1 that is every plan: what any later stage needs crosses each cut on its way there. A rank's stage is then known
-by its two ends, and its time and memory are differences of sums.
+With V = 1 that is every plan: what any later stage needs crosses each cut on its way there. A rank's stage is then
+known by its two ends, and its time and memory are differences of sums.
 
-Costs of stage c come as a matrix over pairs of places: row = where it begins, column = where the next one does.
+Costs of a stage come as a band: a row for each place where it may begin, column d for the end d + 1 places further on.
+Stages wider than the band are longer than the plan found, or the band is widened until they are.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,125 +20,188 @@ from attnres_fx.partition.request import PlanRequest, Schedules
 #: More than any time or number of bytes; twice that still fits.
 NEVER = 2**61
 
-#: Matrix of a stage by its index.
+#: Band of a stage by its index.
 PerStage = Callable[[int], Tensor]
+
+
+def at_ends(per_place: Tensor, width: int, outside: int = 0) -> Tensor:
+    """A number per place as a band: that of the place where a stage ends."""
+    padding = torch.full((width,), outside, dtype=per_place.dtype)
+    return torch.cat([per_place[1:], padding]).unfold(0, width, 1)
 
 
 def least_maximum(cost: PerStage, count: int, places: int) -> int:
     """The smallest maximum of a plan's `count` costs; NEVER or more where there is no plan."""
-    best = _at_the_end(places)
+    best = _at_last_place(places)
     for stage in reversed(range(count)):
-        best = torch.maximum(cost(stage), best).amin(1)
+        costs = cost(stage)
+        best = torch.maximum(costs, at_ends(best, costs.shape[1], NEVER)).amin(1)
     return int(best[0])
 
 
-def least_sum(allowed: PerStage, weight: Tensor, count: int) -> tuple[int, list[int]]:
-    """The smallest sum of `weight` (per place) over a plan's cuts, and the earliest such cuts, as places.
+def least_sum(allowed: PerStage, weight: PerStage, count: int, places: int) -> tuple[int, list[int]]:
+    """The smallest sum of `weight` over a plan's cuts, and the earliest such cuts, as places.
 
-    allowed: which stages may be. A plan there is must be: `least_maximum` has found one.
+    allowed: which stages may be. weight: for each stage, of the cut at its end, per place.
     """
-    rest = [_at_the_end(len(weight))]
+    rest, paths = _at_last_place(places), []
     for stage in reversed(range(count)):
-        rest.append(torch.where(allowed(stage), weight + rest[-1], NEVER).amin(1))
-    rest.reverse()
+        may = allowed(stage)
+        through = torch.where(may, at_ends(weight(stage) + rest, may.shape[1], NEVER), NEVER)
+        rest = through.amin(1)
+        # The first of equals: booleans as bytes, whose argmax is the first.
+        paths.append((through == rest[:, None]).byte().argmax(1) + 1)
+    paths.reverse()
     cuts = [0]
     for stage in range(count - 1):
-        at = cuts[-1]
-        through = torch.where(allowed(stage)[at], weight + rest[stage + 1], NEVER)
-        cuts.append(int((through == rest[stage][at]).nonzero()[0, 0]))
-    return int(rest[0][0]), cuts
+        cuts.append(cuts[-1] + int(paths[stage][cuts[-1]]))
+    return int(rest[0]), cuts
 
 
-def _at_the_end(places: int) -> Tensor:
+def _at_last_place(places: int) -> Tensor:
     best = torch.full((places,), NEVER)
     best[-1] = 0
     return best
 
 
+class HopCosts(NamedTuple):
+    """Per place, of a hop at a cut there.
+
+    time: picoseconds, both ways. weight: bytes first, then whether a block is cut, as one number. forward, backward:
+    bytes.
+    """
+
+    time: Tensor
+    weight: Tensor
+    forward: Tensor
+    backward: Tensor
+
+
 class CutSearch:
     """Stages of a request for given blocks, where each hop carries everything that crosses its cut.
 
-    align="require" and given stage starts leave fewer places. Positions are those of the chain.
+    align="require" and given stage starts leave fewer places.
     """
 
-    def __init__(self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None) -> None:
+    def __init__(
+        self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None, *, aligned: bool = False
+    ) -> None:
+        """aligned: only stages that begin with blocks, or, where blocks are fewer, that end where the next begins."""
         self.request, self.schedules = request, schedules
         self.numbers = numbers or numbers_of(request, schedules)
         self.count = request.num_virtual
-        length = request.num_sublayers
-        starts = range(length)
-        self.aligned = [is_aligned(request.costs, schedules, p) for p in starts]
-        places = [p for p in starts if p == 0 or request.align == "prefer" or self.aligned[p]]
-        self.places = torch.tensor([*places, length])
-        self.forward, self.backward = crossing_bytes(crossing_values(request.costs, schedules), length)
+        self.length = request.num_sublayers
+        self.aligned = [is_aligned(request.costs, schedules, p) for p in range(self.length)]
+        at_blocks = request.align == "require" or (aligned and sum(self.aligned) >= self.count)
+        self.whole = aligned and not at_blocks
+        places: Sequence[int] = range(self.length) if request.starts is None else request.starts
+        places = [p for p in places if p == 0 or not at_blocks or self.aligned[p]]
+        self.places = torch.tensor([*places, self.length])
+        self.values = crossing_values(request.costs, schedules)
+        self.everything = self.hop_costs(0)
+        self._build(4 * len(places) // self.count + 1)
 
-    @cached_property
-    def inside(self) -> Tensor:
-        """Pairs of places that hold at least one sublayer."""
-        return self.places[None, :] > self.places[:, None]
+    def _build(self, width: int) -> None:
+        """The bands, up to so many places wide."""
+        costs, numbers, count = self.request.costs, self.numbers, len(self.places)
+        self.width = min(width, count - 1)
+        self.inside = torch.arange(count)[:, None] + torch.arange(self.width)[None, :] + 1 < count
+        self.work = self.between([f + b for f, b in zip(numbers.forward, numbers.backward, strict=True)])
+        allowed = self.inside & ~self._holds_begin() if self.whole else self.inside
+        self.work = torch.where(allowed, self.work, NEVER)
+        self.parameters = self.between([s.parameter_bytes for s in costs.sublayers])
+        # Per microbatch: activations and the sources made here.
+        self.kept = self.between([s + m for s, m in zip(numbers.saved, numbers.made, strict=True)])
+        self.again = self._recomputed() if self.request.recompute else torch.zeros_like(self.kept)
+        self._fixed: dict[tuple[bool, bool], Tensor] = {}
+
+    def _holds_begin(self) -> Tensor:
+        """Whether a block begins inside each stage, after its start."""
+        begun = torch.tensor([0, *self.aligned]).cumsum(0)  # blocks that begin before each place
+        first = begun[(self.places + 1).clamp(max=self.length)]
+        return at_ends(begun[self.places], self.width) > first[:, None]
+
+    def holds(self, found: int, band: Tensor) -> bool:
+        """Whether every stage wider than the bands costs more than what was found; widens them where not."""
+        widest = band[:, -1][self.inside[:, -1]]
+        if self.width == len(self.places) - 1 or int(widest.min()) > found:
+            return True
+        self._build(2 * self.width)
+        return False
 
     def between(self, per_sublayer: Sequence[int]) -> Tensor:
-        """Sums over the sublayers from row to column."""
+        """Sums over the sublayers of each stage."""
         sums = torch.tensor([0, *per_sublayer]).cumsum(0)[self.places]
-        return sums[None, :] - sums[:, None]
+        return at_ends(sums, self.width) - sums[:, None]
 
-    @cached_property
-    def _time(self) -> Tensor:
-        numbers = self.numbers
-        hops = [hop_time(self.request, f, b) for f, b in zip(self.forward, self.backward, strict=True)]
-        hops[-1] = 0  # nothing leaves the last stage
-        times = self.between([f + b for f, b in zip(numbers.forward, numbers.backward, strict=True)])
-        return torch.where(self.inside, times + torch.tensor(hops)[self.places], NEVER)
+    def hop_costs(self, since: int) -> "HopCosts":
+        """Hops that carry all that crosses their cut and was made by the sublayer `since` or later ones."""
+        forward, backward = crossing_bytes(self.values, self.length, since)
+        times, weights = [0], [0]
+        for f, b, aligned in list(zip(forward, backward, self.aligned, strict=False))[1:]:
+            times.append(hop_time(self.request, f, b))
+            weights.append((f + b) * (self.count + 1) + (not aligned))
+        columns = ([*times, 0], [*weights, 0], forward, backward)
+        return HopCosts(*(torch.tensor(column)[self.places] for column in columns))
+
+    def hop(self, stage: int) -> "HopCosts":
+        """The hop that leaves a stage."""
+        return self.everything
+
+    def _recomputed(self) -> Tensor:
+        """The largest activations of a stage's sublayers."""
+        sizes = torch.tensor([s.activation_bytes for s in self.request.costs.sublayers])
+        found, largest = torch.zeros_like(self.kept), sizes
+        span = torch.where(self.inside, at_ends(self.places, self.width) - self.places[:, None], 0)
+        for length in range(1, int(span.max()) + 1):
+            here = span == length
+            found[here] = largest[self.places[:, None].expand_as(span)[here]]
+            if length < len(sizes):
+                largest = torch.maximum(largest[:-1], sizes[length:])
+        return found
+
+    def ends(self, stage: int, before: int, after: int) -> int:
+        """What the embedding and the head add to this stage."""
+        return before * (stage == 0) + after * (stage == self.count - 1)
 
     def time(self, stage: int) -> Tensor:
-        """Picoseconds of a stage and the hop that leaves it; NEVER where it would be empty."""
-        return self._time + sum(self._ends(stage, [n[0] + n[1] for n in (self.numbers.before, self.numbers.after)]))
-
-    def _ends(self, stage: int, values: Sequence[int]) -> list[int]:
-        """What the embedding and the head add to this stage."""
-        return [v for v, here in zip(values, (stage == 0, stage == self.count - 1), strict=True) if here]
-
-    @cached_property
-    def _parameters(self) -> Tensor:
-        return self.between([s.parameter_bytes for s in self.request.costs.sublayers])
-
-    @cached_property
-    def _kept(self) -> Tensor:
-        """Per microbatch: activations, the sources made here, and what was received."""
-        kept = self.between([s + m for s, m in zip(self.numbers.saved, self.numbers.made, strict=True)])
-        return kept + torch.tensor(self.forward)[self.places][:, None]
-
-    @cached_property
-    def _recomputed(self) -> Tensor | int:
-        if not self.request.recompute:
-            return 0
-        sizes = torch.tensor([s.activation_bytes for s in self.request.costs.sublayers])
-        largest = torch.where(torch.ones(len(sizes), len(sizes)).triu() > 0, sizes, 0).cummax(1).values
-        found = torch.zeros(len(self.places), len(self.places), dtype=torch.long)
-        found[:-1, 1:] = largest[self.places[:-1]][:, self.places[1:] - 1]
-        return found
+        """Picoseconds of a stage and the hop that leaves it; NEVER or more where it would be empty."""
+        ends = self.ends(stage, *(n[0] + n[1] for n in (self.numbers.before, self.numbers.after)))
+        return self.work + at_ends(self.hop(stage).time + ends, self.width)
 
     def memory(self, stage: int) -> Tensor:
         """Bytes of the rank that runs this stage, at its fullest moment."""
-        request, costs = self.request, self.request.costs
-        ((in_flight,),) = request.moments[stage]
-        parameters = self._parameters + sum(
-            self._ends(stage, [costs.before.parameter_bytes, costs.after.parameter_bytes])
-        )
-        for size, places in costs.tied:
-            first, *others = (self._holds(place, stage) for place in places)
-            for i, other in enumerate(others):
-                earlier = torch.stack([first, *others[:i]]).any(0)
-                parameters = parameters + size * (other & ~earlier)
-        kept = self._kept + sum(self._ends(stage, [self.numbers.before[2], self.numbers.after[2]]))
-        return resident(request, parameters) + in_flight * kept + self._recomputed
+        ((in_flight,),) = self.request.moments[stage]
+        return self._memory(stage, in_flight)
 
-    def _holds(self, place: str, stage: int) -> Tensor:
+    def _memory(self, stage: int, in_flight: int) -> Tensor:
+        which = stage == 0, stage == self.count - 1
+        if which not in self._fixed:
+            self._fixed[which] = resident(self.request, self._parameters(stage)) + self.again
+        kept = self.kept + self.ends(stage, self.numbers.before[2], self.numbers.after[2])
+        return self._fixed[which] + in_flight * (kept + self._arriving(stage))
+
+    def _arriving(self, stage: int) -> Tensor:
+        """What a stage receives of one microbatch, by where it begins."""
+        if self.request.num_stages == 1 or stage == 0:
+            return torch.zeros_like(self.kept)
+        return self.hop(stage - 1).forward[:, None].expand_as(self.kept)
+
+    def _parameters(self, stage: int) -> Tensor:
+        costs = self.request.costs
+        found = self.parameters + self.ends(stage, costs.before.parameter_bytes, costs.after.parameter_bytes)
+        for size, places in costs.tied:
+            seen, *others = (self._holds_place(place, stage) for place in places)
+            for other in others:  # the first place has counted it
+                found = found + size * (other & ~seen)
+                seen = seen | other
+        return found
+
+    def _holds_place(self, place: str, stage: int) -> Tensor:
         if place in ("before", "after"):
-            here = stage == (0 if place == "before" else self.count - 1)
-            return torch.full_like(self.inside, here)
+            return torch.full_like(self.inside, stage == (0 if place == "before" else self.count - 1))
         sublayer = int(place)
-        return (self.places[:, None] <= sublayer) & (self.places[None, :] > sublayer)
+        return (self.places[:, None] <= sublayer) & (at_ends(self.places, self.width) > sublayer)
 
     def fitting(self, limit: int | None) -> PerStage:
         """`time` of the stages that fit the memory."""
@@ -147,24 +211,27 @@ class CutSearch:
 
     def slowest(self, limit: int | None) -> int:
         """The shortest time of the slowest stage; NEVER or more where no plan fits."""
-        return least_maximum(self.fitting(limit), self.count, len(self.places))
+        while True:
+            found = least_maximum(self.fitting(limit), self.count, len(self.places))
+            if self.holds(found, self.work):
+                return found
 
     def least_memory(self) -> int:
         """The smallest memory limit that some plan fits."""
-        return least_maximum(
-            lambda stage: torch.where(self.inside, self.memory(stage), NEVER), self.count, len(self.places)
-        )
+
+        def memory(stage: int) -> Tensor:
+            return torch.where(self.inside, self.memory(stage), NEVER)
+
+        while True:
+            found = least_maximum(memory, self.count, len(self.places))
+            if self.holds(found, torch.where(self.inside, resident(self.request, self.parameters) + self.kept, NEVER)):
+                return found
 
     def cuts(self, slowest: int, limit: int | None) -> tuple[tuple[int, int], tuple[int, ...]]:
-        """Of the plans no slower than that: the fewest bytes, then cuts inside blocks, and the earliest such starts."""
-        many = self.count + 1
-        weight = torch.tensor(
-            [
-                (f + b) * many + (not aligned) if p else 0
-                for p, (f, b, aligned) in enumerate(zip(self.forward, self.backward, self.aligned, strict=False))
-            ]
-            + [0]
-        )[self.places]
+        """Of the plans no slower than that, which is no less than `slowest` has found: the fewest bytes, then cuts
+        inside blocks, and the earliest such starts."""
         times = self.fitting(limit)
-        found, cuts = least_sum(lambda stage: times(stage) <= slowest, weight, self.count)
-        return divmod(found, many), tuple(int(self.places[c]) for c in cuts)
+        found, cuts = least_sum(
+            lambda stage: times(stage) <= slowest, lambda stage: self.hop(stage).weight, self.count, len(self.places)
+        )
+        return divmod(found, self.count + 1), tuple(int(self.places[c]) for c in cuts)

@@ -172,8 +172,9 @@ def _trained_inputs(node: Node, differentiable: frozenset[Node]) -> frozenset[No
 
 def _attention(node: Node, differentiable: frozenset[Node]) -> Flops:
     q, k, v = (_as_heads(held_value(n)) for n in node.args[:3] if isinstance(n, Node))
+    # Every head of the query meets keys, its own or shared ones; batches of one are broadcast.
     batch = max(q[0], k[0], v[0])
-    q, k, v = ((batch, *shape[1:]) for shape in (q, k, v))
+    q, k, v = ((batch, q[1], *shape[2:]) for shape in (q, k, v))
     trained = _trained_inputs(node, differentiable)
     backward = sdpa_backward_flop_count((*q[:3], v[3]), q, k, v) if trained else 0
     return Flops(sdpa_flop_count(q, k, v), backward)

@@ -13,6 +13,7 @@ from attnres_fx.partition.orders import ZERO_BUBBLE, check_schedule
 
 Counts = tuple[int, ...]
 
+
 def in_flight(
     schedule: str, num_stages: int, virtual_stages: int, num_microbatches: int, rank: int
 ) -> tuple[Counts, ...]:
@@ -22,14 +23,13 @@ def in_flight(
     there is one. The first count is also the number of microbatches the rank has begun and not finished.
     Raises PlanError for numbers the schedule cannot run.
     """
-    check_schedule(
-        schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=num_microbatches
-    )
+    check_schedule(schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=num_microbatches)
     if schedule == "GPipe":
         return ((num_microbatches,),)
     if schedule == "1F1B":
         return ((min(num_microbatches, num_stages - rank),),)
     return _fullest(_interleaved(schedule in ZERO_BUBBLE, num_stages, virtual_stages, num_microbatches, rank))
+
 
 def _interleaved(zero_bubble: bool, ranks: int, stages: int, microbatches: int, rank: int) -> Iterable[Counts]:
     """Counts right after each forward."""
@@ -44,6 +44,7 @@ def _interleaved(zero_bubble: bool, ranks: int, stages: int, microbatches: int, 
             counts[stages - 1 - (freed // a_round) % stages] -= 1
         counts[(forward // a_round) % stages] += 1
         yield tuple(counts)
+
 
 def _fullest(moments: Iterable[Counts]) -> tuple[Counts, ...]:
     distinct = sorted(set(moments), reverse=True)

@@ -39,7 +39,8 @@ class StreamCost:
 class CarriedValue:
     """A value other than a stream's sources that later sublayers use: an encoder's output, shared keys, a table.
 
-    bytes: per microbatch. produced: the sublayer that makes it; used: later sublayers that take it, ascending.
+    bytes: per microbatch. produced: the sublayer that makes it, -1 before the first; used: later sublayers that take
+    it, ascending, their number for what follows the last.
     differentiable: whether a gradient of the same size travels back.
     """
 

@@ -6,11 +6,13 @@ Times are whole picoseconds, so that sums do not depend on their order and equal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import TypeVar
 
 from torch import Tensor
 
-from attnres_fx.partition.model_costs import DeviceSpeed, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition.loads import reading_sublayer
+from attnres_fx.partition.model_costs import DeviceSpeed, ModelCosts, SublayerCost
 from attnres_fx.partition.request import PlanRequest, Schedules
 from attnres_fx.partition.traffic import check_starts, count_traffic, stage_of, stage_values
 from attnres_fx.passes.schedule import DepthSchedule
@@ -39,11 +41,13 @@ class Partition:
 
     starts: first sublayer of each. schedules: per stream its name and its blocks.
     forward_seconds, backward_seconds: of sublayers and depth reads. hop_seconds: of the hop that leaves it, there and
-    back. hop_forward_bytes, hop_backward_bytes: on that hop. parameter_bytes, activation_bytes: activations of one
-    microbatch, with the sources no other stage takes. cache_bytes: per rank, values from or for other stages, one
-    microbatch. memory_bytes: per rank, of everything at its fullest moment.
+    back. hop_forward_bytes, hop_backward_bytes: on that hop. parameter_bytes. activation_bytes: of one microbatch, with
+    the sources that no other stage takes. sent_bytes: of one microbatch, values made here that other stages take.
+    received_bytes: of one microbatch, what arrives over the hop to it. memory_bytes: per rank, of parameters, their
+    gradients and optimizer state, and of all that the microbatches in flight keep at the fullest moment.
     slowest_seconds: the largest of forward + backward + hop, which is what is made small first; traffic_bytes: over
-    all hops, both ways, next; unaligned_cuts: stages that begin inside a block, then.
+    all hops, both ways, next; unaligned_cuts: stages that begin inside a block, then. aligned: whether every stage
+    begins with a block, or, where blocks are fewer, every block with a stage.
     gap: how far slowest_seconds may be above the best there is, as a share of it; 0 where it is the best.
     """
 
@@ -56,16 +60,24 @@ class Partition:
     hop_backward_bytes: tuple[int, ...]
     parameter_bytes: tuple[int, ...]
     activation_bytes: tuple[int, ...]
-    cache_bytes: tuple[int, ...]
+    sent_bytes: tuple[int, ...]
+    received_bytes: tuple[int, ...]
     memory_bytes: tuple[int, ...]
     slowest: int
     traffic_bytes: int
     unaligned_cuts: int
+    aligned: bool
     gap: float = 0.0
 
     @property
     def slowest_seconds(self) -> float:
         return self.slowest / PICOSECONDS
+
+    @property
+    def stage_seconds(self) -> tuple[float, ...]:
+        """Of each virtual stage, with the hop that leaves it."""
+        parts = zip(self.forward_seconds, self.backward_seconds, self.hop_seconds, strict=True)
+        return tuple(sum(part) for part in parts)
 
     @property
     def block_starts(self) -> dict[str, tuple[int, ...]]:
@@ -92,16 +104,10 @@ def block_order(starts: Sequence[int], count: int) -> tuple[int, tuple[tuple[int
     return -len(starts), tuple((abs(s - e), s) for s, e in zip(starts, even, strict=True))
 
 
+@lru_cache(maxsize=1 << 16)
 def picoseconds(count: float, per_second: float) -> int:
     """Time of so many operations or bytes at a speed."""
     return round(Fraction(count) / Fraction(per_second) * PICOSECONDS)
-
-
-def reading_sublayer(stream: StreamCost, schedule: DepthSchedule, position: int) -> int:
-    """The sublayer of the chain whose stage runs a read: the one it opens, or, for the last read and for those at a
-    block's end in `local`, the one it follows."""
-    closes_block = schedule.variant == "local" and 0 < position and position in schedule.starts
-    return stream.first + (position - 1 if closes_block or position == stream.count else position)
 
 
 def count_sources(schedule: DepthSchedule, position: int) -> int:
@@ -133,8 +139,8 @@ def numbers_of(request: PlanRequest, schedules: Schedules) -> Numbers:
         if request.recompute:
             for i in range(stream.first, stream.first + stream.count):
                 saved[i] = stream.value_bytes
-    for value in costs.carried:
-        made[value.produced] += value.bytes
+    for crossing in costs.carried:
+        made[max(crossing.produced, 0)] += crossing.bytes
     ends = [(*_times(s, device, False), s.activation_bytes) for s in (costs.before, costs.after)]
     return Numbers(tuple(forward), tuple(backward), tuple(saved), tuple(made), ends[0], ends[1])
 
@@ -167,20 +173,19 @@ def evaluate(
         saved[at] += end[2]
     hop_times = [hop_time(request, f, b) for f, b in zip(hops.forward, hops.backward, strict=True)] + [0]
     leaving = [sum(v.bytes for v in values if v.produced == c) for c in range(count)]
-    arriving = [0, *hops.forward]
     for c, stage in enumerate(stages):
         saved[c] += sum(numbers.made[i] for i in stage) - leaving[c]
-        if not request.cache:
-            saved[c] += leaving[c] + arriving[c]
-    kept = traffic.cache_bytes if request.cache else (0,) * request.num_stages
+    arriving = [0, *hops.forward] if request.num_stages > 1 else [0] * count
+    kept = [sum(parts) for parts in zip(saved, leaving, arriving, strict=True)]
     parameters = stage_parameters(request, starts)
     memory = []
     for rank, moments in enumerate(request.moments):
         mine = range(rank, count, request.num_stages)
-        fixed = resident(request, sum(parameters[c] for c in mine))
-        fixed += max(recompute_peak(request, stages[c]) for c in mine)
-        fullest = max(sum(n * saved[c] for n, c in zip(ns, mine, strict=True)) + ns[0] * kept[rank] for ns in moments)
-        memory.append(fixed + fullest)
+        memory.append(
+            resident(request, sum(parameters[c] for c in mine))
+            + max(recompute_peak(request, stages[c]) for c in mine)
+            + max(sum(n * kept[c] for n, c in zip(ns, mine, strict=True)) for ns in moments)
+        )
     slowest = max(f + b + h for f, b, h in zip(forward, backward, hop_times, strict=True))
     return Partition(
         starts=tuple(starts),
@@ -192,11 +197,13 @@ def evaluate(
         hop_backward_bytes=(*hops.backward, 0),
         parameter_bytes=tuple(parameters),
         activation_bytes=tuple(saved),
-        cache_bytes=tuple(kept),
+        sent_bytes=tuple(leaving),
+        received_bytes=tuple(arriving),
         memory_bytes=tuple(memory),
         slowest=slowest,
         traffic_bytes=hops.total,
         unaligned_cuts=sum(not is_aligned(costs, schedules, start) for start in starts),
+        aligned=are_aligned(costs, schedules, starts),
     )
 
 
@@ -243,3 +250,14 @@ def is_aligned(costs: ModelCosts, schedules: Schedules, start: int) -> bool:
     """Whether a stage that begins there begins with a block."""
     stream = next(s for s in costs.streams if s.first <= start < s.first + s.count)
     return start - stream.first in schedules[stream.name].starts
+
+
+def block_begins(costs: ModelCosts, schedules: Schedules) -> list[int]:
+    """Sublayers of the chain with which a block begins."""
+    return [s.first + start for s in costs.streams for start in schedules[s.name].starts]
+
+
+def are_aligned(costs: ModelCosts, schedules: Schedules, starts: Sequence[int]) -> bool:
+    """Whether stages begin where blocks do: all of them, or, where blocks are fewer, all blocks where stages do."""
+    fewer, more = sorted((set(block_begins(costs, schedules)), set(starts)), key=len)
+    return fewer <= more

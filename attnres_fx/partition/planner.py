@@ -1,59 +1,175 @@
 """Where to cut: stages, and blocks where they are free.
 
-With V = 1 and given blocks the plan is the best there is, by dynamic programming (`cut_search`). Free blocks: where there
-are few choices each of them is tried. Where there are many:
+For given blocks and V = 1 the stages are the best there are, by dynamic programming (`cut_search`); for V > 1 they are
+good ones, with a bound (`looped`). Free blocks are all tried where they are few. Where they are many, even blocks are,
+the latest that are allowed (in `block` a read sees one source more for each block begun before it, so nothing is faster
+than those), and blocks moved to where the stages of either begin.
 
-- `block`: a read sees 1 + the blocks begun before it, whether the last of them is finished or not. So later boundaries
-  make every read, cut and rank cheaper, and of the allowed ones the latest (`latest_blocks`) have the best time and
-  bytes. From there boundaries go back to stage cuts and to even sizes as far as that costs neither.
-- `local`: TODO
+Blocks that end where stages do keep a stage's work whole and its checkpoints readable, and even blocks are what the
+model was designed with; neither shows in seconds. So among plans whose slowest stage is within `TOLERANCE` of the
+fastest, aligned ones win, then those with the most even blocks, then `Partition.objective` decides.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from attnres_fx.errors import PlanError
-from attnres_fx.partition.blocks import all_blocks, count_blocks
+from attnres_fx.partition.blocks import all_blocks, block_sizes, count_blocks, even_blocks, latest_blocks
 from attnres_fx.partition.cut_search import NEVER, CutSearch
+from attnres_fx.partition.looped import find_looped
 from attnres_fx.partition.objective import Partition, evaluate
 from attnres_fx.partition.request import PlanRequest, Schedules, check_request
+from attnres_fx.partition.traffic import size
 from attnres_fx.passes.schedule import DepthSchedule
 
+#: How much slower than the fastest plan one may be that is aligned, or has more even blocks: a share.
+TOLERANCE = 0.02
 #: Choices of blocks that are all tried, times sublayers times stages.
-ENUMERATED = 200_000
+ENUMERATED = 60_000
+
+
+@dataclass(frozen=True)
+class _Found:
+    """best: of what fits, or None. bound: picoseconds the slowest stage takes at least. least_memory: a limit that is
+    met by some plan; the smallest such for V = 1."""
+
+    best: Partition | None
+    bound: int
+    least_memory: int
 
 
 def find_partition(request: PlanRequest) -> Partition:
-    """The stages, and the blocks where they are free, with the smallest `Partition.objective`.
+    """The stages, and the blocks where they are free, that are best under the rule at the head of this file.
 
     Raises PlanError where nothing fits, saying what to change.
     """
     check_request(request)
-    best: Partition | None = None
-    for schedules in _choices(request):
-        found = best_cuts(request, schedules, best)
-        if found is not None and (best is None or found.objective < best.objective):
-            best = found
-    if best is None:
-        raise PlanError("nothing fits")
-    return best
-
-
-def _choices(request: PlanRequest) -> Iterator[Schedules]:
     if request.known_schedules is not None:
-        yield request.known_schedules
-        return
-    (stream,) = request.costs.streams
+        choices = [request.known_schedules]
+        exact = request.virtual_stages == 1
+        found = [f for s in choices for f in _both(request, s)]
+    elif _is_small(request):
+        exact = request.virtual_stages == 1
+        found = [f for s in _all_choices(request) for f in _both(request, s)]
+    else:
+        exact = False
+        found = list(_some_choices(request))
+    plans = [f.best for f in found if f.best is not None]
+    if not plans:
+        raise _infeasible(request, min((f.least_memory for f in found), default=NEVER))
+    bound = min(f.bound for f in found)
+    best = preferred(plans)
+    fastest = min(p.slowest for p in plans)
+    return replace(best, gap=max(0.0, best.slowest / (fastest if exact else max(bound, 1)) - 1))
+
+
+def preferred(plans: Iterable[Partition]) -> Partition:
+    """The plan that the rule chooses: of those about as fast as the fastest, aligned, with even blocks, the best."""
+    known = list(plans)
+    limit = min(p.slowest for p in known) * (1 + TOLERANCE)
+    return min((p for p in known if p.slowest <= limit), key=lambda p: (not p.aligned, unevenness(p), p.objective))
+
+
+def unevenness(plan: Partition) -> int:
+    """How much the longest block of a stream is longer than its shortest, where sizes differ by more than one."""
+    sizes = [[len(b) for b in s.blocks] for _, s in plan.schedules if s.variant != "full"]
+    return max((max(max(each) - min(each) - 1, 0) for each in sizes), default=0)
+
+
+def _is_small(request: PlanRequest) -> bool:
+    work = request.num_sublayers * request.num_virtual
+    choices = sum(count_blocks(request.num_sublayers, b, ENUMERATED) for b in request.block_counts)
+    return choices * work <= ENUMERATED
+
+
+def _all_choices(request: PlanRequest) -> Iterator[Schedules]:
     for blocks in request.block_counts:
-        for starts in all_blocks(stream.count, blocks):
-            yield {stream.name: DepthSchedule(request.variant, starts, stream.count)}
+        for starts in all_blocks(request.num_sublayers, blocks):
+            yield _schedules(request, starts)
 
 
-def best_cuts(request: PlanRequest, schedules: Schedules, known: Partition | None = None) -> Partition | None:
-    """The best stages for given blocks, V = 1; None where nothing fits, or where it is slower than what is known."""
-    search = CutSearch(request, schedules)
+def _schedules(request: PlanRequest, starts: tuple[int, ...]) -> Schedules:
+    (stream,) = request.costs.streams
+    return {stream.name: DepthSchedule(request.variant, starts, stream.count)}
+
+
+def _some_choices(request: PlanRequest) -> Iterator[_Found]:
+    """Even blocks, the latest, and those that begin where stages of either do."""
+    if request.variant == "local":  # where none is known to be the fastest: reads and hops that take no time
+        costs = request.costs
+        free = replace(costs, streams=tuple(replace(s, value_bytes=0) for s in costs.streams))
+        even = even_blocks(request.num_sublayers, request.block_counts[0])
+        unread = replace(request, costs=free, align="prefer", memory_limit=None)
+        yield replace(_best_cuts(unread, _schedules(request, even), aligned=False), best=None)
+    for blocks in request.block_counts:
+        count = request.num_sublayers
+        layouts: list[tuple[int, ...] | None] = [even_blocks(count, blocks), latest_blocks(count, blocks, {}, {})]
+        tried: set[tuple[int, ...]] = set()
+        for layout in layouts:
+            starts = layout
+            while starts is not None and starts not in tried:
+                tried.add(starts)
+                found = _both(request, _schedules(request, starts))
+                yield from found
+                best = next((f.best for f in found if f.best is not None), None)
+                starts = at_stages(best.starts, count, blocks) if best is not None else None
+
+
+def at_stages(stages: Sequence[int], count: int, blocks: int) -> tuple[int, ...] | None:
+    """Allowed blocks that begin where stages do, as near to even as those are; None where there are none.
+
+    Where blocks are fewer than stages all begin with one; else each stage begins with one.
+    """
+    low, high = block_sizes(count, blocks)
+    even = even_blocks(count, blocks)
+    forced = set(stages) if blocks >= len(stages) else set()
+    places = sorted({*stages} if not forced else range(count))
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, (0,))}
+    for k in range(1, blocks):
+        step: dict[int, tuple[int, tuple[int, ...]]] = {}
+        for last, (cost, starts) in best.items():
+            for place in places:
+                if low <= place - last <= high and not any(last < f < place for f in forced):
+                    candidate = (cost + abs(place - even[k]), (*starts, place))
+                    if place not in step or candidate < step[place]:
+                        step[place] = candidate
+        best = step
+    ends = [found for last, found in best.items() if 1 <= count - last <= high and not any(last < f for f in forced)]
+    return min(ends)[1] if ends else None
+
+
+def _both(request: PlanRequest, schedules: Schedules) -> list[_Found]:
+    """The best stages of all, and the best aligned ones."""
+    free = _best_cuts(request, schedules, aligned=False)
+    if request.align == "require":
+        return [free]
+    return [free, _best_cuts(request, schedules, aligned=True)]
+
+
+def _best_cuts(request: PlanRequest, schedules: Schedules, *, aligned: bool) -> _Found:
+    if request.virtual_stages > 1:
+        looped = find_looped(request, schedules, aligned=aligned)
+        return _Found(looped.best, looped.bound, looped.least_memory)
+    search = CutSearch(request, schedules, aligned=aligned)
     slowest = search.slowest(request.memory_limit)
-    if slowest >= NEVER or (known is not None and slowest > known.slowest):
-        return None
+    if slowest >= NEVER:
+        return _Found(None, NEVER, search.least_memory())
     _, starts = search.cuts(slowest, request.memory_limit)
-    return evaluate(request, starts, schedules, search.numbers)
+    return _Found(evaluate(request, starts, schedules, search.numbers), slowest, NEVER)
+
+
+def _infeasible(request: PlanRequest, least_memory: int) -> PlanError:
+    if request.memory_limit is not None and least_memory < NEVER:
+        more = least_memory - request.memory_limit
+        return PlanError(
+            f"no stages fit memory_limit={request.memory_limit} ({size(request.memory_limit)}): a rank needs "
+            f"{least_memory} ({size(least_memory)}), {size(more)} more. Raise memory_limit by that, or choose more "
+            f"num_stages, recompute=True, or a smaller microbatch."
+        )
+    blocks = max(request.block_counts, default=0) if request.known_schedules is None else 0
+    given = sum(s.num_blocks for s in (request.known_schedules or {}).values())
+    return PlanError(
+        f"no plan has all {request.num_virtual} stages begin with a block: there are {blocks or given} blocks"
+        + (f", and stages begin at {request.starts}" if request.starts is not None else "")
+        + f". Choose num_blocks of at least {request.num_virtual}, fewer stages, or align='prefer'."
+    )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import get_args
 
@@ -43,7 +43,7 @@ class PlanRequest:
     num_microbatches: int
     virtual_stages: int = 1
     schedule: str = "1F1B"
-    device: DeviceSpeed = DeviceSpeed()
+    device: DeviceSpeed = field(default_factory=DeviceSpeed)
     variant: Variant = "block"
     schedules: Schedules | None = None
     num_blocks: int | tuple[int, int] | None = None
@@ -138,7 +138,7 @@ def _check_sizes(request: PlanRequest) -> None:
             f"one microbatch might take {seconds:.3g} s: give DeviceSpeed in operations a second, bytes a second and "
             f"seconds a message."
         )
-    kept = sum(p.activation_bytes for p in parts) * request.num_microbatches
+    kept = float(sum(p.activation_bytes for p in parts) * request.num_microbatches)
     kept += sum(p.parameter_bytes for p in parts) * (2 + request.optimizer_factor) * 1024
     if kept + crossing * request.num_microbatches + crossing * (request.num_virtual + 1) ** 2 > _LARGEST:
         raise PlanError("the bytes of the model are too many to be added up: give costs in bytes.")

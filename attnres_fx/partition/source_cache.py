@@ -48,8 +48,8 @@ class SourceCache:
             return self._values[microbatch][name]
         except KeyError:
             raise PipelineError(
-                f"value {name!r} of microbatch {microbatch} is not on this rank: it was neither received nor made here, "
-                f"or its microbatch is done. Build the stages again from the plan."
+                f"value {name!r} of microbatch {microbatch} is not on this rank: it was neither received nor made "
+                f"here, or its microbatch is done. Build the stages again from the plan."
             ) from None
 
     def bank(self, microbatch: int, name: str, gradient: Tensor) -> None:

@@ -142,7 +142,7 @@ class Stages(Sequence[Stage]):
     """The virtual stages of a model in order, and what they have in common.
 
     num_stages: ranks P; virtual_stages: V; stage c runs on rank c mod P. tied: groups of (stage, parameter name)
-    that are one and the same parameter.
+    that are one and the same parameter. cache: whether the stages of a rank share what they have seen.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class Stages(Sequence[Stage]):
         *,
         num_stages: int,
         virtual_stages: int,
+        cache: bool = True,
         flatten: Callable[[Mode, tuple[Any, ...], Mapping[str, Any]], list[Any]],
         unflatten: Callable[[Mode, Any], Any],
     ) -> None:
@@ -159,6 +160,7 @@ class Stages(Sequence[Stage]):
         self._splits = dict(splits)
         self.num_stages = num_stages
         self.virtual_stages = virtual_stages
+        self.cache = cache
         self._flatten = flatten
         self._unflatten = unflatten
         self.tied = _tied(self._stages)

@@ -129,7 +129,7 @@ def stage_values(
         name = f"{stream.name}:{label}"
         found.append(StageValue(name, stage_of(made_by, starts), tuple(used), stream.value_bytes, label=label))
     for value in carried:
-        made = stage_of(value.produced, starts)
+        made = stage_of(max(value.produced, 0), starts)  # what precedes the first sublayer runs beside it
         used = sorted({stage_of(u, starts) for u in value.used} - {made})
         if used:
             found.append(StageValue(value.name, made, tuple(used), value.bytes, value.differentiable, value.name))

@@ -4,6 +4,7 @@ A pass is a function `verb_noun_pass(gm, *, options) -> PassResult`. It works in
 caller made for it, never on the user's module.
 """
 
+from attnres_fx.passes.block_cost import BlockReads, PhaseChoice, choose_phases
 from attnres_fx.passes.depth_attention import (
     DepthReadPlan,
     ReadParameters,
@@ -11,7 +12,6 @@ from attnres_fx.passes.depth_attention import (
     insert_depth_attention_pass,
     plan_depth_reads,
 )
-from attnres_fx.passes.block_cost import BlockReads, PhaseChoice, choose_phases
 from attnres_fx.passes.functionalize import functionalize_mutations_pass
 from attnres_fx.passes.fuse_norms import NormFusion, fuse_norms_pass, plan_norm_fusions
 from attnres_fx.passes.fuse_partial_sums import SumFusion, fuse_partial_sums_pass, plan_sum_fusions
@@ -25,11 +25,11 @@ from attnres_fx.passes.two_phase import PhasePlan, plan_phases, two_phase_pass
 from attnres_fx.passes.unfuse_additions import unfuse_additions_pass
 
 __all__ = [
+    "NORMALIZATION",
     "BlockReads",
     "DepthReadPlan",
     "DepthSchedule",
     "Lowering",
-    "NORMALIZATION",
     "NormFusion",
     "PassResult",
     "PhaseChoice",

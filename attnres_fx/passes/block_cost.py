@@ -60,9 +60,9 @@ def cost_two_phase(block: BlockReads) -> BlockCost:
 
     Phase 1 moves 2C + Q forward (its kernels read the sources for the logits, then for the mixtures) and 7C + 2Q
     backward (sources for the scores, their gradients and the weights' gradients; C written; autograd adds them to what
-    the sources have so far, 3C). A merge moves 3 U forward, 2 more with an addition, and 6 backward (it reads the incoming gradient, its two
-    sources and the partial sum's gradient so far, and writes two gradients). A read of the completed sources alone
-    takes its phase-1 output as it is, 2 U each way, and leaves an addition where it was, 3 U.
+    the sources have so far, 3C). A merge moves 3 U forward, 2 more with an addition, and 6 backward (it reads the
+    incoming gradient, its two sources and the partial sum's gradient so far, and writes two gradients). A read of the
+    completed sources alone takes its phase-1 output as it is, 2 U each way, and leaves an addition where it was, 3 U.
     """
     forward, backward = 2 * block.completed + block.reads, 7 * block.completed + 2 * block.reads
     if not block.batched:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from attnres_fx.passes.graph_tools import same_shape, shape_of, sizes_agree
-from attnres_fx.passes.storages import mutated_arguments, storage_of
 from attnres_fx.passes.spelling import (
     Addition,
     RowMap,
@@ -20,6 +19,7 @@ from attnres_fx.passes.spelling import (
     read_addition,
     read_maps,
 )
+from attnres_fx.passes.storages import mutated_arguments, storage_of
 
 
 @dataclass(frozen=True)

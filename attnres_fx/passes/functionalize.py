@@ -37,8 +37,8 @@ from attnres_fx.passes.storages import (
     mutated_arguments,
     reshaped_in_place,
     returns_what_it_writes,
-    written_as_one,
     storage_of,
+    written_as_one,
 )
 
 _FUNCTIONAL = {
@@ -56,7 +56,7 @@ _FUNCTIONAL = {
 }
 #: Views that show the whole storage in its order: always, or where the shape stays.
 _KEEPS_ORDER = RESHAPES | IDENTITIES | CASTS | {"dropout"}
-_KEEPS_ORDER_AT_SAME_SHAPE = frozenset("slice narrow expand expand_as broadcast_to getitem".split())
+_KEEPS_ORDER_AT_SAME_SHAPE = frozenset(["slice", "narrow", "expand", "expand_as", "broadcast_to", "getitem"])
 
 
 def functionalize_mutations_pass(gm: GraphModule) -> PassResult:
@@ -96,7 +96,9 @@ class _Functionalizer:
             written = [self._tensor(n) for n in mutated_arguments(node)]
             if node.op == "output":
                 self._copy_back(node)
-            if (reshaped := reshaped_in_place(node)) is not None and self._base(self._tensor(reshaped)).op != "get_attr":
+            if (reshaped := reshaped_in_place(node)) is not None and self._base(
+                self._tensor(reshaped)
+            ).op != "get_attr":
                 erased.append(node)
                 self._reshape(node, self._tensor(reshaped))
                 continue
@@ -212,7 +214,9 @@ class _Functionalizer:
     def _called(self, node: Node, target: Any, args: Any, kwargs: Any) -> Node:
         called = self.graph.create_node(node.op, target, args, kwargs)
         called.meta = dict(node.meta)
-        if target is not node.target and isinstance(value := computed_value(node.op, target, args, kwargs), torch.Tensor):
+        if target is not node.target and isinstance(
+            value := computed_value(node.op, target, args, kwargs), torch.Tensor
+        ):
             set_value(called, value, node)
         return called
 

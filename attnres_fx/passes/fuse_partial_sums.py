@@ -65,7 +65,13 @@ def foldable(call: ReadCall, order: dict[Node, int]) -> tuple[Node, Node] | None
         return None
     total = call.sources[-1]
     added = read_addition(total)
-    if added is None or added.left_scale != 1 or added.right_scale != 1 or op_name(total) != "add" or "out" in total.kwargs:
+    if (
+        added is None
+        or added.left_scale != 1
+        or added.right_scale != 1
+        or op_name(total) != "add"
+        or "out" in total.kwargs
+    ):
         return None
     if not (same_shape(added.left, total) and same_shape(added.right, total)):
         return None

@@ -8,8 +8,8 @@ from torch.fx import Node
 from attnres_fx.passes.graph_tools import tensor_of
 from attnres_fx.passes.spelling import CASTS, IDENTITIES, RESHAPES, TOKEN_MOVES, op_name
 
-_CONTRACTIONS = frozenset("linear mm bmm addmm baddbmm matmul einsum conv sdpa dot".split())
-_NONLINEAR = frozenset("silu gelu relu tanh sigmoid softplus softmax mul div pow exp".split())
+_CONTRACTIONS = frozenset(["linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "conv", "sdpa", "dot"])
+_NONLINEAR = frozenset(["silu", "gelu", "relu", "tanh", "sigmoid", "softplus", "softmax", "mul", "div", "pow", "exp"])
 _SAME_STORAGE = CASTS | IDENTITIES | RESHAPES | TOKEN_MOVES
 
 

@@ -1,8 +1,8 @@
 """Recognise the norm that a value goes into, in every spelling, by structure.
 
-    rms_norm(x), layer_norm(x)                                     library functions, aten and modules
-    x.float() * rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)     written out, then
-    .to(dtype), weight * _, (1 + weight) * _                       in any order, each at most where it stands
+rms_norm(x), layer_norm(x)                                     library functions, aten and modules
+x.float() * rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)     written out, then
+.to(dtype), weight * _, (1 + weight) * _                       in any order, each at most where it stands
 """
 
 from collections.abc import Iterable
@@ -19,8 +19,8 @@ from attnres_fx.passes.spelling import CASTS, called_module, op_name
 
 RMS, LAYER = 1, 2
 Number = float | torch.SymFloat
-_UNCHANGED = frozenset("contiguous alias".split())
-_ONLY_SHAPES = frozenset("sym_size size dim numel ndim is_floating_point".split())
+_UNCHANGED = frozenset(["contiguous", "alias"])
+_ONLY_SHAPES = frozenset(["sym_size", "size", "dim", "numel", "ndim", "is_floating_point"])
 
 
 @dataclass(frozen=True)

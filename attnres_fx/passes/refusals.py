@@ -9,8 +9,8 @@ from attnres_fx.passes.formal_sum import Dependence, Extended, FormalSums, Merge
 from attnres_fx.passes.graph_tools import describe, shape_of, sizes_agree
 from attnres_fx.passes.spelling import is_floating, op_name, read_addition
 
-_CONTRACTIONS = frozenset("einsum matmul bmm mm tensordot".split())
-_WIDENING = frozenset("cat concat concatenate pad".split())
+_CONTRACTIONS = frozenset(["einsum", "matmul", "bmm", "mm", "tensordot"])
+_WIDENING = frozenset(["cat", "concat", "concatenate", "pad"])
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,9 @@ class Refusal:
     """Something that looks like a residual stream and was left alone.
 
     kind: `"not additive"`, `"width"`, `"injected"` (added into another stream's sublayers), `"interrupted"`
-        (one stream ends where another begins), or `"hidden"` in a region that cannot be inlined. place: the node, its module path and source line. reason: why it was
-        refused. stops_conversion: whether guessing on would be wrong. advice: what to do instead.
+        (one stream ends where another begins), or `"hidden"` in a region that cannot be inlined.
+    place: the node, its module path and source line. reason: why it was refused. stops_conversion: whether guessing
+        on would be wrong. advice: what to do instead.
     """
 
     kind: Literal["not additive", "width", "injected", "interrupted", "hidden"]
@@ -92,9 +93,7 @@ def _why_not_additive(carry: Node, branch: Node, ancestry: Dependence) -> str:
     if name in _CONTRACTIONS and len(shape_of(carry)) >= 3:
         for x in carry.all_input_nodes:
             mixes = is_floating(x) and len(shape_of(x)) >= 4 and len(shape_of(x)) == len(shape_of(carry))
-            same_width = mixes and all(
-                sizes_agree(a, b) for a, b in zip(shape_of(x), shape_of(carry), strict=True)
-            )
+            same_width = mixes and all(sizes_agree(a, b) for a, b in zip(shape_of(x), shape_of(carry), strict=True))
             if same_width and x.op != "get_attr" and ancestry.is_branch(branch, x) and not ancestry.at_all(x, branch):
                 return f"copies of the stream are mixed by {describe(carry)} before it is added to: hyper-connections"
     return ""

@@ -28,7 +28,7 @@ from attnres_fx.passes.spelling import is_aten, op_name
 Group = Hashable
 #: What a node takes instead of one of its former arguments, where a read was put between the two.
 Moved = dict[tuple[Node, Node], Node]
-_IDENTITY_AT_SAME_SHAPE = frozenset("slice narrow expand expand_as broadcast_to getitem".split())
+_IDENTITY_AT_SAME_SHAPE = frozenset(["slice", "narrow", "expand", "expand_as", "broadcast_to", "getitem"])
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from attnres_fx.passes.spelling import (
     trains,
 )
 
-_NO_MUTATION = frozenset("requires_grad_ retain_grad_ _set_grad_enabled share_memory_".split())
+_NO_MUTATION = frozenset(["requires_grad_", "retain_grad_", "_set_grad_enabled", "share_memory_"])
 #: In-place operations that change how a tensor looks at its storage, and nothing in it.
-_RESHAPE_IN_PLACE = frozenset("unsqueeze_ squeeze_ transpose_ swapaxes_ swapdims_ t_".split())
+_RESHAPE_IN_PLACE = frozenset(["unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"])
 #: Views where the strides allow one, copies where they do not.
-_MAYBE_COPIES = frozenset("reshape flatten contiguous reshape_as ravel".split())
+_MAYBE_COPIES = frozenset(["reshape", "flatten", "contiguous", "reshape_as", "ravel"])
 #: Views in fact, although their schemas call them copies.
-_UNSAFE = frozenset("unsafe_chunk unsafe_split unsafe_split_with_sizes".split())
-_ATTRIBUTE_VIEWS = frozenset("T mT H mH real imag data".split())
+_UNSAFE = frozenset(["unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"])
+_ATTRIBUTE_VIEWS = frozenset(["T", "mT", "H", "mH", "real", "imag", "data"])
 
 
 def mutated_arguments(node: Node) -> list[Node]:

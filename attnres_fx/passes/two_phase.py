@@ -165,7 +165,6 @@ def _together(gm: GraphModule, members: list[Node], order: dict[Node, int]) -> l
     return kept
 
 
-
 def _counted(completed: tuple[Node, ...], reads: list[Node], order: dict[Node, int]) -> BlockReads:
     count = len(completed)
     alone = [r for r in reads if len(_sources(r)) == count]

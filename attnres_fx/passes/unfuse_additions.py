@@ -35,9 +35,8 @@ def unfuse_additions_pass(gm: GraphModule) -> PassResult:
     for node in list(gm.graph.nodes):
         if (operand := added_zero_operand(node)) is not None and _is_same_kind(operand, node):
             node.replace_all_uses_with(operand)
-        elif not (_split_product(gm.graph, node, order) or _split_sum_of_stack(gm.graph, node, order)):
-            if not (_split_scatter(gm.graph, node, order) or _split_lerp(gm.graph, node, order)):
-                continue
+        elif not any(splits(gm.graph, node, order) for splits in _SPLITS):
+            continue
         split.append(node.name)
         gm.graph.erase_node(node)
     if split:
@@ -94,9 +93,7 @@ def _split_product(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
     with graph.inserting_before(node):
         product = _called(graph, overload, getattr(torch, name), (left, right), node)
         if not same_shape(product, node):
-            product = _called(
-                graph, torch.ops.aten.expand_as.default, torch.Tensor.expand_as, (product, addend), node
-            )
+            product = _called(graph, torch.ops.aten.expand_as.default, torch.Tensor.expand_as, (product, addend), node)
         if beta != 1:
             addend = _called(graph, torch.ops.aten.mul.Tensor, torch.mul, (addend, beta), node)
         total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (addend, product), node)
@@ -174,3 +171,6 @@ def _called(graph: Graph, overload: Any, function: Any, args: tuple[Any, ...], l
     target = overload if is_aten(like) else function
     value = computed_value("call_function", target, args, {})
     return insert_call(graph, target, args, like=like, value=value if value is not None else tensor_of(like))
+
+
+_SPLITS = (_split_product, _split_sum_of_stack, _split_scatter, _split_lerp)
