@@ -329,6 +329,8 @@ def bad_input():
         "mesh": refusal(lambda: built(mesh=mesh["dp"])),
         "missing": refusal(lambda: built(stages=other)),
         "meta": refusal(lambda: built(stages=empty)),
+        "no backend": refusal(lambda: built(compile="nonsense")),
+        "no gradients": refusal(torch.no_grad()(lambda: pipeline.step(ids, target=target))),
         "rows": refusal(lambda: pipeline.step(ids[:6], target=target[:6])),
         "target": refusal(lambda: pipeline.step(ids, target=target[:4])),
     }
@@ -345,17 +347,35 @@ def values_of_another_dtype():
     return {"error": refusal(lambda: pipeline.step(batch(8)[0], target=batch(8)[1]))}
 
 
+@every("two", choices=[{"schedule": "GPipe", "virtual": 1}, {"schedule": "1F1B", "virtual": 1}])
+def what_the_cache_holds(schedule, virtual):
+    """Bytes of values at the peak, in microbatches' worth."""
+    pipeline = build(whole(), schedule, virtual, microbatches=8)
+    ids, target = batch(16)
+    found = {}
+    for what, run in (("step", pipeline.step), ("eval", pipeline.eval)):
+        pipeline.stages[0].cache.peak_bytes = 0
+        run(ids, target=target)
+        route = pipeline.stages[0].terms.route
+        stages = pipeline._contract
+        stages.train(what == "step")
+        held = sum(v.bytes for v in stages.values if v.name in (*route.received, *route.produced))
+        stages.train(True)
+        found[what] = pipeline.peak_cache_bytes / held
+    return found
+
+
 @case("two")
 def frozen_parameters():
     worst = {}
     for schedule, virtual in EVERY:
-        model = whole()
+        model = whole(tied=True)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("layers.5" in name or "head" in name)
+            parameter.requires_grad_("layers.5" in name or "norm" in name)
         pipeline = build(model, schedule, virtual)
         wanted = reference_step(model, batch(8))
         found = pipeline.step(batch(8)[0], target=batch(8)[1])
-        named = dict(model.named_parameters())
+        named = dict(model.named_parameters(remove_duplicate=False))
         pairs = [(p.grad, named[n].grad) for n, p in pipeline.named_parameters()]
         assert all((a is None) == (b is None) for a, b in pairs)
         errors = [difference(a, b) for a, b in pairs if b is not None]
@@ -407,6 +427,15 @@ def data_parallel(kind, schedule, virtual, *, ranks=2, steps=3, **options):
 def data_parallel_around_one_rank(kind):
     """Tied parameters of one rank, which data parallelism wraps one by one."""
     return data_parallel(kind, "Interleaved1F1B", 2, ranks=1)
+
+
+@every("four", choices=[{"schedule": "GPipe", "virtual": 1}, {"schedule": "InterleavedZeroBubble", "virtual": 2}])
+def failure_of_one_replica(schedule, virtual):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    pipeline = build(whole(), schedule, virtual, ranks=2, mesh=mesh, data_parallel="fsdp2")
+    if dist.get_rank() == 1:
+        pipeline.modules[1].fail_at = lambda: True
+    return lost(pipeline)
 
 
 @case("four")

@@ -207,6 +207,8 @@ SAID = {
     "mesh": ['"pp"'],
     "missing": ["were not built"],
     "meta": ["meta", "to_empty"],
+    "no backend": ["nonsense", "inductor"],
+    "no gradients": ["no_grad", "eval()"],
     "rows": ["6 rows", "num_microbatches=4"],
     "target": ["(4, 5)", "8 rows"],
 }
@@ -230,6 +232,13 @@ def test_a_value_that_is_not_as_planned_is_named(worlds):
         assert "value 'v0'" in result["error"] and "autocast" in result["error"]
 
 
+@pytest.mark.parametrize(("schedule", "most"), [("GPipe", (8, 8)), ("1F1B", (2, 1))])
+def test_the_cache_holds_the_microbatches_in_flight_and_no_more(worlds, schedule, most):
+    found = results(worlds, ("two", f"what_the_cache_holds {schedule} 1"))
+    assert tuple(r["step"] for r in found) == most
+    assert [r["eval"] for r in found] == [1, 1]
+
+
 def test_frozen_parameters_get_no_gradient_and_the_others_theirs(worlds):
     for result in results(worlds, ("two", "frozen_parameters")):
         assert max(result.values()) <= ROUNDED
@@ -248,6 +257,17 @@ def test_ddp_on_a_mesh_computes_the_same(worlds, case):
 @cases("data_parallel_around_one_rank")
 def test_data_parallelism_keeps_tied_weights_of_one_rank_in_step(worlds, case):
     assert_data_parallel(results(worlds, case))
+
+
+@cases("failure_of_one_replica")
+def test_a_failure_under_data_parallelism_is_told_at_once_and_ends_the_pipeline(worlds, case):
+    found = results(worlds, case)
+    assert len({r["again"] for r in found[:2]}) == 1
+    for rank, result in enumerate(found):
+        told = "rank 1 in 1F0: ZeroDivisionError: on purpose" if rank < 2 else "another replica"
+        assert told in result["error"] and "restart from the last checkpoint" in result["error"]
+        assert result["again"].startswith("PipelineError: this pipeline cannot go on")
+        assert result["seconds"] < 20 and result["held"] == 0
 
 
 def test_compiled_stages_can_be_sharded(worlds):
@@ -421,6 +441,7 @@ def test_without_a_process_group_nothing_is_built():
         runtime.build_pipeline(None, None, loss_fn=None, compile=False)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_an_unsplit_checkpoint_keeps_options_and_state(tmp_path):
     def made(rate):
         torch.manual_seed(0)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo import OptimizedModule
+from torch._dynamo.exc import InvalidBackend
 
 from attnres_fx.errors import PipelineError
 from attnres_fx.partition.contract import Plan, Stages
@@ -165,9 +166,21 @@ def replicate(module: nn.Module, groups: Groups, data_parallel: str | None) -> n
     return module
 
 
+def compile_stages(modules: Mapping[int, nn.Module], backend: str) -> None:
+    """Each stage through `torch.compile`, in place: parameter names stay."""
+    try:
+        for module in modules.values():
+            module.compile(backend=backend)
+    except InvalidBackend as error:
+        raise PipelineError(f'compile={backend!r} is no backend of torch.compile; True is "inductor".') from error
+
+
 def pipeline_stages(
-    wrapped: Mapping[int, nn.Module], plan: Plan, group: dist.ProcessGroup, device: torch.device
+    wrapped: Mapping[int, nn.Module], plan: Plan, groups: Groups, device: torch.device
 ) -> list[SourceStage]:
     """This rank's stages for PyTorch's schedules."""
     log, count = StepLog(), plan.num_stages * plan.virtual_stages
-    return [SourceStage(module, c, count, log=log, device=device, group=group) for c, module in wrapped.items()]
+    return [
+        SourceStage(module, c, count, log=log, device=device, group=groups.pipeline, replicas=groups.replicas)
+        for c, module in wrapped.items()
+    ]

@@ -78,7 +78,7 @@ class TiedGradients:
                     parameter.grad = before if not add or parameter.grad is None else before + parameter.grad
 
     def _sum(self, group: TiedGroup) -> None:
-        if len(group.ranks) == 1 and len(group.here) == 1:
+        if not group.here[0].requires_grad or (len(group.ranks) == 1 and len(group.here) == 1):
             return
         total = torch.zeros_like(local(group.here[0])).contiguous()
         for parameter in group.here:

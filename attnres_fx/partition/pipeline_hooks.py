@@ -102,9 +102,10 @@ class SourceStage(PipelineStage):
         log: StepLog,
         device: torch.device,
         group: dist.ProcessGroup | None,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(module, index, count, device, input_args=(), output_args=(), group=group)
-        self.log = log
+        self.log, self.replicas = log, replicas
         self.own_cache = SourceCache()
         self.flat_inputs: Sequence[Sequence[Any]] = ()
         self.outputs: dict[int, tuple[Any, ...]] = {}
@@ -332,10 +333,18 @@ class SourceStage(PipelineStage):
     # Between steps
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        if self.has_backward:
+        if not isinstance(self.submod, FSDPModule):
+            return
+        if self.has_backward and not self._failed_somewhere():
             super().perform_reduce_grad(grad_scale_factor)
-        elif isinstance(self.submod, FSDPModule):
+        else:
             self.submod.reshard()
+
+    def _failed_somewhere(self) -> bool:
+        """Whether a replica has no gradients to reduce: the others would wait for it."""
+        failed = torch.tensor(float(self.log.failure is not None), device=self.device)
+        dist.all_reduce(failed, group=self.replicas)
+        return bool(failed)
 
     def _post_metadata_inference_cleanup(self) -> None:
         """Nothing was inferred; PyTorch would drop the gradients that FSDP has accumulated."""

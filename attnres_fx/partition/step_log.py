@@ -47,7 +47,7 @@ class StepLog:
                 self.failure = (action, error)
         return None
 
-    def lost(self, error: Exception, *, rank: int, stages: Sequence[int]) -> str:
+    def lost(self, error: BaseException, *, rank: int, stages: Sequence[int]) -> str:
         """What to say when communication broke: where this rank stood and whom it was waiting for."""
         done = self.actions[-1] if self.actions else "nothing"
         waiting = ", ".join(f"{action} (from {source})" for action, source in self.waiting.items())
