@@ -205,3 +205,33 @@ def test_a_saved_symbolic_trace_still_returns_a_tensor(tmp_path):
     found = ax.load(tmp_path / "model.pt")(**IDS)
     assert isinstance(found, torch.Tensor)
     assert torch.allclose(found, converted(**IDS), atol=1e-6)
+
+
+def test_a_stage_without_its_unsaved_buffers_gives_no_numbers():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.register_buffer("table", torch.rand(8), persistent=False)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x * self.table).tanh() @ layer.weight
+            return x
+
+    real = Scaled()
+    with torch.device("meta"):
+        model, x = Scaled(), torch.randn(2, 3, 8)
+    stages = cut(ax.convert(model, (x,)), (0, 1))
+    for stage in stages:
+        with pytest.warns(UserWarning, match="table"):
+            stage.to_empty(device="cpu")
+        stage.load_state_dict(real.state_dict(), strict=False)
+        for name, parameter in stage.named_parameters():
+            if name.startswith("attnres."):
+                parameter.data.zero_() if name.endswith("query") else parameter.data.fill_(1.0)
+    x = torch.randn(2, 3, 8)
+    assert stages.run(x).isnan().all()
+    for stage in stages:
+        stage.table.copy_(real.table)
+    assert torch.allclose(stages.run(x), real(x), atol=1e-5)

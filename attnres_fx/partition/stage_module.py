@@ -1,6 +1,7 @@
 """A stage as a module, and all stages of a model together."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
@@ -81,6 +82,26 @@ class Stage(GraphModule):
         if hasattr(self, "programs") and wanted not in self.programs:
             raise ModeError(f"stage {self.index} has no {wanted} graph: capture the model in {wanted} mode too.")
         return super().train(mode)
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """Memory without values, as `nn.Module.to_empty`.
+
+        Buffers that no checkpoint holds (rotary tables, constants of the graph) are made NaN, and named in a warning:
+        whoever forgets to set them must not get numbers.
+        """
+        kept = set(self.state_dict())
+        unsaved = [name for name, buffer in self.named_buffers() if buffer.is_meta and name not in kept]
+        super().to_empty(device=device, recurse=recurse)
+        for name in unsaved:
+            buffer = self.get_buffer(name)
+            buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min)
+        if unsaved:
+            warnings.warn(
+                f"stage {self.index} has buffers that no checkpoint holds ({', '.join(unsaved)}): set them, or build "
+                f"the model with its parameters on `meta` and its buffers on a device.",
+                stacklevel=2,
+            )
+        return self
 
     def graph_module(self, mode: Mode | None = None) -> GraphModule:
         """A mode's graph, with its reads as they were put in, as a module on this stage's own tensors."""
