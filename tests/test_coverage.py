@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cutting import assert_same, cut, evenly, spread
 from families import FAMILIES
 from torch.utils import _pytree as pytree
 
@@ -9,7 +10,7 @@ import attnres_fx as ax
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_converts_with_all_its_reads_and_computes_the_same(name):
+def test_a_family_converts_with_all_its_reads_and_computes_the_same_whole_and_in_stages(name):
     model, kwargs, reads = FAMILIES[name]()
     converted = ax.convert(model, kwargs=kwargs)
     assert len(converted.attnres.reads) == reads
@@ -23,6 +24,11 @@ def test_a_family_converts_with_all_its_reads_and_computes_the_same(name):
     names = set(converted.state_dict())
     assert set(model.state_dict()) <= names
     assert all(n.startswith("attnres.") for n in names - set(model.state_dict()))
+    spread(converted).eval()
+    stages = cut(converted, evenly(converted, 3)).eval()
+    assert_same(converted, stages, kwargs)
+    held = set().union(*(dict(s.named_parameters()) for s in stages))
+    assert held <= set(dict(converted.named_parameters(remove_duplicate=False)))
 
 
 @pytest.mark.parametrize("variant", ["full", "local"])
