@@ -15,7 +15,7 @@ from attnres_fx.converted import ConvertedModel, Program, flat_arguments
 from attnres_fx.partition.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
 from attnres_fx.partition.sizes import ask_inputs_for_sizes_pass
 from attnres_fx.partition.stage_module import Stage, Stages
-from attnres_fx.partition.stages import split_chain, stage_programs
+from attnres_fx.partition.stages import split_chain, stage_programs, sublayer_programs
 from attnres_fx.passes import DepthSchedule, Replacement, Stream
 from attnres_fx.passes.inline_regions import getattr_path
 from attnres_fx.passes.lowering import Lowering
@@ -142,6 +142,7 @@ def stages_of(
     virtual_stages: int,
     cache: bool,
     lowering: Lowering | None,
+    recompute: bool = False,
 ) -> Stages:
     """A converted model cut before the sublayers `starts`, which has one entry per virtual stage."""
     chains = chains_of(converted)
@@ -149,7 +150,13 @@ def stages_of(
     programs = {m: stage_programs(s, num_ranks=num_stages, cache=cache) for m, s in splits.items()}
     roots = [converted, *(c.gm for c in chains.values())]
     stages = [
-        Stage(roots, i, {m: p[i] for m, p in programs.items()}, lowering or converted.lowering)
+        Stage(
+            roots,
+            i,
+            {m: p[i] for m, p in programs.items()},
+            lowering or converted.lowering,
+            {m: sublayer_programs(splits[m], p[i]) for m, p in programs.items() if recompute},
+        )
         for i in range(len(starts))
     ]
     specs = {m: c.out_spec for m, c in chains.items()}

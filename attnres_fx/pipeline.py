@@ -220,6 +220,7 @@ def build_stages(
         virtual_stages=plan.virtual_stages,
         cache=plan.options.cache,
         lowering=lowering,
+        recompute=plan.options.recompute,
     )
 
 

@@ -107,12 +107,16 @@ def convert(kind, **config):
     return converted, kwargs, target
 
 
-def pipeline_of(converted, schedule, virtual, *, ranks=None, cache=True, starts=None, compile=False, **options):
+def pipeline_of(
+    converted, schedule, virtual, *, ranks=None, cache=True, starts=None, recompute=False, compile=False, **options
+):
     ranks = ranks or dist.get_world_size()
     total = next(iter(chains_of(converted).values())).chain.num_sublayers
     count = ranks * virtual
     starts = starts or tuple(total * c // count for c in range(count))
-    stages = stages_of(converted, starts, num_stages=ranks, virtual_stages=virtual, cache=cache, lowering=None)
+    stages = stages_of(
+        converted, starts, num_stages=ranks, virtual_stages=virtual, cache=cache, lowering=None, recompute=recompute
+    )
     # Stages share the converted model's parameters: the reference must not see what the pipeline does to them.
     for stage in stages:
         for module in stage.modules():
@@ -221,6 +225,23 @@ def compiled():
         converted, kwargs, target = convert("gpt", **CONFIGS["spanning"])
         pipeline, _ = pipeline_of(converted, schedule, virtual, compile=backend)
         found[schedule] = compared(pipeline, converted, kwargs, target)
+    return found
+
+
+@case("two")
+def recomputing():
+    found = {}
+    for schedule, virtual, backend in (
+        ("1F1B", 1, False),
+        ("Interleaved1F1B", 2, False),
+        (ZERO_BUBBLE, 2, False),
+        ("1F1B", 1, "aot_eager"),
+    ):
+        torch._dynamo.reset()
+        converted, kwargs, target = convert("gpt", **CONFIGS["spanning"])
+        pipeline, stages = pipeline_of(converted, schedule, virtual, recompute=True, compile=backend)
+        assert all(s.recomputes for s in stages)
+        found[f"{schedule} {backend}"] = compared(pipeline, converted, kwargs, target)
     return found
 
 

@@ -176,3 +176,23 @@ def test_a_stage_without_its_unsaved_buffers_gives_no_numbers():
     for stage in stages:
         stage.table.copy_(real.table)
     assert torch.allclose(stages.run(x), real(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "opt"])
+def test_stages_that_recompute_keep_less_and_compute_the_same(name):
+    model, kwargs, _ = FAMILIES[name]()
+    converted = spread(ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(num_blocks=2))).eval()
+    plain, again = (cut(converted, evenly(converted, 2), recompute=r).eval() for r in (False, True))
+    assert all(s.recomputes for s in again)
+    assert_same(converted, again, kwargs)
+    kept = []
+    for stages in (plain, again):
+        sizes = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.__setitem__(t.untyped_storage().data_ptr(), t.nbytes) or t, lambda t: t
+        )
+        with hooks:
+            stages.run(**kwargs)
+        parameters = {p.untyped_storage().data_ptr() for p in converted.parameters()}
+        kept.append(sum(size for at, size in sizes.items() if at not in parameters))
+    assert kept[1] < kept[0] / 2

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, overload
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
+from torch.utils.checkpoint import checkpoint
 
 from attnres_fx.errors import ModeError, PlanError
 from attnres_fx.partition.routes import StageRoute, StageValue
@@ -23,8 +24,11 @@ Mode = Literal["train", "eval"]
 
 @dataclass(frozen=True, eq=False)
 class _Runnable:
+    """parts: the same as graphs of single sublayers, where these are run again in backward."""
+
     program: StageProgram
     call: Callable[..., Any]
+    parts: tuple["_Runnable", ...] = ()
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self  # holds no tensors: attributes are found on the stage of the call
@@ -46,8 +50,12 @@ class Stage(GraphModule):
         index: int,
         programs: Mapping[Mode, StageProgram],
         lowering: Lowering | None = None,
+        parts: Mapping[Mode, Sequence[StageProgram]] | None = None,
     ) -> None:
-        """roots: where the graphs' attributes are found, in the first that has each."""
+        """roots: where the graphs' attributes are found, in the first that has each.
+
+        parts: graphs of single sublayers, where these keep only their inputs and run again in backward.
+        """
         graphs = {mode: p.graph for mode, p in programs.items()}
         first: Mode = "train" if "train" in graphs else "eval"
         super().__init__(nn.Module(), Graph(), class_name="Stage")
@@ -55,13 +63,24 @@ class Stage(GraphModule):
         self.index = index
         self.graph = graphs[first]
         self.programs = {
-            mode: _Runnable(p, _lowered(self, p.graph, lowering or Lowering(), mode == "train"))
+            mode: self._runnable(p, mode, lowering or Lowering(), (parts or {}).get(mode, ()))
             for mode, p in programs.items()
         }
         type(self).forward = _forward  # type: ignore[method-assign]
         for graph in graphs.values():
             _forget_real_values(graph)
         nn.Module.train(self, first == "train")
+
+    def _runnable(
+        self, program: StageProgram, mode: Mode, lowering: Lowering, parts: Sequence[StageProgram] = ()
+    ) -> _Runnable:
+        call = _lowered(self, program.graph, lowering, mode == "train")
+        return _Runnable(program, call, tuple(self._runnable(p, mode, lowering) for p in parts))
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether its sublayers keep only their inputs in training and run again in backward."""
+        return any(p.parts for p in self.programs.values())
 
     @property
     def mode(self) -> Mode:
@@ -116,7 +135,25 @@ class Stage(GraphModule):
 
 
 def _forward(self: Stage, *args: Any) -> Any:
-    return self.programs["train" if self.training else "eval"].call(self, *args)
+    runnable = self.programs["train" if self.training else "eval"]
+    if runnable.parts and torch.is_grad_enabled():
+        return _recomputing(self, runnable, args)
+    return runnable.call(self, *args)
+
+
+def _recomputing(stage: Stage, runnable: _Runnable, args: tuple[Any, ...]) -> Any:
+    """Sublayer by sublayer, each keeping its inputs alone."""
+    program = runnable.program
+    names = program.route.takes
+    held = dict(zip(names, args[: len(names)], strict=True))
+    inputs = dict(zip(program.inputs, args[len(names) :], strict=True))
+    outputs: Any = ()
+    for part in runnable.parts:
+        taken = [held[n] for n in part.program.route.takes] + [inputs[i] for i in part.program.inputs]
+        outputs = checkpoint(part.call, stage, *taken, use_reentrant=False)
+        if part is not runnable.parts[-1] or program.route.produced:
+            held.update(zip(part.program.route.produced, outputs, strict=False))
+    return tuple(held[n] for n in program.route.produced) if program.route.produced else outputs
 
 
 def _lowered(stage: Stage, graph: Graph, lowering: Lowering, training: bool) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ out those that later ones need. What depends on the model's inputs alone is made
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ class Split:
     from a value they have, by stage.
     """
 
+    gm: GraphModule
     chain: Chain
     starts: tuple[int, ...]
     stage: Mapping[Node, int]
@@ -85,7 +86,7 @@ def split_chain(gm: GraphModule, chain: Chain, starts: Sequence[int], labels: Ma
         )
         for n in crossing
     )
-    return Split(chain, tuple(starts), stage, values, {n.name: n for n in crossing}, repeated)
+    return Split(gm, chain, tuple(starts), stage, values, {n.name: n for n in crossing}, repeated)
 
 
 def _stage_of(unit: int, starts: Sequence[int], count: int) -> int:
@@ -209,6 +210,35 @@ def _program(split: Split, route: StageRoute) -> StageProgram:
         graph.output(tuple(_own_memory(graph, copies[n]) for n in produced))
     graph.lint()
     return StageProgram(graph, route, inputs)
+
+
+def sublayer_programs(split: Split, program: StageProgram) -> tuple[StageProgram, ...]:
+    """A stage's graph as one graph for each of its sublayers, which take values from those before them.
+
+    The stage itself where that cannot be.
+    """
+    chain, stage = split.chain, program.route.stage
+    every = split_chain(split.gm, chain, range(chain.num_sublayers), {})
+    every = replace(every, nodes={**every.nodes, **split.nodes})
+    routes = route_values(every.values, num_stages=chain.num_sublayers)
+    stop = (*split.starts[1:], chain.num_sublayers)[stage]
+    found, known = [], set(program.route.takes)
+    for unit in range(split.starts[stage], stop):
+        taken = [_known_base(every.nodes[name], known) for name in routes[unit].takes]
+        if None in taken:
+            return (program,)
+        part = _program(every, replace(routes[unit], takes=tuple(dict.fromkeys(map(str, taken)))))
+        known |= set(part.route.produced)
+        found.append(part)
+    return tuple(found) if set(program.route.produced) <= known else (program,)
+
+
+def _known_base(node: Node, known: set[str]) -> str | None:
+    """The node, or what it is a view of, that is among the known values."""
+    at: Node | None = node
+    while at is not None and at.name not in known:
+        at = _viewed(at)
+    return at.name if at is not None else None
 
 
 def _closure(writes: Writes, nodes: Iterable[Node], stop: set[Node]) -> set[Node]:
