@@ -15,7 +15,7 @@ from attnres_fx.converted import ConvertedModel, Program, flat_arguments
 from attnres_fx.partition.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
 from attnres_fx.partition.sizes import ask_inputs_for_sizes_pass
 from attnres_fx.partition.stage_module import Stage, Stages
-from attnres_fx.partition.stages import split_chain, stage_programs, sublayer_programs
+from attnres_fx.partition.stages import refuse_empty_stages, split_chain, stage_programs, sublayer_programs
 from attnres_fx.passes import DepthSchedule, Replacement, Stream
 from attnres_fx.passes.inline_regions import getattr_path
 from attnres_fx.passes.lowering import Lowering
@@ -147,6 +147,8 @@ def stages_of(
     """A converted model cut before the sublayers `starts`, which has one entry per virtual stage."""
     chains = chains_of(converted)
     splits = {m: split_chain(c.gm, c.chain, starts, c.labels) for m, c in chains.items()}
+    for split in splits.values():
+        refuse_empty_stages(split)
     programs = {m: stage_programs(s, num_ranks=num_stages, cache=cache) for m, s in splits.items()}
     roots = [converted, *(c.gm for c in chains.values())]
     stages = [

@@ -24,7 +24,7 @@ from attnres_fx.partition.plan import InputSpec, Plan, PlanOptions
 from attnres_fx.partition.planner import find_partition
 from attnres_fx.partition.request import OPTIMIZER_FACTOR, PlanRequest
 from attnres_fx.partition.stage_module import Stages
-from attnres_fx.partition.stages import split_chain
+from attnres_fx.partition.stages import refuse_empty_stages, split_chain
 from attnres_fx.passes import DepthSchedule, Lowering, analyze_, plan_schedule
 from attnres_fx.passes.inline_regions import getattr_path
 from attnres_fx.selection import make_parameters, select_streams
@@ -160,6 +160,7 @@ def plan(
         config = replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
         chained, _ = original.rewritten(chosen)
     split = split_chain(chained.gm, chained.chain, partition.starts, chained.labels)
+    refuse_empty_stages(split)
     options = PlanOptions(num_stages, virtual_stages, schedule, microbatches, align, recompute, cache, memory_limit)
     return Plan(
         model=fingerprint(_name_of(model), chained),

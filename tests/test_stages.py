@@ -10,6 +10,7 @@ from families import FAMILIES
 from torch import nn
 
 import attnres_fx as ax
+from attnres_fx.errors import PlanError
 from examples.small_gpt import GPTConfig, SmallGPT
 
 
@@ -102,7 +103,7 @@ def test_a_value_two_later_stages_use_travels_once_to_each():
 
     x = torch.randn(2, 3, 8)
     converted = spread(ax.convert(Shared(), (x,)))
-    stages = cut(converted, (0, 1, 2, 3))
+    stages = cut(converted, tuple(range(6)))
     extra = [v for v in stages.values if v.label == v.name]
     assert [(v.produced, v.used) for v in extra] == [(0, (1, 2, 3))]
     assert_same(converted, stages, {"x": x})
@@ -196,3 +197,23 @@ def test_stages_that_recompute_keep_less_and_compute_the_same(name):
         parameters = {p.untyped_storage().data_ptr() for p in converted.parameters()}
         kept.append(sum(size for at, size in sizes.items() if at not in parameters))
     assert kept[1] < kept[0] / 2
+
+
+def test_a_stage_with_nothing_to_do_is_refused():
+    class Waiting(nn.Module):
+        """Two streams that read each other at every layer."""
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+        def forward(self, x, y):
+            for a, b in zip(self.layers[:3], self.layers[3:], strict=True):
+                x, y = x + a(x).tanh() * y.mean(1, keepdim=True), y + b(y).tanh() * x.mean(1, keepdim=True)
+            return x, y
+
+    kwargs = {"x": torch.randn(2, 3, 8), "y": torch.randn(2, 3, 8)}
+    converted = spread(ax.convert(Waiting(), kwargs=kwargs))
+    with pytest.raises(PlanError, match="would be empty"):
+        cut(converted, tuple(range(6)))
+    assert_same(converted, cut(converted, (0, 5)), kwargs)

@@ -89,6 +89,17 @@ def split_chain(gm: GraphModule, chain: Chain, starts: Sequence[int], labels: Ma
     return Split(gm, chain, tuple(starts), stage, values, {n.name: n for n in crossing}, repeated)
 
 
+def refuse_empty_stages(split: Split) -> None:
+    """Raises PlanError where a stage would compute nothing: streams that wait for each other can leave one so."""
+    filled = set(split.stage.values())
+    for c, start in enumerate(split.starts):
+        if c not in filled:
+            raise PlanError(
+                f"virtual stage {c} would be empty: what sublayer {start} ({split.chain.names[start]}) computes waits "
+                f"for a later one. Give `starts` that join it to a neighbour, or fewer stages."
+            )
+
+
 def _stage_of(unit: int, starts: Sequence[int], count: int) -> int:
     unit = min(max(unit, 0), count - 1)
     return sum(s <= unit for s in starts) - 1
