@@ -136,7 +136,8 @@ class CutSearch:
 
     def hop_costs(self, since: int) -> "HopCosts":
         """Hops that carry all that crosses their cut and was made by the sublayer `since` or later ones."""
-        forward, backward = crossing_bytes(self.values, self.length, since)
+        travels = self.request.num_stages > 1
+        forward, backward = crossing_bytes(self.values if travels else [], self.length, since)
         times, weights = [0], [0]
         for f, b, aligned in list(zip(forward, backward, self.aligned, strict=False))[1:]:
             times.append(hop_time(self.request, f, b))

@@ -43,7 +43,7 @@ class LoopedSearch(CutSearch):
         for stage in range(self.count):
             # A value walks to the last rank that has not seen it, P - 1 hops.
             oldest = stage - self.request.num_stages + 2
-            since = starts[oldest] if starts is not None and oldest > 0 and self.request.cache else 0
+            since = starts[oldest] if starts is not None and 0 < oldest <= stage and self.request.cache else 0
             if since not in self._known:
                 self._known[since] = self.hop_costs(since)
             self._since.append(since)

@@ -60,7 +60,7 @@ def find_partition(request: PlanRequest) -> Partition:
     bound = min(f.bound for f in found)
     best = preferred(plans)
     fastest = min(p.slowest for p in plans)
-    return replace(best, gap=max(0.0, best.slowest / (fastest if exact else max(bound, 1)) - 1))
+    return replace(best, gap=max(0.0, best.slowest / max(fastest if exact else bound, 1) - 1))
 
 
 def preferred(plans: Iterable[Partition]) -> Partition:
