@@ -148,7 +148,7 @@ def numbers_of(request: PlanRequest, schedules: Schedules) -> Numbers:
     for crossing in costs.carried:
         made[max(crossing.produced, 0)] += crossing.bytes
     ends = [(*_times(s, device, False), s.activation_bytes) for s in (costs.before, costs.after)]
-    crossing = [(v.made, v.last, v.bytes) for v in crossing_sources(costs.streams, schedules)]
+    sources = [(v.made, v.last, v.bytes) for v in crossing_sources(costs.streams, schedules)]
     return Numbers(
         tuple(forward),
         tuple(backward),
@@ -156,7 +156,7 @@ def numbers_of(request: PlanRequest, schedules: Schedules) -> Numbers:
         tuple(made),
         ends[0],
         ends[1],
-        torch.tensor(crossing, dtype=torch.long).reshape(-1, 3).T,
+        torch.tensor(sources, dtype=torch.long).reshape(-1, 3).T,
     )
 
 
@@ -178,7 +178,8 @@ def evaluate(
     leaving, there, back = _moved_bytes(request, starts, numbers.crossing)
     stages = [range(a, b) for a, b in zip(starts, (*starts[1:], request.num_sublayers), strict=True)]
     forward, backward, saved = (
-        [sum(per[stage.start : stage.stop]) for stage in stages] for per in (numbers.forward, numbers.backward, numbers.saved)
+        [sum(per[stage.start : stage.stop]) for stage in stages]
+        for per in (numbers.forward, numbers.backward, numbers.saved)
     )
     for at, end in ((0, numbers.before), (-1, numbers.after)):
         forward[at] += end[0]
