@@ -87,7 +87,7 @@ def requests(draw, most_sublayers=12, most_stages=4, rounds=(1,)):
         link_bandwidth=draw(st.sampled_from(WHOLE)),
         link_latency=draw(st.sampled_from([0.0, 2.0**-30, 5e-12])),
     )
-    request = PlanRequest(
+    return PlanRequest(
         costs=costs,
         num_stages=ranks,
         virtual_stages=virtual,
@@ -103,7 +103,6 @@ def requests(draw, most_sublayers=12, most_stages=4, rounds=(1,)):
         recompute=draw(st.booleans()),
         cache=draw(st.booleans()),
     )
-    return request
 
 
 def all_plans(request):
@@ -282,12 +281,14 @@ def test_microbatches_in_flight_are_those_of_the_order_pytorch_works_in(schedule
                 )
                 for rank in range(ranks):
                     seen = {tuple(moment.values()) for moment in moments(request, rank)}
-                    fullest = {
-                        a for a in seen if not any(a != b and all(x <= y for x, y in zip(a, b)) for b in seen)
-                    }
+                    fullest = {a for a in seen if not any(a != b and below(a, b) for b in seen)}
                     found = in_flight(schedule, ranks, rounds, microbatches, rank)
                     assert set(found) == fullest
                     assert len(found) == len(fullest)
+
+
+def below(a, b):
+    return all(x <= y for x, y in zip(a, b, strict=True))
 
 
 def even_costs(count, value=1 << 24):
@@ -310,6 +311,24 @@ def large(variant, virtual, **options):
         variant=variant,
         **options,
     )
+
+
+def test_where_blocks_are_too_many_to_try_cuts_at_blocks_alone_leave_a_gap(monkeypatch):
+    work = [0, 1, 0, 0, 0, 0]  # and 1 before: the latest blocks, of 3, 2 and 1, leave both to one stage
+    chain = tuple(SublayerCost(str(i), 0, flops, 0, 0) for i, flops in enumerate(work))
+    ends = SublayerCost("before", 0, 1, 0, 0), SublayerCost("after", 0, 0, 0, 0)
+    request = PlanRequest(
+        costs=ModelCosts(chain, *ends, (StreamCost("main", 0, 6, 0),)),
+        num_stages=2,
+        num_microbatches=2,
+        device=DeviceSpeed(flops=1e12, link_latency=0.0),
+        num_blocks=3,
+        align="require",
+    )
+    monkeypatch.setattr(planner, "ENUMERATED", 0)
+    found = find_partition(request)
+    assert best_of(list(every_plan(request))).slowest == 1
+    assert (1 + found.gap) * 1 >= found.slowest
 
 
 @pytest.mark.parametrize("virtual", [1, 2, 4])

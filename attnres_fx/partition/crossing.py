@@ -4,7 +4,7 @@ last cut that a later read sees it across."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from attnres_fx.partition.model_costs import ModelCosts
+from attnres_fx.partition.model_costs import ModelCosts, StreamCost
 from attnres_fx.partition.request import Schedules
 
 
@@ -25,7 +25,13 @@ def crossing_values(costs: ModelCosts, schedules: Schedules) -> list[CrossingVal
         for v in costs.carried
         if v.used
     ]
-    for stream in costs.streams:
+    return found + crossing_sources(costs.streams, schedules)
+
+
+def crossing_sources(streams: Sequence[StreamCost], schedules: Schedules) -> list[CrossingValue]:
+    """The sources of every stream that cross some cut; each stage that begins at one of these cuts takes it."""
+    found: list[CrossingValue] = []
+    for stream in streams:
         schedule, end = schedules[stream.name], stream.count - 1
         spans: list[tuple[int, int]] = [(0, end)]
         if schedule.variant == "full":

@@ -138,9 +138,11 @@ class CutSearch:
         """Hops that carry all that crosses their cut and was made by the sublayer `since` or later ones."""
         travels = self.request.num_stages > 1
         forward, backward = crossing_bytes(self.values if travels else [], self.length, since)
-        times, weights = [0], [0]
-        for f, b, aligned in list(zip(forward, backward, self.aligned, strict=False))[1:]:
-            times.append(hop_time(self.request, f, b))
+        pairs = list(zip(forward, backward, strict=True))[1 : self.length]
+        known = {pair: hop_time(self.request, *pair) for pair in set(pairs)}
+        times = [0, *(known[pair] for pair in pairs)]
+        weights = [0]
+        for (f, b), aligned in zip(pairs, self.aligned[1:], strict=True):
             weights.append((f + b) * (self.count + 1) + (not aligned))
         columns = ([*times, 0], [*weights, 0], forward, backward)
         return HopCosts(*(torch.tensor(column)[self.places] for column in columns))

@@ -9,14 +9,13 @@ The bound: every hop carries at least the sources its own stage makes, and memor
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnres_fx.partition.crossing import crossing_values
+from attnres_fx.partition.crossing import crossing_sources
 from attnres_fx.partition.cut_search import NEVER, CutSearch, HopCosts, at_ends, least_maximum, least_sum
 from attnres_fx.partition.objective import Numbers, Partition, are_aligned, evaluate, hop_time
 from attnres_fx.partition.request import PlanRequest, Schedules
@@ -67,7 +66,7 @@ class LoopedSearch(CutSearch):
     def _bound(self) -> int:
         # Every hop carries the sources its stage makes. (Values that only some stages use need not take it.)
         corners = torch.zeros(self.length + 2, self.length + 2, dtype=torch.long)
-        for value in crossing_values(replace(self.request.costs, carried=()), self.schedules):
+        for value in crossing_sources(self.request.costs.streams, self.schedules):
             for row, sign in ((0, 1), (value.made + 1, -1)):
                 corners[row, value.made + 1] += sign * value.bytes
                 corners[row, value.last + 1] -= sign * value.bytes

@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from attnres_fx.partition.crossing import crossing_sources
 from attnres_fx.partition.loads import reading_sublayer
 from attnres_fx.partition.model_costs import DeviceSpeed, ModelCosts, SublayerCost
 from attnres_fx.partition.request import PlanRequest, Schedules
-from attnres_fx.partition.traffic import check_starts, count_traffic, stage_of, stage_values
+from attnres_fx.partition.routes import hops_of
+from attnres_fx.partition.traffic import carried_values, check_starts, stage_of
 from attnres_fx.passes.schedule import DepthSchedule
 
 PICOSECONDS = 10**12
@@ -25,7 +29,8 @@ Number = TypeVar("Number", int, Tensor)
 @dataclass(frozen=True)
 class Numbers:
     """Per sublayer, with its depth reads: picoseconds forward and backward, bytes saved, and bytes of the sources it
-    makes. before, after: the same four of what precedes and follows the chain."""
+    makes. before, after: the same but for those bytes, of what precedes and follows the chain.
+    crossing: of every source that crosses a cut, the sublayer that makes it, the last cut and the bytes: [3, N]."""
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
@@ -33,6 +38,7 @@ class Numbers:
     made: tuple[int, ...]
     before: tuple[int, int, int]
     after: tuple[int, int, int]
+    crossing: Tensor
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,16 @@ def numbers_of(request: PlanRequest, schedules: Schedules) -> Numbers:
     for crossing in costs.carried:
         made[max(crossing.produced, 0)] += crossing.bytes
     ends = [(*_times(s, device, False), s.activation_bytes) for s in (costs.before, costs.after)]
-    return Numbers(tuple(forward), tuple(backward), tuple(saved), tuple(made), ends[0], ends[1])
+    sources = [(v.made, v.last, v.bytes) for v in crossing_sources(costs.streams, schedules)]
+    return Numbers(
+        tuple(forward),
+        tuple(backward),
+        tuple(saved),
+        tuple(made),
+        ends[0],
+        ends[1],
+        torch.tensor(sources, dtype=torch.long).reshape(-1, 3).T,
+    )
 
 
 def _times(part: SublayerCost, device: DeviceSpeed, recompute: bool) -> tuple[int, int]:
@@ -160,22 +175,20 @@ def evaluate(
     costs, count = request.costs, len(starts)
     check_starts(starts, request.num_sublayers)
     numbers = numbers or numbers_of(request, schedules)
-    values = stage_values(costs.streams, schedules, starts, carried=costs.carried)
-    traffic = count_traffic(values, num_stages=request.num_stages, virtual_stages=request.virtual_stages)
-    hops = traffic.exact if request.cache else traffic.naive
+    leaving, there, back = _moved_bytes(request, starts, numbers.crossing)
     stages = [range(a, b) for a, b in zip(starts, (*starts[1:], request.num_sublayers), strict=True)]
     forward, backward, saved = (
-        [sum(per[i] for i in stage) for stage in stages] for per in (numbers.forward, numbers.backward, numbers.saved)
+        [sum(per[stage.start : stage.stop]) for stage in stages]
+        for per in (numbers.forward, numbers.backward, numbers.saved)
     )
     for at, end in ((0, numbers.before), (-1, numbers.after)):
         forward[at] += end[0]
         backward[at] += end[1]
         saved[at] += end[2]
-    hop_times = [hop_time(request, f, b) for f, b in zip(hops.forward, hops.backward, strict=True)] + [0]
-    leaving = [sum(v.bytes for v in values if v.produced == c) for c in range(count)]
+    hop_times = [hop_time(request, f, b) for f, b in zip(there, back, strict=True)] + [0]
     for c, stage in enumerate(stages):
-        saved[c] += sum(numbers.made[i] for i in stage) - leaving[c]
-    arriving = [0, *hops.forward] if request.num_stages > 1 else [0] * count
+        saved[c] += sum(numbers.made[stage.start : stage.stop]) - leaving[c]
+    arriving = [0, *there]
     kept = [sum(parts) for parts in zip(saved, leaving, arriving, strict=True)]
     parameters = stage_parameters(request, starts)
     memory = []
@@ -193,18 +206,43 @@ def evaluate(
         forward_seconds=tuple(t / PICOSECONDS for t in forward),
         backward_seconds=tuple(t / PICOSECONDS for t in backward),
         hop_seconds=tuple(t / PICOSECONDS for t in hop_times),
-        hop_forward_bytes=(*hops.forward, 0),
-        hop_backward_bytes=(*hops.backward, 0),
+        hop_forward_bytes=(*there, 0),
+        hop_backward_bytes=(*back, 0),
         parameter_bytes=tuple(parameters),
         activation_bytes=tuple(saved),
         sent_bytes=tuple(leaving),
         received_bytes=tuple(arriving),
         memory_bytes=tuple(memory),
         slowest=slowest,
-        traffic_bytes=hops.total,
+        traffic_bytes=sum(there) + sum(back),
         unaligned_cuts=sum(not is_aligned(costs, schedules, start) for start in starts),
         aligned=are_aligned(costs, schedules, starts),
     )
+
+
+def _moved_bytes(
+    request: PlanRequest, starts: Sequence[int], crossing: Tensor
+) -> tuple[list[int], list[int], list[int]]:
+    """Bytes of what every stage makes for later ones, then over every hop: to the next stage, and of the gradients
+    that come back. On one rank nothing travels.
+
+    What `traffic` counts value by value, for all sources at once: every stage from the one that makes a source to the
+    last that takes it takes it, so it walks there, or, where ranks keep values, until all have seen it.
+    """
+    count, ranks = len(starts), request.num_stages
+    made, last, size = crossing
+    made, last = torch.bucketize(torch.stack([made, last]), torch.tensor(starts), right=True) - 1
+    leaving = torch.zeros(count + 1, dtype=torch.long).index_add_(0, made, size * (last > made))
+    walked = (last - made).clamp(max=ranks - 1) if request.cache or ranks == 1 else last - made
+    steps = torch.zeros(count + 1, dtype=torch.long).index_add_(0, made, size).index_add_(0, made + walked, -size)
+    sent, there = leaving[:count].tolist(), steps.cumsum(0)[: count - 1].tolist()
+    back = list(there)
+    for value in carried_values(request.costs.carried, starts):
+        sent[value.produced] += value.bytes
+        for hop in hops_of(value, ranks, cache=request.cache) if ranks > 1 else ():
+            there[hop] += value.bytes
+            back[hop] += value.bytes * value.differentiable
+    return sent, there, back
 
 
 def hop_time(request: PlanRequest, forward: int, backward: int) -> int:
@@ -212,18 +250,17 @@ def hop_time(request: PlanRequest, forward: int, backward: int) -> int:
     if request.num_stages == 1:
         return 0
     device = request.device
-    latency = round(Fraction(device.link_latency) * PICOSECONDS)
-    return 2 * latency + sum(picoseconds(count, device.link_bandwidth) for count in (forward, backward))
+    there, back = picoseconds(forward, device.link_bandwidth), picoseconds(backward, device.link_bandwidth)
+    return 2 * picoseconds(device.link_latency, 1) + there + back
 
 
 def stage_parameters(request: PlanRequest, starts: Sequence[int]) -> tuple[int, ...]:
     """Parameter bytes of every stage. A parameter that several places share counts once on each rank that has one."""
     costs = request.costs
-    found = [0] * len(starts)
+    edges = pairwise((*starts, len(costs.sublayers)))
+    found = [sum(s.parameter_bytes for s in costs.sublayers[a:b]) for a, b in edges]
     found[0] += costs.before.parameter_bytes
     found[-1] += costs.after.parameter_bytes
-    for i, sublayer in enumerate(costs.sublayers):
-        found[stage_of(i, starts)] += sublayer.parameter_bytes
     for size, places in costs.tied:
         ranks: set[int] = set()
         for place in places:

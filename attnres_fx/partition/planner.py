@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.blocks import all_blocks, block_sizes, count_blocks, even_blocks, latest_blocks
 from attnres_fx.partition.cut_search import NEVER, CutSearch
-from attnres_fx.partition.looped import find_looped
-from attnres_fx.partition.objective import Partition, evaluate
+from attnres_fx.partition.looped import LoopedSearch, find_looped
+from attnres_fx.partition.objective import Partition, evaluate, numbers_of
 from attnres_fx.partition.request import PlanRequest, Schedules, check_request
 from attnres_fx.partition.traffic import size
 from attnres_fx.passes.schedule import DepthSchedule
@@ -95,14 +95,9 @@ def _schedules(request: PlanRequest, starts: tuple[int, ...]) -> Schedules:
 
 def _some_choices(request: PlanRequest) -> Iterator[_Found]:
     """Even blocks, the latest, and those that begin where stages of either do."""
-    if request.variant == "local":  # where none is known to be the fastest: reads and hops that take no time
-        costs = request.costs
-        free = replace(costs, streams=tuple(replace(s, value_bytes=0) for s in costs.streams))
-        even = even_blocks(request.num_sublayers, request.block_counts[0])
-        unread = replace(request, costs=free, align="prefer", memory_limit=None)
-        yield replace(_best_cuts(unread, _schedules(request, even), aligned=False), best=None)
     for blocks in request.block_counts:
         count = request.num_sublayers
+        yield _Found(None, _bound(request, blocks), NEVER)
         layouts: list[tuple[int, ...] | None] = [even_blocks(count, blocks), latest_blocks(count, blocks, {}, {})]
         tried: set[tuple[int, ...]] = set()
         for layout in layouts:
@@ -113,6 +108,33 @@ def _some_choices(request: PlanRequest) -> Iterator[_Found]:
                 yield from found
                 best = next((f.best for f in found if f.best is not None), None)
                 starts = at_stages(best.starts, count, blocks) if best is not None else None
+
+
+def _bound(request: PlanRequest, blocks: int) -> int:
+    """Picoseconds that the slowest stage takes at least, wherever so many blocks begin.
+
+    With the latest blocks no read of `block` has more sources than with others and no cut is crossed by more, if cuts
+    may be anywhere. In `local` no choice is the fastest everywhere, but none reads less in all than even blocks: a
+    block's reads grow with the square of its size. There the slowest stage takes no less than the mean, and no less
+    than if reads and hops took no time.
+    """
+    count = request.num_sublayers
+    anywhere = replace(request, align="prefer", memory_limit=None)
+    if request.variant != "local":
+        latest = latest_blocks(count, blocks, {}, {})
+        return _least(anywhere, _schedules(request, latest)) if latest is not None else NEVER
+    even = _schedules(request, even_blocks(count, blocks))
+    numbers = numbers_of(request, even)
+    work = sum(map(sum, (numbers.forward, numbers.backward, numbers.before[:2], numbers.after[:2])))
+    streams = tuple(replace(s, value_bytes=0) for s in request.costs.streams)
+    unread = replace(anywhere, costs=replace(request.costs, streams=streams))
+    return max(-(-work // request.num_virtual), _least(unread, even))
+
+
+def _least(request: PlanRequest, schedules: Schedules) -> int:
+    if request.virtual_stages > 1:
+        return LoopedSearch(request, schedules).bound()
+    return CutSearch(request, schedules).slowest(None)
 
 
 def at_stages(stages: Sequence[int], count: int, blocks: int) -> tuple[int, ...] | None:

@@ -128,12 +128,18 @@ def stage_values(
         label = str(source) if schedules is not None else f"h[:{source.stop}]"
         name = f"{stream.name}:{label}"
         found.append(StageValue(name, stage_of(made_by, starts), tuple(used), stream.value_bytes, label=label))
+    return (*found, *carried_values(carried, starts))
+
+
+def carried_values(carried: Sequence[CarriedValue], starts: Sequence[int]) -> list[StageValue]:
+    """Of what travels besides the streams, what some stage takes from an earlier one."""
+    found = []
     for value in carried:
         made = stage_of(max(value.produced, 0), starts)  # what precedes the first sublayer runs beside it
         used = sorted({stage_of(u, starts) for u in value.used} - {made})
         if used:
             found.append(StageValue(value.name, made, tuple(used), value.bytes, value.differentiable, value.name))
-    return tuple(found)
+    return found
 
 
 def check_starts(starts: Sequence[int], num_sublayers: int) -> None:

@@ -9,6 +9,7 @@ A stream of L sublayers has L + 1 read positions: position l is read with l subl
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from attnres_fx.config import AttnResConfig, Variant
@@ -63,7 +64,7 @@ class DepthSchedule:
     def num_blocks(self) -> int:
         return len(self.starts)
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[range, ...]:
         """The sublayers of each block."""
         stops = (*self.starts[1:], self.num_sublayers)
