@@ -44,23 +44,38 @@ def find_partition(request: PlanRequest) -> Partition:
     Raises PlanError where nothing fits, saying what to change.
     """
     check_request(request)
-    if request.known_schedules is not None:
-        choices = [request.known_schedules]
-        exact = request.virtual_stages == 1
-        found = [f for s in choices for f in _both(request, s)]
-    elif _is_small(request):
-        exact = request.virtual_stages == 1
-        found = [f for s in _all_choices(request) for f in _both(request, s)]
-    else:
-        exact = False
-        found = list(_some_choices(request))
+    found, exact = _search(request)
     plans = [f.best for f in found if f.best is not None]
     if not plans:
-        raise _infeasible(request, min((f.least_memory for f in found), default=NEVER))
+        raise _infeasible(request, _enough_memory(request, _least_memory(found)))
     bound = min(f.bound for f in found)
     best = preferred(plans)
     fastest = min(p.slowest for p in plans)
     return replace(best, gap=max(0.0, best.slowest / max(fastest if exact else bound, 1) - 1))
+
+
+def _search(request: PlanRequest) -> tuple[list[_Found], bool]:
+    """What was found for each choice of blocks, and whether the best of it is the best there is."""
+    exact = request.virtual_stages == 1
+    if request.known_schedules is not None:
+        return _both(request, request.known_schedules), exact
+    if _is_small(request):
+        return [f for s in _all_choices(request) for f in _both(request, s)], exact
+    return list(_some_choices(request)), False
+
+
+def _least_memory(found: Iterable[_Found]) -> int:
+    return min((f.least_memory for f in found), default=NEVER)
+
+
+def _enough_memory(request: PlanRequest, least: int) -> int:
+    """A limit under which a plan is found: for V > 1 the search goes other ways under other limits."""
+    while request.memory_limit is not None and request.virtual_stages > 1 and least < NEVER:
+        found, _ = _search(replace(request, memory_limit=least))
+        if any(f.best is not None for f in found):
+            break
+        least = max(_least_memory(found), least + least // 50 + 1)
+    return least
 
 
 def preferred(plans: Iterable[Partition]) -> Partition:
