@@ -4,7 +4,7 @@ import copy
 import inspect
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -18,6 +18,7 @@ from attnres_fx.capture import CapturedGraph
 from attnres_fx.errors import ArgumentError, ModeError, RewriteError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.depth_attention import Replacement
+from attnres_fx.passes.graph_tools import on_device
 from attnres_fx.passes.inline_regions import getattr_path
 from attnres_fx.passes.lowering import Lowering, lower_
 from attnres_fx.passes.norms import hooked
@@ -230,8 +231,27 @@ class ConvertedModel(nn.Module):
                     f"a converted model cannot change from {dtype} to {found}: its graphs were captured in {dtype}. "
                     f"Cast the original model and convert it again; load_state_dict carries the weights over."
                 )
+        before = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
         super()._apply(fn, recurse)
+        after = fn(torch.empty(0, device=before)).device
+        if after != before:
+            self._move_programs(after)
         return self
+
+    def _move_programs(self, device: torch.device) -> None:
+        """What the graphs make on the device they were captured on is made on the new one."""
+        moved: dict[int, Program] = {}
+        for mode, program in self.programs.items():
+            if id(program) not in moved:
+                moved[id(program)] = program
+                graph = on_device(program.graph, device)
+                if graph is not None:
+                    training = self.programs.get("train") is program
+                    call = type(GraphModule(self, graph)).forward
+                    lowered = self._lowered(graph, training)
+                    _forget_tensors(graph)
+                    moved[id(program)] = replace(program, graph=graph, call=call, lowered=lowered)
+            self.programs[mode] = moved[id(program)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = self.__class__.__new__(self.__class__)

@@ -15,14 +15,14 @@ from attnres_fx.chains import ChainedGraph, chain_graph, chains_of, name_as_the_
 from attnres_fx.config import AttnResConfig
 from attnres_fx.convert import Model, convert, refuse_converted, rewrite_
 from attnres_fx.converted import ConvertedModel
-from attnres_fx.errors import CaptureError, PlanError
+from attnres_fx.errors import AttnResError, CaptureError, PlanError, ScheduleError
 from attnres_fx.partition.cost import measure_costs
 from attnres_fx.partition.fingerprint import ModelFingerprint, fingerprint_part
 from attnres_fx.partition.model_costs import CarriedValue, DeviceSpeed, ModelCosts
 from attnres_fx.partition.orders import ZERO_BUBBLE, check_schedule
 from attnres_fx.partition.plan import InputSpec, Plan, PlanOptions
 from attnres_fx.partition.planner import find_partition
-from attnres_fx.partition.request import OPTIMIZER_FACTOR, PlanRequest
+from attnres_fx.partition.request import OPTIMIZER_FACTOR, PlanRequest, Schedules
 from attnres_fx.partition.stage_module import Stages
 from attnres_fx.partition.stages import refuse_empty_stages, split_chain
 from attnres_fx.passes import DepthSchedule, Lowering, analyze_, plan_schedule
@@ -59,8 +59,25 @@ def _captured(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     """One mode: the train graph where there is one, since that is what a pipeline trains."""
     try:
         return capture(model, args, kwargs, modes=("train",))
-    except CaptureError:
-        return capture(model, args, kwargs, modes=("eval",))
+    except CaptureError as error:
+        try:
+            return capture(model, args, kwargs, modes=("eval",))
+        except (CaptureError, KeyError):
+            raise error from error.__cause__
+
+
+class _Traced:
+    """A symbolic trace: its modules are opened, and its operations known, when it is exported again."""
+
+    def __init__(self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig):
+        self.model, self.args, self.kwargs, self.config = model, args, kwargs, config
+
+    def rewritten(self, schedules: Schedules | None = None) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
+        config = self.config
+        if schedules:
+            (blocks,) = schedules.values()
+            config = replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
+        return _converted_chain(convert(self.model, self.args, self.kwargs, config=config, check=False))
 
 
 def _copied(gm: GraphModule) -> GraphModule:
@@ -117,11 +134,19 @@ def plan(
     Raises PlanError where nothing fits, saying what to change, and whatever `convert` raises.
     Source: arXiv 2603.15031, section 4.1.
     """
+    _check_numbers(num_stages, virtual_stages, num_microbatches, memory_limit, link_bandwidth, starts, num_blocks)
+    for name, value, kind in (
+        ("config", config, AttnResConfig),
+        ("device", device, DeviceSpeed),
+        ("costs", costs, ModelCosts),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise PlanError(f"{name} must be of type {kind.__name__}; it is a {type(value).__name__}.")
     config, given = _config_of(model, config)
     schedule = schedule or ("1F1B" if virtual_stages == 1 else "Interleaved1F1B")
     microbatches = 4 * num_stages if num_microbatches is None else num_microbatches
     check_schedule(schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=microbatches)
-    original = None if isinstance(model, ConvertedModel) else _Original(model, args, kwargs, config)
+    original = None if isinstance(model, ConvertedModel) else _original(model, args, kwargs, config)
     chained, schedules = original.rewritten() if original else _converted_chain(model)
     if costs is None:
         costs = measure_costs(chained.gm, chained.chain, carried=carried_values(chained))
@@ -198,12 +223,9 @@ def build_stages(
 
     Raises PlanError for another model than the planned one, and whatever `convert` raises.
     """
-    if isinstance(model, ConvertedModel):
-        converted = model
-    else:
-        if not args and not kwargs:
-            args, kwargs = _example(plan, model)
-        converted = convert(model, args, kwargs, config=plan.config, check=check, lowering=lowering)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan must be a Plan; it is a {type(plan).__name__}. Read a file with attnres_fx.load_plan.")
+    converted = model if isinstance(model, ConvertedModel) else _convert(model, plan, args, kwargs, check, lowering)
     plan.check_config(converted.report.config)
     chained = next(iter(chains_of(converted).values()))
     plan.check_model(fingerprint(_name_of(converted), chained))
@@ -223,6 +245,54 @@ def build_stages(
         lowering=lowering,
         recompute=plan.options.recompute,
     )
+
+
+def _convert(
+    model: Model,
+    plan: Plan,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    check: bool,
+    lowering: Lowering | None,
+) -> ConvertedModel:
+    if not args and not kwargs:
+        args, kwargs = _example(plan, model)
+    try:
+        return convert(model, args, kwargs, config=plan.config, check=check, lowering=lowering)
+    except ScheduleError as error:
+        raise PlanError(
+            f"the plan was made for another model, of {len(plan.costs.sublayers)} sublayers: {error} Plan again for "
+            f"this model."
+        ) from error
+    except AttnResError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"the model does not run on the planned example ({type(error).__name__}: {error}): plan again for this "
+            f"model, or give build_stages args and kwargs that it takes."
+        ) from error
+
+
+def _check_numbers(
+    num_stages: Any, virtual_stages: Any, microbatches: Any, memory: Any, bandwidth: Any, starts: Any, blocks: Any
+) -> None:
+    """Raises PlanError for options of another kind than they must be."""
+    whole = {"num_stages": num_stages, "virtual_stages": virtual_stages, "num_microbatches": microbatches}
+    for name, value in {**whole, "memory_limit": memory}.items():
+        if not _is_whole(value) and not (value is None and name in ("num_microbatches", "memory_limit")):
+            raise PlanError(f"{name} must be a whole number of at least 1; it is {value!r}.")
+    if bandwidth is not None and (isinstance(bandwidth, bool) or not isinstance(bandwidth, int | float)):
+        raise PlanError(f"link_bandwidth must be a number of bytes a second; it is {bandwidth!r}.")
+    pair = isinstance(blocks, tuple | list) and len(blocks) == 2 and all(map(_is_whole, blocks))
+    if blocks is not None and not pair and not _is_whole(blocks):
+        raise PlanError(f"num_blocks must be a number or (fewest, most); it is {blocks!r}.")
+    is_list = isinstance(starts, tuple | list | range)
+    if starts is not None and not (is_list and all(isinstance(s, int) and not isinstance(s, bool) for s in starts)):
+        raise PlanError(f"starts must be the first sublayer of every virtual stage, as numbers; it is {starts!r}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _config_of(model: Model, config: AttnResConfig | None) -> tuple[AttnResConfig, bool]:
@@ -257,6 +327,13 @@ def _counts(num_blocks: int | tuple[int, int] | None, config: AttnResConfig) -> 
             f"num_blocks={num_blocks} and config.num_blocks={config.num_blocks} are both given: leave one out."
         )
     return num_blocks if num_blocks is not None else config.num_blocks
+
+
+def _original(
+    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig
+) -> "_Original | _Traced":
+    traced = isinstance(model, GraphModule) and not hasattr(model, "_in_spec")
+    return (_Traced if traced else _Original)(model, args, kwargs, config)
 
 
 def _converted_chain(model: Any) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:

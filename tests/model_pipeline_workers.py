@@ -71,6 +71,26 @@ def t5():
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, dropout_rate=0.0, **sizes))
 
 
+class SharedLayer(nn.Module):
+    """One layer again and again."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCABULARY, 16), nn.LayerNorm(16)
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, VOCABULARY)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for _ in range(6):
+            x = x + self.layer(self.norm(x)).tanh()
+        return self.head(x)
+
+
+def shared():
+    torch.manual_seed(0)
+    return SharedLayer()
+
+
 def batch(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
@@ -211,7 +231,7 @@ for name, config in CONFIGS.items():
     CASES["two"][f"gpt {name}"] = lambda config=config: against_one_process("gpt", EVERY, config)
     CASES["four"][f"gpt {name}"] = lambda config=config: against_one_process("gpt", EVERY[1:], config)
 SOME = (EVERY[1], EVERY[3], EVERY[5])
-for kind in ("llama", "t5"):
+for kind in ("llama", "t5", "shared"):
     CASES["two"][kind] = lambda kind=kind: against_one_process(kind, SOME, {"num_blocks": 2})
 CASES["four"]["llama"] = lambda: against_one_process("llama", SOME, CONFIGS["spanning"])
 CASES["four"]["t5"] = lambda: against_one_process("t5", SOME, {"variant": "local", "num_blocks": 2})

@@ -232,3 +232,48 @@ def test_the_command_plans_saves_and_draws(tmp_path, capsys):
     assert drawn.read_bytes()[:4] == b"\x89PNG"
     assert main([*command, "--memory-limit", "1KB"]) == 2
     assert "memory_limit" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_symbolic_trace_is_planned_as_its_module_is(plan):
+    traced = planned(torch.fx.symbolic_trace(gpt()))
+    assert traced.starts == plan.starts
+    assert [s.forward_flops for s in traced.costs.sublayers] == [s.forward_flops for s in plan.costs.sublayers]
+    assert len(ax.build_stages(torch.fx.symbolic_trace(gpt()), traced)) == 4
+
+
+def test_what_cannot_be_captured_says_so():
+    with pytest.raises(ax.errors.CaptureError, match="ids"):
+        ax.plan(gpt(), num_stages=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_stages": 2.5}, "num_stages must be a whole number"),
+        ({"num_stages": True}, "num_stages must be a whole number"),
+        ({"memory_limit": "80GB"}, "memory_limit"),
+        ({"link_bandwidth": "50GB"}, "link_bandwidth"),
+        ({"starts": 2}, "starts"),
+        ({"starts": (0, 1.5, 2, 3)}, "starts"),
+        ({"num_blocks": (1, 2, 3)}, "num_blocks"),
+        ({"config": {}}, "config must be of type AttnResConfig"),
+        ({"device": "cuda"}, "device must be of type DeviceSpeed"),
+        ({"costs": "x"}, "costs must be of type ModelCosts"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, said):
+    with pytest.raises(PlanError, match=said):
+        planned(**options)
+
+
+def test_plans_that_go_nowhere_say_so(plan, tmp_path):
+    with pytest.raises(PlanError, match="cannot be written"):
+        plan.save(tmp_path / "missing" / "plan.json")
+    with pytest.raises(PlanError, match="cannot be drawn"):
+        plan.plot(tmp_path / "plan.xyz")
+    with pytest.raises(PlanError, match="load_plan"):
+        ax.build_stages(gpt(), "plan.json")
+    with pytest.raises(PlanError, match="another model"):
+        ax.build_stages(gpt(layers=1), plan)
+    with pytest.raises(PlanError, match=r"differs|does not run"):
+        ax.build_stages(gpt().double(), plan)

@@ -222,7 +222,7 @@ class _Placing:
             return self.last
         if user in self.floating:
             return self.last
-        if user in self.wrote and node in _sources_of(user):
+        if user in self.wrote and (node in _sources_of(user) or node in self.writes.targets):
             return min(self.wrote[user], self.unit[user])
         return self.unit[user]
 

@@ -292,7 +292,10 @@ class SourceStage(PipelineStage):
 
         PyTorch finds the parameters that are left for later by walking up from the leaves. It so misses those that
         only reach outputs no leaf reaches, an embedding in the middle of the pipeline: such outputs wait entire.
+        Nor can it tell apart two uses of one parameter (layers that share their weights): then nothing is left.
         """
+        if _uses_a_parameter_twice(roots, leaves):
+            return self._full_backward(roots, gradients, leaves, False), _Weights([], [], [])
         pairs = list(zip(roots, gradients, strict=True))
         reached = [pair for pair in pairs if _reaches(pair[0], leaves)]
         waiting = [pair for pair in pairs if all(pair[0] is not r for r, _ in reached)]
@@ -384,6 +387,24 @@ def _reaches(root: Tensor, leaves: Sequence[Tensor]) -> bool:
         if id(getattr(node, "variable", None)) in wanted:
             return True
         nodes.extend(next_node for next_node, _ in node.next_functions)
+    return False
+
+
+def _uses_a_parameter_twice(roots: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Whether two operations of a graph take one and the same parameter."""
+    inputs = {id(leaf) for leaf in leaves}
+    nodes, seen, taken = [root.grad_fn for root in roots], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for after, _ in node.next_functions:
+            if after is not None and hasattr(after, "variable") and id(after.variable) not in inputs:
+                if after in taken:
+                    return True
+                taken.add(after)
+            nodes.append(after)
     return False
 
 

@@ -166,7 +166,10 @@ class Plan:
         content = {f.name: to_plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         content["config"] = dataclasses.asdict(self.config)
         head = {"format": FORMAT, "version": __version__, "checksum": _checksum(content)}
-        Path(path).write_text(json.dumps({**head, "plan": content}, indent=1) + "\n")
+        try:
+            Path(path).write_text(json.dumps({**head, "plan": content}, indent=1) + "\n")
+        except OSError as error:
+            raise PlanError(f"the plan cannot be written to {str(path)!r}: {error}.") from error
 
     @staticmethod
     def load(path: str | Path) -> "Plan":
@@ -255,7 +258,10 @@ class Plan:
         from attnres_fx.partition.pictures import StageMap, draw_plan
 
         stage_map = StageMap(self.costs.streams, self.schedules, self.starts, self.num_stages)
-        draw_plan(self.timeline, stage_map, path)
+        try:
+            draw_plan(self.timeline, stage_map, path)
+        except (OSError, ValueError) as error:
+            raise PlanError(f"the plan cannot be drawn to {str(path)!r}: {error}.") from error
 
 
 _ALIGN = ("right", "right", "left", "left", "left", *["right"] * 5)

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -15,7 +15,7 @@ from attnres_fx.errors import ModeError, PlanError
 from attnres_fx.partition.routes import StageRoute, StageValue
 from attnres_fx.partition.sizes import concrete_shape, sizes_for
 from attnres_fx.partition.stages import Split, StageProgram
-from attnres_fx.passes.graph_tools import tensor_of
+from attnres_fx.passes.graph_tools import on_device, tensor_of
 from attnres_fx.passes.inline_regions import getattr_path
 from attnres_fx.passes.lowering import Lowering, lower_
 
@@ -61,6 +61,7 @@ class Stage(GraphModule):
         super().__init__(nn.Module(), Graph(), class_name="Stage")
         _take_attributes(self, roots, graphs.values())
         self.index = index
+        self.lowering = lowering or Lowering()
         self.graph = graphs[first]
         self.programs = {
             mode: self._runnable(p, mode, lowering or Lowering(), (parts or {}).get(mode, ()))
@@ -105,12 +106,16 @@ class Stage(GraphModule):
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
         """Memory without values, as `nn.Module.to_empty`.
 
-        Buffers that no checkpoint holds (rotary tables, constants of the graph) are made NaN, and named in a warning:
-        whoever forgets to set them must not get numbers.
+        What a conversion adds starts as it does there: queries and gates 0, key gains 1. Buffers that no checkpoint
+        holds (rotary tables, constants of the graph) are made NaN, and named in a warning: whoever forgets to set them
+        must not get numbers.
         """
         kept = set(self.state_dict())
         unsaved = [name for name, buffer in self.named_buffers() if buffer.is_meta and name not in kept]
         super().to_empty(device=device, recurse=recurse)
+        for name, parameter in self.named_parameters():
+            if name.startswith("attnres."):  # as a conversion makes them, for weights of a model that has none
+                nn.init.constant_(parameter, float(name.endswith(".key_weight")))
         for name in unsaved:
             buffer = self.get_buffer(name)
             buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min)
@@ -121,6 +126,24 @@ class Stage(GraphModule):
                 stacklevel=2,
             )
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves its graphs along: what they make on the device they were captured on is made on the new one."""
+        before = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        super()._apply(fn, recurse)
+        after = fn(torch.empty(0, device=before)).device
+        if after != before:
+            self.programs = {mode: self._moved(p, mode, after) for mode, p in self.programs.items()}
+        return self
+
+    def _moved(self, runnable: _Runnable, mode: Mode, device: torch.device) -> _Runnable:
+        parts = tuple(self._moved(p, mode, device) for p in runnable.parts)
+        graph = on_device(runnable.program.graph, device)
+        if graph is None:
+            return replace(runnable, parts=parts)
+        graph.owning_module = None
+        program = replace(runnable.program, graph=graph)
+        return _Runnable(program, _lowered(self, graph, self.lowering, mode == "train"), parts)
 
     def graph_module(self, mode: Mode | None = None) -> GraphModule:
         """A mode's graph, with its reads as they were put in, as a module on this stage's own tensors."""

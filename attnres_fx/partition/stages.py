@@ -74,7 +74,7 @@ def split_chain(gm: GraphModule, chain: Chain, starts: Sequence[int], labels: Ma
                 f"compute it from the model's inputs."
             )
     _refuse_shared_state(gm, chain, stage)
-    with_gradient = _with_gradient(gm)
+    with_gradient = _with_gradient(gm, chain.writes)
     values = tuple(
         StageValue(
             n.name,
@@ -151,22 +151,28 @@ def _refuse_shared_state(gm: GraphModule, chain: Chain, stage: Mapping[Node, int
             )
 
 
-def _with_gradient(gm: GraphModule) -> frozenset[Node]:
+def _with_gradient(gm: GraphModule, writes: Writes) -> frozenset[Node]:
     """Nodes through which gradients flow, if all parameters take one."""
     frozen = nodes_without_gradients(gm.graph)
     found: set[Node] = set()
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            if isinstance(getattr_path(gm, str(node.target)), nn.Parameter):
+    while True:
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                if isinstance(getattr_path(gm, str(node.target)), nn.Parameter):
+                    found.add(node)
+            elif node not in frozen and _takes_gradients(node) and any(i in found for i in writes.inputs(node)):
                 found.add(node)
-            continue
-        value = value_of(node)
-        tensors = [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, torch.Tensor)]
-        if node in frozen or op_name(node) == "detach" or not any(v.is_floating_point() for v in tensors):
-            continue
-        if any(i in found for i in node.all_input_nodes):
-            found.add(node)
-    return frozenset(found)
+        # What a gradient flows into by a write has one, and so has all that looks at it.
+        written = {o for w, owners in writes.targets.items() if w in found for o in owners if _takes_gradients(o)}
+        if written <= found:
+            return frozenset(found)
+        found |= written
+
+
+def _takes_gradients(node: Node) -> bool:
+    value = value_of(node)
+    tensors = [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, torch.Tensor)]
+    return op_name(node) != "detach" and any(v.is_floating_point() or v.is_complex() for v in tensors)
 
 
 # --- one graph a stage ---------------------------------------------------------------------------------
@@ -200,7 +206,10 @@ def _program(split: Split, route: StageRoute) -> StageProgram:
     wanted = list(output.all_input_nodes) if is_last else produced
     own = {n for n, s in split.stage.items() if s == route.stage} | split.repeated.get(route.stage, frozenset())
     taken = {split.nodes[name] for name in route.takes}
-    kept = _closure(split.chain.writes, [*wanted, *(n for n in own if n in split.chain.writes.targets)], stop=taken)
+    writes = split.chain.writes
+    # What another stage has written is in what was received from it.
+    done = {w for w in writes.targets if w not in own and w not in split.chain.floating}
+    kept = _closure(writes, [*wanted, *(n for n in own if n in writes.targets)], stop=taken | done)
     graph = Graph()
     copies: dict[Node, Node] = {}
     for name in route.takes:
