@@ -39,6 +39,9 @@ def model_costs(draw, counts, values=12):
         streams.append(StreamCost(name, at, count, draw(st.integers(0, values))))
         at += count
     chain = [sublayers(draw, str(i)) for i in range(at)]
+    if draw(st.booleans()):  # of one size, in streams of nothing: plans equal in seconds and bytes
+        chain = [replace(chain[0], name=s.name) for s in chain]
+        streams = [replace(s, value_bytes=0) for s in streams]
     carried = []
     for i in range(draw(st.integers(0, 2))):
         made = draw(st.integers(-1, at - 1))
