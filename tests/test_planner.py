@@ -316,6 +316,21 @@ def large(variant, virtual, **options):
     )
 
 
+@pytest.mark.parametrize(("work", "starts"), [([3, 1, 1, 1], (0, 1)), ([0, 0, 0, 0], (0, 2))])
+def test_of_plans_as_fast_stages_at_blocks_come_first_and_even_blocks_next(work, starts):
+    chain = tuple(SublayerCost(str(i), flops, 0, 0, 0) for i, flops in enumerate(work))
+    ends = SublayerCost("before", 0, 0, 0, 0), SublayerCost("after", 0, 0, 0, 0)
+    request = PlanRequest(
+        costs=ModelCosts(chain, *ends, (StreamCost("main", 0, 4, 0),)),
+        num_stages=2,
+        num_microbatches=2,
+        device=DeviceSpeed(flops=1e12, link_latency=0.0),
+        num_blocks=2,
+    )
+    found = find_partition(request)
+    assert (found.starts, found.block_starts["main"]) == (starts, starts)
+
+
 def test_where_blocks_are_too_many_to_try_cuts_at_blocks_alone_leave_a_gap(monkeypatch):
     work = [0, 1, 0, 0, 0, 0]  # and 1 before: the latest blocks, of 3, 2 and 1, leave both to one stage
     chain = tuple(SublayerCost(str(i), 0, flops, 0, 0) for i, flops in enumerate(work))
