@@ -39,6 +39,9 @@ def model_costs(draw, counts, values=12):
         streams.append(StreamCost(name, at, count, draw(st.integers(0, values))))
         at += count
     chain = [sublayers(draw, str(i)) for i in range(at)]
+    if draw(st.booleans()):  # of one size, in streams of nothing: plans equal in seconds and bytes
+        chain = [replace(chain[0], name=s.name) for s in chain]
+        streams = [replace(s, value_bytes=0) for s in streams]
     carried = []
     for i in range(draw(st.integers(0, 2))):
         made = draw(st.integers(-1, at - 1))
@@ -311,6 +314,21 @@ def large(variant, virtual, **options):
         variant=variant,
         **options,
     )
+
+
+@pytest.mark.parametrize(("work", "starts"), [([3, 1, 1, 1], (0, 1)), ([0, 0, 0, 0], (0, 2))])
+def test_of_plans_as_fast_stages_at_blocks_come_first_and_even_blocks_next(work, starts):
+    chain = tuple(SublayerCost(str(i), flops, 0, 0, 0) for i, flops in enumerate(work))
+    ends = SublayerCost("before", 0, 0, 0, 0), SublayerCost("after", 0, 0, 0, 0)
+    request = PlanRequest(
+        costs=ModelCosts(chain, *ends, (StreamCost("main", 0, 4, 0),)),
+        num_stages=2,
+        num_microbatches=2,
+        device=DeviceSpeed(flops=1e12, link_latency=0.0),
+        num_blocks=2,
+    )
+    found = find_partition(request)
+    assert (found.starts, found.block_starts["main"]) == (starts, starts)
 
 
 def test_where_blocks_are_too_many_to_try_cuts_at_blocks_alone_leave_a_gap(monkeypatch):

@@ -3,7 +3,7 @@
 What a hop carries then depends on what its rank has seen P stages before, and a rank's memory on all its stages, so
 stages no longer stand for themselves. The search (1) plans with what each hop would carry if the other stages stayed
 where they are, until nothing changes; (2) moves single cuts while that helps; (3) where ranks do not fit the memory
-limit, caps what one stage may take and lowers the cap until they do.
+limit, caps what one stage may take and lowers the cap until they do, and at last looks for the least memory alone.
 
 The bound: every hop carries at least the sources its own stage makes, and memory is no limit.
 """
@@ -108,7 +108,7 @@ class LoopedSearch(CutSearch):
 
 class Found(NamedTuple):
     """best: of the plans that fit, None where none does. bound: picoseconds the slowest stage takes at least.
-    least_memory: the smallest limit that a plan seen would fit."""
+    least_memory: where none fits, a limit with which one is found."""
 
     best: Partition | None
     bound: int
@@ -122,14 +122,19 @@ def find_looped(request: PlanRequest, schedules: Schedules, *, aligned: bool = F
     if not tried.settle([NEVER] * search.count) and not tried.tighten():
         tried.settle([search.least_share()] * search.count)
     tried.move_cuts()
+    if tried.best() is None:  # a search that the limit does not lead, so that its least is found under that limit
+        tried = _Tried(request, search, least=True)
+        tried.settle([NEVER] * search.count)
+        tried.settle([search.least_share()] * search.count)
+        tried.move_cuts()
     return Found(tried.best(), search.bound(), tried.least_memory())
 
 
 class _Tried:
-    """Plans that have been judged."""
+    """Plans that have been judged. least: by their memory first, whatever the limit."""
 
-    def __init__(self, request: PlanRequest, search: LoopedSearch) -> None:
-        self.request, self.search = request, search
+    def __init__(self, request: PlanRequest, search: LoopedSearch, *, least: bool = False) -> None:
+        self.request, self.search, self.least = request, search, least
         self.plans: dict[tuple[int, ...], Partition] = {}
 
     def judge(self, starts: tuple[int, ...]) -> Partition:
@@ -145,10 +150,10 @@ class _Tried:
         return 0 if limit is None else sum(max(0, memory - limit) for memory in plan.memory_bytes)
 
     def _key(self, plan: Partition) -> tuple[object, ...]:
-        return self._excess(plan), plan.objective
+        return max(plan.memory_bytes) if self.least else self._excess(plan), plan.objective
 
     def best(self) -> Partition | None:
-        return min(filter(self.fits, self.plans.values()), key=self._key, default=None)
+        return min(filter(self.fits, self.plans.values()), key=lambda plan: plan.objective, default=None)
 
     def least_memory(self) -> int:
         return min((max(p.memory_bytes) for p in self.plans.values()), default=NEVER)
@@ -205,7 +210,7 @@ class _Tried:
     def _neighbours(self, plan: Partition) -> Iterator[tuple[int, ...]]:
         """Plans with one cut moved, those beside the stages that are worst first."""
         places, starts = self.search.places.tolist(), plan.starts
-        limit = self.request.memory_limit or NEVER
+        limit = max(plan.memory_bytes) - 1 if self.least else self.request.memory_limit or NEVER
         full = [plan.memory_bytes[c % self.request.num_stages] > limit for c in range(len(starts))]
         slow = plan.stage_seconds
         order = sorted(range(1, len(starts)), key=lambda c: (-(full[c] + full[c - 1]), -max(slow[c], slow[c - 1]), c))

@@ -148,7 +148,7 @@ def numbers_of(request: PlanRequest, schedules: Schedules) -> Numbers:
     for crossing in costs.carried:
         made[max(crossing.produced, 0)] += crossing.bytes
     ends = [(*_times(s, device, False), s.activation_bytes) for s in (costs.before, costs.after)]
-    crossing_sums = [(v.made, v.last, v.bytes) for v in crossing_sources(costs.streams, schedules)]
+    spans = [(v.made, v.last, v.bytes) for v in crossing_sources(costs.streams, schedules)]
     return Numbers(
         tuple(forward),
         tuple(backward),
@@ -156,7 +156,7 @@ def numbers_of(request: PlanRequest, schedules: Schedules) -> Numbers:
         tuple(made),
         ends[0],
         ends[1],
-        torch.tensor(crossing_sums, dtype=torch.long).reshape(-1, 3).T,
+        torch.tensor(spans, dtype=torch.long).reshape(-1, 3).T,
     )
 
 
