@@ -72,120 +72,34 @@ _ALIASES = {
 }
 
 CASTS = frozenset(
-    [
-        "to",
-        "_to_copy",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type",
-        "type_as",
-        "_autocast_to_full_precision",
-        "_autocast_to_reduced_precision",
-    ]
+    "to _to_copy float double half bfloat16 type type_as _autocast_to_full_precision "
+    "_autocast_to_reduced_precision".split()
 )
-IDENTITIES = frozenset(
-    ["contiguous", "clone", "alias", "detach", "identity", "lift_fresh", "lift_fresh_copy", "wait_tensor"]
-)
-RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as"])
+IDENTITIES = frozenset("contiguous clone alias detach identity lift_fresh lift_fresh_copy wait_tensor".split())
+RESHAPES = frozenset("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as".split())
 TOKEN_MOVES = frozenset(
-    [
-        "permute",
-        "transpose",
-        "movedim",
-        "slice",
-        "select",
-        "narrow",
-        "expand",
-        "expand_as",
-        "broadcast_to",
-        "index_select",
-        "roll",
-        "flip",
-        "getitem",
-        "t",
-    ]
+    "permute transpose movedim slice select narrow expand expand_as broadcast_to index_select roll flip "
+    "getitem t".split()
 )
 _DATA_MOVEMENT = (
     CASTS
     | IDENTITIES
     | RESHAPES
     | TOKEN_MOVES
-    | frozenset(
-        [
-            "cat",
-            "concat",
-            "stack",
-            "split",
-            "chunk",
-            "unbind",
-            "repeat",
-            "repeat_interleave",
-            "pad",
-            "tile",
-            "hstack",
-            "vstack",
-        ]
-    )
+    | frozenset("cat concat stack split chunk unbind repeat repeat_interleave pad tile hstack vstack".split())
 )
 _LIGHT = _DATA_MOVEMENT | frozenset(
-    [
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "native_dropout",
-        "masked_fill",
-        "where",
-        "gelu",
-        "silu",
-        "relu",
-        "tanh",
-        "sigmoid",
-        "glu",
-        "softplus",
-        "leaky_relu",
-        "elu",
-        "mish",
-        "hardswish",
-        "hardtanh",
-        "hardsigmoid",
-        "full_like",
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "new_zeros",
-        "new_ones",
-        "new_empty",
-        "new_full",
-        "to_copy",
-        "pos",
-        "_assert_tensor_metadata",
-    ]
+    "dropout feature_dropout alpha_dropout native_dropout masked_fill where gelu silu relu tanh sigmoid glu "
+    "softplus leaky_relu elu mish hardswish hardtanh hardsigmoid full_like zeros_like ones_like empty_like "
+    "new_zeros new_ones new_empty new_full to_copy pos _assert_tensor_metadata".split()
 )
-_SHAPED_AS = frozenset(["view_as", "reshape_as", "expand_as", "type_as"])
-NORMS = frozenset(["layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "_native_batch_norm_legit"])
-_REDUCTIONS = frozenset(
-    ["mean", "var", "std", "sum", "var_mean", "std_mean", "norm", "linalg_vector_norm", "amax", "pow"]
-)
-CHANNELS_FIRST = frozenset(["conv", "batch_norm", "group_norm", "instance_norm", "max_pool2d", "avg_pool2d"])
+_SHAPED_AS = frozenset("view_as reshape_as expand_as type_as".split())
+NORMS = frozenset("layer_norm rms_norm group_norm batch_norm instance_norm _native_batch_norm_legit".split())
+_REDUCTIONS = frozenset("mean var std sum var_mean std_mean norm linalg_vector_norm amax pow".split())
+CHANNELS_FIRST = frozenset("conv batch_norm group_norm instance_norm max_pool2d avg_pool2d".split())
 _METADATA = frozenset(
-    [
-        "_assert_tensor_metadata",
-        "sym_size",
-        "sym_numel",
-        "sym_stride",
-        "sym_storage_offset",
-        "size",
-        "dim",
-        "numel",
-        "stride",
-        "ndim",
-        "is_floating_point",
-        "getattr",
-        "storage_offset",
-        "_assert_scalar",
-    ]
+    "_assert_tensor_metadata sym_size sym_numel sym_stride sym_storage_offset size dim numel stride ndim "
+    "is_floating_point getattr storage_offset _assert_scalar".split()
 )
 
 
