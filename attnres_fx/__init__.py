@@ -1,19 +1,45 @@
 """Compiler passes that turn the residual connections of a transformer into attention over depth."""
 
-from attnres_fx import errors
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attnres_fx import errors, ops  # the operators are registered: saved programs can be loaded
 from attnres_fx._version import __version__
-from attnres_fx.attach import attach, detach, plain
-from attnres_fx.compile import compile, explain
-from attnres_fx.config import AttnResConfig
-from attnres_fx.convert import convert, inspect
-from attnres_fx.converted import ConvertedModel
-from attnres_fx.depth_weights import depth_weights
-from attnres_fx.errors import AttnResError
-from attnres_fx.parameters import parameter_groups
-from attnres_fx.passes.lowering import Lowering
-from attnres_fx.pipeline import build_stages, load_plan, plan
-from attnres_fx.storage import load
-from attnres_fx.verify import verify
+
+if TYPE_CHECKING:
+    from attnres_fx.analysis.depth_weights import depth_weights
+    from attnres_fx.backend.attach import attach, detach, plain
+    from attnres_fx.backend.compile import compile, explain
+    from attnres_fx.config import AttnResConfig
+    from attnres_fx.conversion.convert import convert, inspect
+    from attnres_fx.conversion.converted_model import ConvertedModel
+    from attnres_fx.conversion.files import load
+    from attnres_fx.conversion.verify import verify
+    from attnres_fx.errors import AttnResError
+    from attnres_fx.parameters import parameter_groups
+    from attnres_fx.partition.plan.planning import build_stages, load_plan, plan
+    from attnres_fx.passes.lowering.lower import Lowering
+
+_HOMES = {
+    "AttnResConfig": "attnres_fx.config",
+    "AttnResError": "attnres_fx.errors",
+    "ConvertedModel": "attnres_fx.conversion.converted_model",
+    "Lowering": "attnres_fx.passes.lowering.lower",
+    "attach": "attnres_fx.backend.attach",
+    "build_stages": "attnres_fx.partition.plan.planning",
+    "compile": "attnres_fx.backend.compile",
+    "convert": "attnres_fx.conversion.convert",
+    "depth_weights": "attnres_fx.analysis.depth_weights",
+    "detach": "attnres_fx.backend.attach",
+    "explain": "attnres_fx.backend.compile",
+    "inspect": "attnres_fx.conversion.convert",
+    "load": "attnres_fx.conversion.files",
+    "load_plan": "attnres_fx.partition.plan.planning",
+    "parameter_groups": "attnres_fx.parameters",
+    "plain": "attnres_fx.backend.attach",
+    "plan": "attnres_fx.partition.plan.planning",
+    "verify": "attnres_fx.conversion.verify",
+}
 
 __all__ = [
     "AttnResConfig",
@@ -32,8 +58,20 @@ __all__ = [
     "inspect",
     "load",
     "load_plan",
+    "ops",
     "parameter_groups",
     "plain",
     "plan",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -159,7 +159,7 @@ def _plan(options: argparse.Namespace) -> int:
     import torch
 
     import attnres_fx as ax
-    from attnres_fx.partition.model_costs import DeviceSpeed
+    from attnres_fx.partition.costs.model_costs import DeviceSpeed
 
     with torch.device("meta") if options.meta else contextlib.nullcontext():
         model, args, kwargs = _load(options)
@@ -200,7 +200,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from attnres_fx.demo import run_demo
+    from attnres_fx.demo.run import run_demo
 
     return run_demo(
         steps=options.steps,

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import nn
 
 import attnres_fx as ax
-from attnres_fx.convert import _fetch
+from attnres_fx.conversion.convert import _fetch
 from attnres_fx.parameters import AttnResParameters, DepthRead
 from attnres_fx.passes import analyze_, insert_depth_attention_pass, plan_schedule, propagate_values_
 

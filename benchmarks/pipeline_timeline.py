@@ -24,10 +24,10 @@ from _measure import RESULTS, environment, write_json
 from tabulate import tabulate
 
 from attnres_fx.config import AttnResConfig
-from attnres_fx.partition.loads import stage_loads
-from attnres_fx.partition.model_costs import DeviceSpeed, ModelCosts, StreamCost, SublayerCost
-from attnres_fx.partition.timeline import simulate
-from attnres_fx.partition.traffic import Traffic, count_traffic, stage_values
+from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition.costs.stage_loads import stage_loads
+from attnres_fx.partition.costs.traffic import Traffic, count_traffic, stage_values
+from attnres_fx.partition.simulate.timeline import simulate
 from attnres_fx.passes.schedule import DepthSchedule, plan_schedule
 
 LAYERS, WIDTH, BLOCK = 93, 7168, 24

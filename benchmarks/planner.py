@@ -18,9 +18,9 @@ import torch
 from _measure import RESULTS, environment, write_json
 from tabulate import tabulate
 
-from attnres_fx.partition.model_costs import ModelCosts, StreamCost, SublayerCost
-from attnres_fx.partition.planner import find_partition
-from attnres_fx.partition.request import PlanRequest
+from attnres_fx.partition.costs.model_costs import ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition.planner.request import PlanRequest
+from attnres_fx.partition.planner.search import find_partition
 
 SUBLAYERS = (50, 100, 200, 500, 1000, 2000)
 VIRTUAL = (4, 8, 16, 32, 64, 128)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 try:
     from attnres_fx.ops.fused import depth_attention_fused
-    from attnres_fx.ops.two_phase import depth_attention_batch, depth_attention_merge
+    from attnres_fx.ops.phases import depth_attention_batch, depth_attention_merge
 
     MISSING = None
 except ImportError as error:

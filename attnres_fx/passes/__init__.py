@@ -4,25 +4,26 @@ A pass is a function `verb_noun_pass(gm, *, options) -> PassResult`. It works in
 caller made for it, never on the user's module.
 """
 
-from attnres_fx.passes.block_cost import BlockReads, PhaseChoice, choose_phases
-from attnres_fx.passes.depth_attention import (
+from attnres_fx.passes.graph.result import PassResult, run_pass
+from attnres_fx.passes.lowering.block_cost import BlockReads, PhaseChoice, choose_phases
+from attnres_fx.passes.lowering.fuse_norms import NormFusion, fuse_norms_pass, plan_norm_fusions
+from attnres_fx.passes.lowering.fuse_partial_sums import SumFusion, fuse_partial_sums_pass, plan_sum_fusions
+from attnres_fx.passes.lowering.lower import Lowering, checked_lowering, lower_
+from attnres_fx.passes.lowering.two_phase import PhasePlan, plan_phases, two_phase_pass
+from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pass
+from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
+from attnres_fx.passes.normalize.normalization import NORMALIZATION, normalize_, propagate_values_
+from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
+from attnres_fx.passes.rewrite.depth_attention import (
     DepthReadPlan,
     ReadParameters,
     Replacement,
     insert_depth_attention_pass,
     plan_depth_reads,
 )
-from attnres_fx.passes.functionalize import functionalize_mutations_pass
-from attnres_fx.passes.fuse_norms import NormFusion, fuse_norms_pass, plan_norm_fusions
-from attnres_fx.passes.fuse_partial_sums import SumFusion, fuse_partial_sums_pass, plan_sum_fusions
-from attnres_fx.passes.inline_regions import inline_regions_pass
-from attnres_fx.passes.lowering import Lowering, checked_lowering, lower_
-from attnres_fx.passes.pipeline import NORMALIZATION, analyze_, normalize_, propagate_values_
-from attnres_fx.passes.result import PassResult, run_pass
 from attnres_fx.passes.schedule import DepthSchedule, Source, plan_schedule
-from attnres_fx.passes.streams import Read, Stream, StreamSet, Term, find_streams
-from attnres_fx.passes.two_phase import PhasePlan, plan_phases, two_phase_pass
-from attnres_fx.passes.unfuse_additions import unfuse_additions_pass
+from attnres_fx.passes.streams.analysis import analyze_
+from attnres_fx.passes.streams.finding import Read, Stream, StreamSet, Term, find_streams
 
 __all__ = [
     "NORMALIZATION",

@@ -1,0 +1,111 @@
+"""What a converted model attends to over depth, read by read."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from attnres_fx.conversion.converted_model import ConvertedModel
+from attnres_fx.ops import depth_weights as weights_of
+
+_SHADES = " ░▒▓█"
+
+
+@dataclass(frozen=True)
+class ReadWeights:
+    """Attention over depth of one read.
+
+    sources: what each weight is on, oldest first: `v_0` (the root), `v_i` (sublayer i), `b_n` (block n),
+        `b_n[:i]` (its first i sublayers), `c_n` (what block n receives).
+    weights: [S], averaged over tokens, or [S, ...] per token; they sum to one over S.
+    """
+
+    name: str
+    stream: str
+    sources: tuple[str, ...]
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class DepthWeights:
+    """Attention over depth of every read, in execution order. `print` it for a small heat map."""
+
+    reads: tuple[ReadWeights, ...]
+
+    def __iter__(self) -> Iterator[ReadWeights]:
+        return iter(self.reads)
+
+    def __len__(self) -> int:
+        return len(self.reads)
+
+    def __getitem__(self, name: str) -> ReadWeights:
+        return next(r for r in self.reads if r.name == name)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source that some read sees, in the order in which they are first seen."""
+        return tuple(dict.fromkeys(column(s) for r in self.reads for s in r.sources))
+
+    def __str__(self) -> str:
+        columns = self.sources
+        rows = []
+        for read in self.reads:
+            mean = read.weights.flatten(1).mean(1) if read.weights.dim() > 1 else read.weights
+            cells = dict(zip(map(column, read.sources), mean.tolist(), strict=True))
+            rows.append([read.name, *(_cell(cells.get(c)) for c in columns)])
+        return tabulate(rows, headers=["read", *columns], tablefmt="simple", disable_numparse=True)
+
+
+def column(source: str) -> str:
+    """A partial sum shares the column of its block."""
+    return source.split("[")[0]
+
+
+def _cell(weight: float | None) -> str:
+    if weight is None:
+        return ""
+    return f"{_SHADES[min(int(weight * len(_SHADES)), len(_SHADES) - 1)] * 2} {weight:.2f}"
+
+
+def depth_weights(
+    converted: ConvertedModel,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    per_token: bool = False,
+) -> DepthWeights:
+    """Run a converted model once, without gradients, and return what each read attended to.
+
+    args, kwargs: as for calling the model. per_token: keep weights [S, ...] for every token instead of
+    their average [S].
+    Source: arXiv 2603.15031, section 5.3 (the learned weights it plots).
+    """
+    gm = converted.graph_module()
+    placed = {r.node: r for r in converted.replacements()}
+    recorder = _Recorder(gm, placed, per_token)
+    with torch.no_grad():
+        recorder.run(*converted.flatten_arguments(*args, **(kwargs or {})))
+    return DepthWeights(tuple(recorder.found))
+
+
+class _Recorder(Interpreter):
+    def __init__(self, gm: torch.fx.GraphModule, placed: Mapping[str, Any], per_token: bool) -> None:
+        super().__init__(gm)
+        self.placed = placed
+        self.per_token = per_token
+        self.found: list[ReadWeights] = []
+
+    def run_node(self, n: Node) -> Any:
+        placed = self.placed.get(n.name)
+        if placed is not None:
+            sources, query, key_weight, eps, _ = self.fetch_args_kwargs_from_env(n)[0]
+            weights = weights_of(sources, query, key_weight, eps=eps)
+            if not self.per_token:
+                weights = weights.flatten(1).mean(1)
+            labels = tuple(label for label, _ in placed.sources)
+            self.found.append(ReadWeights(placed.read, placed.stream, labels, weights))
+        return super().run_node(n)

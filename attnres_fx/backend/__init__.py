@@ -1,0 +1,1 @@
+"""AttnRes as a `torch.compile` backend: attach, compile, explain."""

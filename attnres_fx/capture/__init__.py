@@ -1,0 +1,1 @@
+"""From a model to its programs: traced graphs with free sizes, call signature and guards."""

@@ -1,0 +1,1 @@
+"""`convert` and `inspect`, the converted model, its report, its check and its files."""

@@ -1,0 +1,237 @@
+"""`convert` and `inspect`: a traced residual transformer becomes an AttnRes model."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.programs import Captured, capture
+from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.converted_model import ConvertedModel
+from attnres_fx.conversion.report import ConversionReport, ConvertedStream, StreamReport
+from attnres_fx.conversion.verify import check_conversion
+from attnres_fx.errors import (
+    AlreadyConvertedError,
+    ConfigError,
+    RewriteError,
+)
+from attnres_fx.parameters import AttnResParameters, attribute_name
+from attnres_fx.passes import (
+    DepthSchedule,
+    Lowering,
+    Read,
+    ReadParameters,
+    Replacement,
+    Stream,
+    StreamSet,
+    analyze_,
+    checked_lowering,
+    insert_depth_attention_pass,
+    plan_depth_reads,
+    plan_schedule,
+    run_pass,
+)
+from attnres_fx.passes.graph.nodes import fake_parameter, insert_attribute, tensor_of
+from attnres_fx.passes.lowering.read_calls import OPERATORS
+from attnres_fx.passes.rewrite.parameters import make_parameters
+from attnres_fx.passes.streams.selection import select_streams
+
+log = logging.getLogger(__name__)
+
+Model = nn.Module | ExportedProgram
+
+
+def inspect(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> StreamReport:
+    """Find the residual streams of a model; changes nothing.
+
+    model: an nn.Module, a GraphModule or an ExportedProgram. args, kwargs: example arguments.
+    Returns a StreamReport: `print` it, or look at `.streams` and `.refusals`.
+    Raises CaptureError where the model cannot be traced.
+    """
+    refuse_converted(model)
+    mode: Mode = "train" if getattr(model, "training", False) else "eval"
+    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, modes=(mode,))
+    found = analyze_(next(iter(captured.graphs.values())).gm)
+    return StreamReport(_name(model), found.streams, found.refusals, tuple(captured.notes))
+
+
+def convert(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: AttnResConfig | None = None,
+    dynamic_shapes: Any = None,
+    check: bool = True,
+    lowering: Lowering | None = None,
+) -> ConvertedModel:
+    """Replace the residual streams of a model by attention over depth.
+
+    model: an nn.Module (captured with `torch.export`), a GraphModule or an ExportedProgram; it is left as
+        it is. args, kwargs: example arguments; other batch sizes and lengths work where they can.
+    config: AttnResConfig(); dynamic_shapes: as `torch.export.export` takes them, by default batch and
+        sequence are free. check: run original and result once at zero queries and compare (mode `"sum"`).
+    lowering: what is folded into the reads when the model runs, Lowering() by default; reports, `graph_module` and
+        files keep the reads as they were put in.
+    Returns a ConvertedModel that shares the original's weights and keeps their names; what it adds is
+    under `attnres`.
+
+    Raises CaptureError, NoStreamError, NotAdditiveError, StreamWidthError, StreamNameError,
+    ScheduleError, AlreadyConvertedError or CheckError.
+    Source: arXiv 2603.15031, section 3.
+    """
+    config = config or AttnResConfig()
+    if not isinstance(config, AttnResConfig):
+        raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
+    lowering = checked_lowering(lowering)
+    refuse_converted(model)
+    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    distinct = {id(g): (mode, g) for mode, g in captured.graphs.items()}
+    found = {mode: analyze_(graph.gm) for mode, graph in distinct.values()}
+    mode, streams = next(iter(found.items()))
+    selected = select_streams(streams, config, _name(model))
+    _require_same_reads(found, selected)
+    schedules = {s.name: plan_schedule(s.num_sublayers, config) for s in selected}
+    parameters = make_parameters(captured.graphs[mode].gm.graph, captured.root, streams, selected, config)
+    rewritten = {m: rewrite_(captured.graphs[m].gm, s, schedules, config, parameters) for m, s in found.items()}
+    replacements = {m: rewritten[distinct[id(g)][0]] for m, g in captured.graphs.items()}
+    report = _report(model, captured, streams, selected, schedules, config)
+    converted = ConvertedModel(
+        captured.root,
+        parameters,
+        {m: (g, replacements[m]) for m, g in captured.graphs.items()},
+        captured.failures,
+        captured.signature,
+        captured.in_spec,
+        report,
+        lowering,
+    )
+    nn.Module.train(converted, _starting_mode(captured) == "train")
+    if check:
+        check_conversion(model, converted, captured)
+    return converted
+
+
+def _starting_mode(captured: Captured) -> Mode:
+    own: Mode = "train" if captured.training else "eval"
+    if own in captured.graphs:
+        return own
+    other = next(iter(captured.graphs))
+    log.warning("no %s graph (%s): the converted model starts in %s mode", own, captured.failures.get(own), other)
+    return other
+
+
+def refuse_converted(model: Any) -> None:
+    graph = model.graph if isinstance(model, GraphModule | ExportedProgram) else None
+    holds_reads = graph is not None and any(n.target in OPERATORS for n in graph.nodes)
+    if isinstance(model, ConvertedModel) or holds_reads:
+        raise AlreadyConvertedError(
+            "the model reads through depth attention already: convert the original again, with another config "
+            "if you like."
+        )
+    if isinstance(getattr(model, "attnres", None), AttnResParameters) and not isinstance(model, GraphModule):
+        raise AlreadyConvertedError(
+            f"{type(model).__name__} is attached for the compile backend: detach(model) first, to convert it."
+        )
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__ if isinstance(model, nn.Module) else "ExportedProgram"
+
+
+def _require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stream]) -> None:
+    wanted = {s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads] for s in selected}
+    for mode, streams in found.items():
+        have = {
+            s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads]
+            for s in streams.streams
+            if s.name in wanted
+        }
+        if have != wanted:
+            names = {r[0] for reads in have.values() for r in reads} ^ {
+                r[0] for reads in wanted.values() for r in reads
+            }
+            raise RewriteError(
+                f"the train and the eval graph do not have the same reads ({', '.join(sorted(names)) or 'order'} "
+                f"in one only, seen in {mode} mode). Dropout on the stream itself does this: move it onto the "
+                f"branch, set its probability to 0, or convert a graph of one mode."
+            )
+
+
+def rewrite_(
+    gm: GraphModule,
+    streams: StreamSet,
+    schedules: Mapping[str, DepthSchedule],
+    config: AttnResConfig,
+    parameters: AttnResParameters,
+) -> tuple[Replacement, ...]:
+    """Put reads with the given parameters into an analysed graph, in place."""
+    gm.add_module("attnres", parameters)
+    result = run_pass(
+        insert_depth_attention_pass,
+        gm,
+        streams=streams,
+        schedules=schedules,
+        output=config.output,
+        eps=config.eps,
+        fetch=lambda stream, read, like: _fetch(gm.graph, parameters, read, like),
+    )
+    return result.replaced
+
+
+def _fetch(graph: Graph, parameters: AttnResParameters, read: Read, like: Node) -> ReadParameters:
+    module = parameters.reads[read.name]
+    value = tensor_of(like)
+    assert value is not None
+
+    def attribute(name: str) -> Node:
+        held = getattr(module, name)
+        fake = fake_parameter(value, tuple(held.shape), held.dtype)
+        return insert_attribute(graph, f"attnres.reads.{attribute_name(read.name)}.{name}", like=like, value=fake)
+
+    gate = attribute("gate") if module.gate is not None else None
+    return ReadParameters(attribute("query"), attribute("key_weight"), gate)
+
+
+def _report(
+    model: Model,
+    captured: Captured,
+    streams: StreamSet,
+    selected: Sequence[Stream],
+    schedules: Mapping[str, DepthSchedule],
+    config: AttnResConfig,
+) -> ConversionReport:
+    notes = [*captured.notes, *(f"no {m} graph: {_shortened(why)}" for m, why in captured.failures.items())]
+    left = [(s, _why_left(s, config)) for s in streams.streams if s not in selected]
+    done = [
+        ConvertedStream(s, schedules[s.name], plan_depth_reads(s, schedules[s.name], config.output)) for s in selected
+    ]
+    return ConversionReport(
+        model=_name(model),
+        config=config,
+        streams=tuple(done),
+        left=tuple(left),
+        refusals=streams.refusals,
+        modes=tuple(sorted(captured.graphs)),
+        notes=tuple(notes),
+    )
+
+
+def _shortened(text: str, length: int = 160) -> str:
+    return text if len(text) <= length else f"{text[:length].rsplit(' ', 1)[0]} …"
+
+
+def _why_left(stream: Stream, config: AttnResConfig) -> str:
+    if stream.nested_in is not None and config.streams == "main":
+        return f"inside a sublayer of {stream.nested_in!r}; streams='all' converts it too"
+    return f"not named in streams={config.streams!r}"

@@ -1,0 +1,188 @@
+"""What was found and what was changed, as data and as tables."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tabulate import tabulate
+
+from attnres_fx.config import AttnResConfig
+from attnres_fx.passes.rewrite.depth_attention import DepthReadPlan
+from attnres_fx.passes.schedule import DepthSchedule
+from attnres_fx.passes.streams.finding import Stream
+from attnres_fx.passes.streams.refusals import Refusal
+
+_STYLE = "simple"
+_SHOWN_OF_A_KIND = 4
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """The residual streams of a model, as `inspect` found them. `print` it, or ask for `.reads_table()`."""
+
+    model: str
+    streams: tuple[Stream, ...]
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {_count(len(self.streams), 'residual stream')}"]
+        if self.streams:
+            rows = [_stream_row(s) for s in self.streams]
+            lines += ["", tabulate(rows, headers="keys", tablefmt=_STYLE)]
+        return "\n".join([*lines, *_left_lines((), self.refusals), *_note_lines(self.notes)])
+
+    def reads_table(self) -> str:
+        """One line a read: name, sublayers before it, line of the user's source."""
+        rows = [
+            {"stream": s.name, "read": r.name, "after": r.position, "line": _short(r.line)}
+            for s in self.streams
+            for r in s.reads
+        ]
+        return tabulate(rows, headers="keys", tablefmt=_STYLE)
+
+
+@dataclass(frozen=True)
+class ConvertedStream:
+    """One stream as it was rewritten: its blocks and, for each read, its sources."""
+
+    stream: Stream
+    schedule: DepthSchedule
+    reads: tuple[DepthReadPlan, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(2 * self.stream.width + read.gated for read in self.reads)
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` found, changed and left alone.
+
+    streams: those rewritten. left: those left alone, with the reason. modes: the programs there are.
+    difference: largest difference of outputs at zero queries, over the largest output; None unchecked.
+    """
+
+    model: str
+    config: AttnResConfig
+    streams: tuple[ConvertedStream, ...]
+    left: tuple[tuple[Stream, str], ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    modes: tuple[str, ...] = ()
+    difference: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def reads(self) -> tuple[DepthReadPlan, ...]:
+        """Every read that got an operator, in execution order within its stream."""
+        return tuple(r for s in self.streams for r in s.reads)
+
+    @property
+    def num_reads(self) -> int:
+        return len(self.reads)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters added: queries, key gains and gates."""
+        return sum(s.num_parameters for s in self.streams)
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.model}: {_count(len(self.streams), 'stream')} read by attention over depth, "
+            f"{_count(self.num_reads, 'read')}, {self.num_parameters:,} parameters added"
+        )
+        options = f"variant {self.config.variant}, output {self.config.output}, modes {'/'.join(self.modes)}"
+        if self.difference is not None:
+            options += f", outputs differ by {self.difference:.1e} at zero queries"
+        rows = [_converted_row(s) for s in self.streams]
+        table = tabulate(rows, headers="keys", tablefmt=_STYLE)
+        return "\n".join([head, options, "", table, *_left_lines(self.left, self.refusals), *_note_lines(self.notes)])
+
+    def reads_table(self) -> str:
+        """One line a read: name, block, sources, parameters."""
+        rows = [
+            {
+                "stream": s.stream.name,
+                "read": r.read,
+                "block": r.block + 1,
+                "sources": len(r.sources),
+                "which": _joined(r.sources),
+                "parameters": 2 * s.stream.width + r.gated,
+            }
+            for s in self.streams
+            for r in s.reads
+        ]
+        return tabulate(rows, headers="keys", tablefmt=_STYLE)
+
+
+def _stream_row(stream: Stream) -> dict[str, object]:
+    return {
+        "stream": stream.name,
+        "root": stream.root.module or stream.root.node,
+        "sublayers": stream.num_sublayers,
+        "reads": len(stream.depth_reads),
+        "width": stream.width,
+        "norm": "post" if stream.post_norm else "pre",
+        "nested in": stream.nested_in or "",
+        "first line": _short(stream.terms[0].line) if stream.terms else "",
+    }
+
+
+def _converted_row(converted: ConvertedStream) -> dict[str, object]:
+    stream, schedule = converted.stream, converted.schedule
+    sizes = [len(b) for b in schedule.blocks]
+    return {
+        "stream": stream.name,
+        "sublayers": stream.num_sublayers,
+        "reads": len(converted.reads),
+        "width": stream.width,
+        "norm": "post" if stream.post_norm else "pre",
+        "blocks": "-" if schedule.variant == "full" else _runs(sizes),
+        "most sources": max((len(r.sources) for r in converted.reads), default=0),
+        "parameters": converted.num_parameters,
+    }
+
+
+def _runs(sizes: Sequence[int]) -> str:
+    """Block sizes in short: `8 of 6`, or `3 of 6 + 1 of 4`."""
+    runs: list[list[int]] = []
+    for size in sizes:
+        if runs and runs[-1][1] == size:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, size])
+    return " + ".join(f"{count} of {size}" for count, size in runs)
+
+
+def _left_lines(left: Sequence[tuple[Stream, str]], refusals: Sequence[Refusal]) -> list[str]:
+    lines = [
+        f"left alone: {s.name} ({_count(s.num_sublayers, 'sublayer')}): {why}"
+        for s, why in left[: 2 * _SHOWN_OF_A_KIND]
+    ]
+    if len(left) > 2 * _SHOWN_OF_A_KIND:
+        lines.append(f"left alone: … and {len(left) - 2 * _SHOWN_OF_A_KIND} more streams; see .left")
+    shown: Counter[str] = Counter()
+    for refusal in refusals:
+        shown[refusal.kind] += 1
+        if shown[refusal.kind] <= _SHOWN_OF_A_KIND:
+            kind = "interrupted" if refusal.kind == "interrupted" else f"refused ({refusal.kind})"
+            lines.append(f"{kind}: {refusal.place}: {refusal.reason}")
+    lines += [f"… and {n - _SHOWN_OF_A_KIND} more ({k})" for k, n in shown.items() if n > _SHOWN_OF_A_KIND]
+    return ["", *lines] if lines else []
+
+
+def _note_lines(notes: Sequence[str]) -> list[str]:
+    return ["", *(f"note: {n}" for n in notes)] if notes else []
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _joined(labels: Sequence[str]) -> str:
+    return " ".join(labels) if len(labels) <= 6 else " ".join((*labels[:2], "…", *labels[-3:]))
+
+
+def _short(line: str) -> str:
+    """The last two parts of a path, and the line number."""
+    return "/".join(line.split("/")[-2:])

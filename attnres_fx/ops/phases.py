@@ -1,0 +1,247 @@
+"""Two-phase depth attention: one batched read of what a block's reads share, then a merge a read.
+
+    phase 1, once a block:  [mixed_q], [lse_q] = depth_attention_batch(completed, queries, key_weights)
+    phase 2, once a read:   out = depth_attention_merge(mixed_q, lse_q, partial, query, key_weight)
+
+Exact: the merge is the online softmax over one source more. Composite, as `depth_attention` is.
+
+Source: arXiv 2603.15031, section 4 (two-phase computation).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+from attnres_fx.errors import OperatorError
+from attnres_fx.ops import kernels
+from attnres_fx.ops.definition import _mix, _row_logit, compute_dtype, result_dtype
+from attnres_fx.ops.fused import NO_NORM, check_epilogue, normed
+from attnres_fx.ops.operator import _check, _is_transformed, _runs_in_plain_eager, library
+from attnres_fx.ops.recompute import recomputed
+
+BATCH_SCHEMA = "depth_attention_batch(Tensor[] sources, Tensor[] queries, Tensor[] key_weights, float eps) -> Tensor[]"
+MERGE_SCHEMA = (
+    "depth_attention_merge(Tensor mixed, Tensor lse, Tensor partial, Tensor query, Tensor key_weight, float eps, "
+    "float gain, Tensor? delta, int norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
+    "ScalarType? dtype) -> Tensor[]"
+)
+
+
+# --- phase 1 -----------------------------------------------------------------------------------------
+
+
+def depth_attention_batch(
+    sources: Sequence[Tensor], queries: Sequence[Tensor], key_weights: Sequence[Tensor], *, eps: float = 1e-6
+) -> list[Tensor]:
+    """Phase 1: Q reads of the same sources.
+
+    sources: as for `depth_attention`. queries, key_weights: Q of each, [D].
+    Returns Q outputs [..., D] (gain 1, in the sources' promoted dtype), then Q log-sum-exps of the logits [...]
+    (float32, float64 for float64 sources).
+
+    Raises OperatorError as `depth_attention` does, and where there are no queries or not as many key_weights.
+    """
+    if isinstance(sources, Tensor) or isinstance(queries, Tensor) or isinstance(key_weights, Tensor):
+        raise OperatorError("depth_attention_batch: sources, queries and key_weights are lists of tensors.")
+    sources, queries, key_weights = list(sources), list(queries), list(key_weights)
+    if not any(isinstance(t, Proxy) for t in (*sources, *queries, *key_weights)):
+        _check_batch(sources, queries, key_weights, eps)
+    outputs: list[Tensor] = torch.ops.attnres_fx.depth_attention_batch.default(
+        sources, queries, key_weights, float(eps)
+    )
+    return outputs
+
+
+def _check_batch(
+    sources: Sequence[Tensor], queries: Sequence[Tensor], key_weights: Sequence[Tensor], eps: float
+) -> None:
+    if not queries or len(queries) != len(key_weights):
+        raise OperatorError(
+            f"depth_attention_batch: {len(queries)} queries and {len(key_weights)} key_weights; "
+            f"there must be as many of each, one a read."
+        )
+    for query, key_weight in zip(queries, key_weights, strict=True):
+        _check(sources, query, key_weight, eps)
+
+
+def _batch(sources: list[Tensor], queries: list[Tensor], key_weights: list[Tensor], eps: float) -> list[Tensor]:
+    _check_batch(sources, queries, key_weights, eps)
+
+    if not _is_transformed(sources) and kernels.batch_usable(sources, *queries, *key_weights):
+
+        def from_weights(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+            weights, *given = (t for t in tensors if t is not None)
+            return batch_definition(given, list(weights), [torch.ones_like(w) for w in weights], eps)
+
+        return kernels.kernel_batch(sources, queries, key_weights, eps, from_weights)
+    if not _runs_in_plain_eager(sources):
+        return batch_definition(sources, queries, key_weights, eps)
+    first, last = len(sources), len(sources) + len(queries)
+
+    def again(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        given = [t for t in tensors if t is not None]
+        return batch_definition(given[:first], given[first:last], given[last:], eps)
+
+    return recomputed(again, [*sources, *queries, *key_weights])
+
+
+def batch_definition(
+    sources: Sequence[Tensor], queries: Sequence[Tensor], key_weights: Sequence[Tensor], eps: float
+) -> list[Tensor]:
+    """Phase 1 as differentiable aten operations."""
+    held, out = compute_dtype(sources), result_dtype(sources)
+    mixtures, sums = [], []
+    for query, key_weight in zip(queries, key_weights, strict=True):
+        logit_weight = query.to(held) * key_weight.to(held)
+        logits = torch.cat([_row_logit(s, logit_weight, eps)[1] for s in sources], -1)
+        mixtures.append(_mix(sources, torch.softmax(logits, -1).movedim(-1, 0)).to(out))
+        sums.append(torch.logsumexp(logits, -1))
+    return [*mixtures, *sums]
+
+
+# --- phase 2 -----------------------------------------------------------------------------------------
+
+
+def depth_attention_merge(
+    mixed: Tensor,
+    lse: Tensor,
+    partial: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    gain: float = 1.0,
+    delta: Tensor | None = None,
+    norm: int = NO_NORM,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Phase 2: one read, from its phase-1 output and the one source that phase 1 has not seen.
+
+    mixed [..., D], lse [...]: from `depth_attention_batch`. partial: [..., D], the block's partial sum.
+    query, key_weight: [D], those mixed was made with. The rest as for `depth_attention_fused`, with partial as
+    the last source.
+    Returns [out] or [out, partial + delta].
+
+    Raises OperatorError as `depth_attention_fused` does, and where lse is not [...].
+    """
+    given = (mixed, lse, partial, query, key_weight, delta, norm_weight, norm_bias)
+    if not any(isinstance(t, Proxy) for t in given):
+        _check_merge(mixed, lse, partial, query, key_weight, eps)
+        check_epilogue("depth_attention_merge", partial, delta, norm, norm_weight, norm_bias, norm_eps, dtype)
+    outputs: list[Tensor] = torch.ops.attnres_fx.depth_attention_merge.default(
+        mixed,
+        lse,
+        partial,
+        query,
+        key_weight,
+        float(eps),
+        float(gain),
+        delta,
+        norm,
+        norm_weight,
+        norm_bias,
+        float(norm_eps),
+        dtype,
+    )
+    return outputs
+
+
+def _check_merge(mixed: Tensor, lse: Tensor, partial: Tensor, query: Tensor, key_weight: Tensor, eps: float) -> None:
+    _check([mixed, partial], query, key_weight, eps)
+    if not isinstance(lse, Tensor) or not lse.is_floating_point() or lse.shape != mixed.shape[:-1]:
+        kind = f"{lse.dtype} {tuple(lse.shape)}" if isinstance(lse, Tensor) else type(lse).__name__
+        raise OperatorError(
+            f"depth_attention_merge: lse is {kind}; it must be floating point {tuple(mixed.shape[:-1])}, "
+            f"one number a row of mixed."
+        )
+    if lse.device != mixed.device:
+        raise OperatorError(f"depth_attention_merge: lse is on {lse.device} and mixed on {mixed.device}.")
+
+
+def _merge(
+    mixed: Tensor,
+    lse: Tensor,
+    partial: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    eps: float,
+    gain: float,
+    delta: Tensor | None,
+    norm: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
+    _check_merge(mixed, lse, partial, query, key_weight, eps)
+    check_epilogue("depth_attention_merge", partial, delta, norm, norm_weight, norm_bias, norm_eps, dtype)
+
+    others = (mixed, query, key_weight, delta, norm_weight, norm_bias)
+    if not _is_transformed([partial]) and kernels.usable([partial], *others):
+
+        def again(given: Sequence[Tensor | None]) -> list[Tensor]:
+            query, key_weight, delta, norm_weight, norm_bias, mixed, lse, partial = given
+            assert partial is not None
+            partial = partial if delta is None else partial + delta
+            given = [mixed, lse, partial, query, key_weight, norm_weight, norm_bias]
+            out = _merge_definition(given, eps, gain, norm, norm_eps, dtype)
+            return [out] if delta is None else [out, partial]
+
+        return kernels.kernel_read(
+            [partial],
+            query,
+            key_weight,
+            eps,
+            gain,
+            again,
+            delta=delta,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            norm_eps=norm_eps,
+            dtype=dtype,
+            carry=mixed,
+            carry_lse=lse,
+        )
+    tensors = [mixed, lse, partial, query, key_weight, norm_weight, norm_bias]
+    extra: list[Tensor] = []
+    if delta is not None:
+        extra = [partial + delta]
+        tensors[2] = extra[0]
+
+    def definition(given: Sequence[Tensor | None]) -> list[Tensor]:
+        return [_merge_definition(given, eps, gain, norm, norm_eps, dtype)]
+
+    if _runs_in_plain_eager([t for t in tensors if t is not None]):
+        return [*recomputed(definition, tensors), *extra]
+    return [*definition(tensors), *extra]
+
+
+def _merge_definition(
+    tensors: Sequence[Tensor | None], eps: float, gain: float, norm: int, norm_eps: float, dtype: torch.dtype | None
+) -> Tensor:
+    """Phase 2 as differentiable aten operations: the online softmax of two sources."""
+    mixed, lse, partial, query, key_weight, norm_weight, norm_bias = tensors
+    assert mixed is not None and lse is not None and partial is not None
+    assert query is not None and key_weight is not None
+    held = compute_dtype([mixed, partial])
+    _, logit = _row_logit(partial, query.to(held) * key_weight.to(held), eps)
+    apart = logit - lse.to(held).unsqueeze(-1)
+    weights = torch.cat([torch.sigmoid(-apart), torch.sigmoid(apart)], -1) * gain
+    out = _mix([mixed, partial], weights.movedim(-1, 0))
+    return normed(out, norm, norm_weight, norm_bias, norm_eps, dtype or result_dtype([mixed, partial]))
+
+
+for _schema, _function in ((BATCH_SCHEMA, _batch), (MERGE_SCHEMA, _merge)):
+    library.define(_schema)
+    for _key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
+        library.impl(_schema.partition("(")[0], _function, _key)
+
+#: What stands in a graph, with all arguments by position.
+DEPTH_ATTENTION_BATCH = torch.ops.attnres_fx.depth_attention_batch.default
+DEPTH_ATTENTION_MERGE = torch.ops.attnres_fx.depth_attention_merge.default

@@ -1,0 +1,1 @@
+"""What sublayers and stages cost: operations, bytes, seconds, memory, traffic."""

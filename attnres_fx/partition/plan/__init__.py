@@ -1,0 +1,1 @@
+"""A plan as data, its file, its table and its plots."""

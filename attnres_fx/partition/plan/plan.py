@@ -1,0 +1,305 @@
+"""A plan: blocks, stages, what they cost and what travels, as data that a file can hold and a person can read."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from attnres_fx._version import __version__
+from attnres_fx.config import AttnResConfig
+from attnres_fx.errors import ConfigError, PlanError
+from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
+from attnres_fx.partition.costs.stage_loads import stage_loads
+from attnres_fx.partition.costs.traffic import Traffic, count_traffic, size, stage_values
+from attnres_fx.partition.pipeline_schedule import ZERO_BUBBLE
+from attnres_fx.partition.plan.fingerprint import ModelFingerprint, check_same_model
+from attnres_fx.partition.plan.plain_data import from_plain, to_plain
+from attnres_fx.partition.planner.objective import Partition
+from attnres_fx.partition.simulate.timeline import Timeline, simulate
+from attnres_fx.partition.split.routes import StageValue
+from attnres_fx.passes.schedule import DepthSchedule
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One argument of the example microbatch.
+
+    name: its keyword, or its number among the positional ones. dtype, shape: of a tensor; dtype is "" for anything
+    else. value: of that, as JSON; None where JSON cannot hold it.
+    """
+
+    name: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    value: str | None = None
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What was asked for: see `attnres_fx.plan`."""
+
+    num_stages: int
+    virtual_stages: int
+    schedule: str
+    num_microbatches: int
+    align: str
+    recompute: bool
+    cache: bool
+    memory_limit: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Blocks and stages of a model; `print` it, `save` it, `plot` it, hand it to `build_stages`.
+
+    model: what it was made for. config: the conversion, with the blocks chosen. partition: stages, blocks, seconds and
+    bytes. values: every tensor that leaves a stage, from the graph itself. inputs: the example microbatch.
+    """
+
+    model: ModelFingerprint
+    config: AttnResConfig
+    options: PlanOptions
+    device: DeviceSpeed
+    costs: ModelCosts
+    partition: Partition
+    values: tuple[StageValue, ...]
+    inputs: tuple[InputSpec, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    # --- what it says
+
+    @property
+    def num_stages(self) -> int:
+        """Ranks, P."""
+        return self.options.num_stages
+
+    @property
+    def virtual_stages(self) -> int:
+        """Stages on each rank, V."""
+        return self.options.virtual_stages
+
+    @property
+    def schedule(self) -> str:
+        """The schedule, by PyTorch's name."""
+        return self.options.schedule
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.options.num_microbatches
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First sublayer of every virtual stage."""
+        return self.partition.starts
+
+    @property
+    def schedules(self) -> dict[str, DepthSchedule]:
+        """Blocks of every stream, by its name."""
+        return dict(self.partition.schedules)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether stages run through `torch.compile`: not under zero bubble, where gradients would be wrong."""
+        return self.schedule not in ZERO_BUBBLE
+
+    def rank_of(self, stage: int) -> int:
+        """The rank that runs a virtual stage."""
+        return stage % self.num_stages
+
+    def stages_of(self, rank: int) -> range:
+        """The virtual stages of a rank."""
+        return range(rank, len(self.starts), self.num_stages)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """What travels over every hop, counted three ways."""
+        return count_traffic(self.values, num_stages=self.num_stages, virtual_stages=self.virtual_stages)
+
+    @cached_property
+    def plain_traffic(self) -> Traffic:
+        """What would travel in the model as it was, with plain residuals, over the same stages."""
+        values = stage_values(self.costs.streams, None, self.starts, carried=self.costs.carried)
+        return count_traffic(values, num_stages=self.num_stages, virtual_stages=self.virtual_stages)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """One step, simulated."""
+        loads = stage_loads(
+            self.costs, self.starts, self.schedules, self.traffic, device=self.device, cache=self.options.cache
+        )
+        return simulate(
+            loads,
+            schedule=self.schedule,
+            num_stages=self.num_stages,
+            virtual_stages=self.virtual_stages,
+            num_microbatches=self.num_microbatches,
+        )
+
+    # --- checks
+
+    def check_model(self, found: ModelFingerprint) -> None:
+        """Raises PlanError naming the first difference between the planned model and this one."""
+        check_same_model(self.model, found)
+
+    def check_config(self, found: AttnResConfig) -> None:
+        """Raises PlanError where a converted model reads otherwise than planned."""
+        for name in ("variant", "output", "eps"):
+            ours, theirs = getattr(self.config, name), getattr(found, name)
+            if ours != theirs:
+                raise PlanError(
+                    f"the plan was made for {name}={ours!r} and the model was converted with {name}={theirs!r}: plan "
+                    f"again for this model, or convert the original with the plan's config."
+                )
+
+    # --- files
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, for `attnres_fx.load_plan`."""
+        content = {f.name: to_plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        content["config"] = dataclasses.asdict(self.config)
+        head = {"format": FORMAT, "version": __version__, "checksum": _checksum(content)}
+        try:
+            Path(path).write_text(json.dumps({**head, "plan": content}, indent=1) + "\n")
+        except OSError as error:
+            raise PlanError(f"the plan cannot be written to {str(path)!r}: {error}.") from error
+
+    @staticmethod
+    def load(path: str | Path) -> "Plan":
+        """Read what `save` wrote. Raises PlanError for a file that is cut short, edited, or of another format."""
+        try:
+            found = json.loads(Path(path).read_text())
+            head = {name: found[name] for name in ("format", "version", "checksum", "plan")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PlanError(
+                f"{str(path)!r} is no plan ({type(error).__name__}: {error}): give a file that Plan.save wrote, whole."
+            ) from error
+        if head["format"] != FORMAT or _major(head["version"]) != _major(__version__):
+            raise PlanError(
+                f"{str(path)!r} has format {head['format']} of attnres_fx {head['version']}; this is {FORMAT} of "
+                f"{__version__}: plan again with this version."
+            )
+        if head["checksum"] != _checksum(head["plan"]):
+            raise PlanError(
+                f"{str(path)!r} was changed after it was written: its checksum does not fit. Plan again with other "
+                f"options (`starts=`, `config=`) instead of editing the file."
+            )
+        return _from_content(head["plan"])
+
+    # --- for people
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """Stages with their blocks, times and bytes, then ranks and totals."""
+        part, options = self.partition, self.options
+        head = (
+            f"{self.model.model}, variant {self.config.variant}: {len(self.costs.sublayers)} sublayers on "
+            f"{self.num_stages} ranks x {self.virtual_stages}, {self.schedule}, {self.num_microbatches} microbatches"
+        )
+        rows = [self._row(c) for c in range(len(self.starts))]
+        table = tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True, colalign=_ALIGN)
+        memory = ", ".join(size(b) for b in part.memory_bytes)
+        counts = self.traffic
+        used = counts.exact if options.cache else counts.naive
+        plain = self.plain_traffic.exact.total
+        lines = [
+            f"memory per rank: {memory}" + (f" (limit {size(options.memory_limit)})" if options.memory_limit else ""),
+            f"traffic a microbatch, both ways: {size(used.total)} (naive {size(counts.naive.total)}, paper's cache "
+            f"{size(counts.cached.total)}, plain residual {size(plain)}); fullest hop {size(used.peak)}",
+            f"kept for other stages a microbatch, per rank: {', '.join(size(b) for b in counts.cache_bytes)}",
+            f"step {_seconds(self.timeline.step_seconds)}, bubble {self.timeline.bubble:.1%}; slowest stage "
+            f"{_seconds(part.slowest_seconds)}, at most {part.gap:.1%} above the best",
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join([head, "", table, "", *lines])
+
+    def _row(self, c: int) -> dict[str, str]:
+        part, stop = self.partition, (*self.starts[1:], len(self.costs.sublayers))[c]
+        return {
+            "stage": str(c),
+            "rank": str(self.rank_of(c)),
+            "sublayers": f"{self.starts[c]}-{stop - 1}",
+            "from": _shortened(self.costs.sublayers[self.starts[c]].name),
+            "blocks": self._blocks(self.starts[c], stop),
+            "forward ms": f"{part.forward_seconds[c] * 1e3:.4g}",
+            "backward ms": f"{part.backward_seconds[c] * 1e3:.4g}",
+            "sends": size(part.hop_forward_bytes[c]),
+            "parameters": size(part.parameter_bytes[c]),
+            "activations": size(part.activation_bytes[c]),
+        }
+
+    def _blocks(self, start: int, stop: int) -> str:
+        """Blocks of a stage; `…` where one began before it or goes on after it."""
+        found = []
+        for stream in self.costs.streams:
+            schedule = self.schedules[stream.name]
+            if schedule.variant == "full":
+                continue
+            inside = range(max(start, stream.first), min(stop, stream.first + stream.count))
+            if inside:
+                first, last = (schedule.block_of(i - stream.first) for i in (inside[0], inside[-1]))
+                before = "" if inside[0] - stream.first in schedule.starts else "…"
+                ends = inside[-1] + 1 - stream.first
+                after = "" if ends == stream.count or ends in schedule.starts else "…"
+                found.append(before + (f"{first + 1}" if first == last else f"{first + 1}-{last + 1}") + after)
+        return " ".join(found) or "-"
+
+    def plot(self, path: str | Path) -> None:
+        """Draw stages, blocks and the simulated step. Raises PlanError where matplotlib is not installed."""
+        from attnres_fx.partition.plan.plots import StageMap, draw_plan
+
+        stage_map = StageMap(self.costs.streams, self.schedules, self.starts, self.num_stages)
+        try:
+            draw_plan(self.timeline, stage_map, path)
+        except (OSError, ValueError) as error:
+            raise PlanError(f"the plan cannot be drawn to {str(path)!r}: {error}.") from error
+
+
+_ALIGN = ("right", "right", "left", "left", "left", *["right"] * 5)
+
+
+def _from_content(content: Mapping[str, Any]) -> Plan:
+    try:
+        config = AttnResConfig(**content["config"])
+    except (ConfigError, TypeError) as error:
+        raise PlanError(f"the plan's config cannot be read: {error}") from error
+    kinds = {
+        "model": ModelFingerprint,
+        "options": PlanOptions,
+        "device": DeviceSpeed,
+        "costs": ModelCosts,
+        "partition": Partition,
+        "values": tuple[StageValue, ...],
+        "inputs": tuple[InputSpec, ...],
+        "notes": tuple[str, ...],
+    }
+    return Plan(config=config, **{n: from_plain(k, content[n], f"plan.{n}") for n, k in kinds.items()})
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _major(version: Any) -> str:
+    parts = str(version).split(".")
+    return ".".join(parts[:2]) if parts[0] == "0" else parts[0]
+
+
+def _seconds(count: float) -> str:
+    for unit, one in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if count >= one:
+            return f"{count / one:.4g} {unit}"
+    return f"{count * 1e9:.4g} ns"
+
+
+def _shortened(name: str, length: int = 34) -> str:
+    return name if len(name) <= length else f"…{name[1 - length :]}"

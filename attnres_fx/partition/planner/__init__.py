@@ -1,0 +1,1 @@
+"""Where to cut: the request, the objective and the searches."""

@@ -1,0 +1,195 @@
+"""What a plan is asked for, and whether it can be asked for at all."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import get_args
+
+from attnres_fx.config import Variant
+from attnres_fx.errors import PlanError
+from attnres_fx.partition.costs.in_flight import in_flight
+from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
+from attnres_fx.partition.costs.traffic import check_starts
+from attnres_fx.partition.pipeline_schedule import check_schedule
+from attnres_fx.passes.schedule import DEFAULT_BLOCKS, DepthSchedule
+
+#: Gradient and AdamW's two moments, each as large as the parameter.
+OPTIMIZER_FACTOR = 3.0
+#: Times in picoseconds, and bytes, must fit machine integers when they are added up and weighed against each other.
+_LARGEST = 2**60
+
+Schedules = Mapping[str, DepthSchedule]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What is to be planned.
+
+    costs: per microbatch. num_stages: ranks P. virtual_stages: V; C = P * V. schedule: as PyTorch names it.
+    num_microbatches: M. variant: which sources a read sees.
+    schedules: blocks of each stream by its name, where they are given; None chooses them (one stream), or takes each
+        stream's only ones (`full`). num_blocks: with free blocks, how many, or (fewest, most).
+    starts: first sublayer of each virtual stage, where they are given.
+    align: "prefer" lets blocks span stages where that is faster; "require" cuts at the ends of blocks alone.
+    memory_limit: bytes a rank. optimizer_factor: bytes of gradient and optimizer state per byte of parameter; 3.0 is a
+        gradient and AdamW's two moments in the parameter's own type.
+    recompute: whether each sublayer keeps its input alone and is run again in backward.
+    cache: whether ranks keep the values they have seen, so that hops carry each to a rank once.
+    """
+
+    costs: ModelCosts
+    num_stages: int
+    num_microbatches: int
+    virtual_stages: int = 1
+    schedule: str = "1F1B"
+    device: DeviceSpeed = field(default_factory=DeviceSpeed)
+    variant: Variant = "block"
+    schedules: Schedules | None = None
+    num_blocks: int | tuple[int, int] | None = None
+    starts: tuple[int, ...] | None = None
+    align: str = "prefer"
+    memory_limit: int | None = None
+    optimizer_factor: float = OPTIMIZER_FACTOR
+    recompute: bool = False
+    cache: bool = True
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual stages of all ranks, C."""
+        return self.num_stages * self.virtual_stages
+
+    @property
+    def num_sublayers(self) -> int:
+        return len(self.costs.sublayers)
+
+    @cached_property
+    def moments(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Per rank, the microbatches it keeps at its fullest moments (`in_flight`)."""
+        return tuple(
+            in_flight(self.schedule, self.num_stages, self.virtual_stages, self.num_microbatches, rank)
+            for rank in range(self.num_stages)
+        )
+
+    @cached_property
+    def known_schedules(self) -> Schedules | None:
+        """Blocks of every stream where there is no choice, else None."""
+        if self.variant == "full":
+            return {s.name: DepthSchedule("full", tuple(range(s.count)), s.count) for s in self.costs.streams}
+        return self.schedules
+
+    @cached_property
+    def block_counts(self) -> range:
+        """Numbers of blocks to choose from, where blocks are chosen: by default blocks of ceil(L / 8) sublayers."""
+        if self.num_blocks is None:
+            size = -(-self.num_sublayers // DEFAULT_BLOCKS)
+            few = -(-self.num_sublayers // size)
+            return range(few, few + 1)
+        low, high = (self.num_blocks, self.num_blocks) if isinstance(self.num_blocks, int) else self.num_blocks
+        return range(low, high + 1)
+
+
+def check_request(request: PlanRequest) -> None:
+    """Raises PlanError for what no plan can be made of, saying what to change and to what."""
+    check_schedule(
+        request.schedule,
+        num_stages=request.num_stages,
+        virtual_stages=request.virtual_stages,
+        num_microbatches=request.num_microbatches,
+    )
+    _check_choices(request)
+    _check_sizes(request)
+    _check_starts(request)
+    _check_blocks(request)
+
+
+def _check_choices(request: PlanRequest) -> None:
+    for name, value, allowed in (
+        ("align", request.align, ("prefer", "require")),
+        ("variant", request.variant, get_args(Variant)),
+    ):
+        if value not in allowed:
+            raise PlanError(f"{name} must be one of {', '.join(allowed)}; it is {value!r}.")
+    for name in ("flops", "memory_bandwidth", "link_bandwidth", "link_latency"):
+        value = getattr(request.device, name)
+        if not (math.isfinite(value) and (value > 0 or (value == 0 and name == "link_latency"))):
+            raise PlanError(f"DeviceSpeed.{name} must be a positive finite number; it is {value!r}.")
+    if not math.isfinite(request.optimizer_factor) or request.optimizer_factor < 0:
+        raise PlanError(
+            f"optimizer_factor is the bytes of gradient and optimizer state per byte of parameter, 0 or more; "
+            f"it is {request.optimizer_factor!r}."
+        )
+
+
+def _check_sizes(request: PlanRequest) -> None:
+    costs, device = request.costs, request.device
+    if request.num_virtual > request.num_sublayers:
+        raise PlanError(
+            f"num_stages={request.num_stages} times virtual_stages={request.virtual_stages} are {request.num_virtual} "
+            f"stages, more than the model's {request.num_sublayers} sublayers: {_fewer_stages(request)}."
+        )
+    parts = (*costs.sublayers, costs.before, costs.after)
+    crossing = 2 * (sum(s.value_bytes * (s.count + 1) for s in costs.streams) + sum(v.bytes for v in costs.carried))
+    seconds = sum(2 * p.forward_flops + p.backward_flops for p in parts) / device.flops
+    seconds += sum(4 * s.value_bytes * (s.count + 1) ** 2 for s in costs.streams) / device.memory_bandwidth
+    seconds += crossing / device.link_bandwidth + 2 * device.link_latency
+    if seconds * 10**12 > _LARGEST:
+        raise PlanError(
+            f"one microbatch might take {seconds:.3g} s: give DeviceSpeed in operations a second, bytes a second and "
+            f"seconds a message."
+        )
+    kept = float(sum(p.activation_bytes for p in parts) * request.num_microbatches)
+    kept += sum(p.parameter_bytes for p in parts) * (2 + request.optimizer_factor) * 1024
+    if kept + crossing * request.num_microbatches + crossing * (request.num_virtual + 1) ** 2 > _LARGEST:
+        raise PlanError("the bytes of the model are too many to be added up: give costs in bytes.")
+
+
+def _fewer_stages(request: PlanRequest) -> str:
+    most = request.num_sublayers // request.virtual_stages
+    if most >= 1:
+        return f"choose num_stages of at most {most}, or fewer virtual_stages"
+    return f"choose num_stages times virtual_stages of at most {request.num_sublayers}"
+
+
+def _check_starts(request: PlanRequest) -> None:
+    starts = request.starts
+    if starts is None:
+        return
+    if len(starts) != request.num_virtual:
+        raise PlanError(
+            f"{len(starts)} stage starts are given for num_stages={request.num_stages} times "
+            f"virtual_stages={request.virtual_stages} = {request.num_virtual} stages: give one each, the first 0."
+        )
+    for i, (start, stop) in enumerate(zip(starts, (*starts[1:], request.num_sublayers), strict=True)):
+        if stop <= start:
+            raise PlanError(
+                f"stage {i} would be empty: it starts at sublayer {start} and the next at {stop}, of "
+                f"{request.num_sublayers} sublayers; move one of the two stage starts {starts}."
+            )
+    check_starts(starts, request.num_sublayers)
+
+
+def _check_blocks(request: PlanRequest) -> None:
+    streams = request.costs.streams
+    if request.schedules is not None and request.variant != "full":
+        for stream in streams:
+            schedule = request.schedules.get(stream.name)
+            if schedule is None or (schedule.variant, schedule.num_sublayers) != (request.variant, stream.count):
+                raise PlanError(
+                    f"the stream {stream.name!r} needs blocks of variant {request.variant!r} over its {stream.count} "
+                    f"sublayers; given is {schedule}."
+                )
+        if request.num_blocks is not None:
+            raise PlanError("the blocks are given, so num_blocks means nothing: leave one of the two out.")
+    if request.known_schedules is not None:
+        return
+    if len(streams) != 1:
+        raise PlanError(
+            f"blocks are chosen for models of one stream, and this one has {len(streams)} "
+            f"({', '.join(s.name for s in streams)}): give the blocks of each stream."
+        )
+    counts, most = request.block_counts, request.num_sublayers
+    if len(counts) == 0 or counts[0] < 1 or counts[-1] > most:
+        raise PlanError(
+            f"num_blocks={request.num_blocks} must be a number, or (fewest, most), between 1 and the {most} sublayers."
+        )

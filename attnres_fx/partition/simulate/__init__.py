@@ -1,0 +1,1 @@
+"""One training step of a pipeline in time, before anything runs."""

@@ -1,0 +1,1 @@
+"""A converted graph as a chain of sublayers, and as stages."""

@@ -1,0 +1,284 @@
+"""A converted graph as one chain of sublayers: which node belongs to which.
+
+A node can run no earlier than what it takes, and no later than what takes it. In between it stays with the sublayer
+whose parameters it uses (the keys of a cross-attention are made beside the decoder layer, not at the encoder's end),
+or where less has to be carried. What depends on the model's inputs and constants alone (masks, rotary tables) belongs
+to nobody: every stage that needs it makes its own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from attnres_fx.errors import PlanError
+from attnres_fx.passes.graph.mutation_order import Writes, find_writes
+from attnres_fx.passes.graph.nodes import describe, tensor_of, value_of
+from attnres_fx.passes.graph.operations import op_name
+from attnres_fx.passes.graph.result import PassResult
+from attnres_fx.passes.normalize.inline_regions import getattr_path
+
+_MODES = ("is_grad_enabled", "_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+
+
+@dataclass(frozen=True)
+class ChainStream:
+    """A stream's run of the chain: its sublayers `first` to `first + count - 1`, each with a name."""
+
+    name: str
+    first: int
+    count: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChainRead:
+    """A depth read of a chain's stream: its node, the sublayers of the stream written before it.
+
+    summary: of the read at the end of a `local` block, the node that holds what the block hands on (the read, or on a
+    post-norm stream the norm after it): both are part of the block's last sublayer.
+    """
+
+    node: str
+    stream: str
+    position: int
+    summary: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """unit: the sublayer of each node, -1 before the first (embedding), L after the last (final norm, head).
+
+    floating: nodes each stage makes for itself.
+    """
+
+    graph: Graph
+    streams: tuple[ChainStream, ...]
+    unit: Mapping[Node, int]
+    floating: frozenset[Node]
+    writes: Writes
+
+    @property
+    def num_sublayers(self) -> int:
+        return sum(s.count for s in self.streams)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for s in self.streams for name in s.names)
+
+    @cached_property
+    def _members(self) -> dict[int, list[Node]]:
+        found: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node in self.unit:
+                found.setdefault(self.unit[node], []).append(node)
+        return found
+
+    def members(self, unit: int) -> list[Node]:
+        """Nodes of one sublayer, in graph order."""
+        return self._members.get(unit, [])
+
+
+def drop_assertions_pass(gm: GraphModule) -> PassResult:
+    """Remove what only states a tensor's dtype and device again, and what nobody uses, in place.
+
+    Either would tie tensors to a sublayer that has no other use of them.
+    """
+    found = [n for n in gm.graph.nodes if op_name(n) == "_assert_tensor_metadata" and not n.users]
+    for node in found:
+        gm.graph.erase_node(node)
+    unused = gm.graph.eliminate_dead_code()
+    return PassResult(gm, bool(found) or unused, (), tuple(n.name for n in found))
+
+
+def find_chain(gm: GraphModule, streams: Sequence[ChainStream], reads: Sequence[ChainRead]) -> Chain:
+    """Order a converted graph by its streams. Nodes must carry values.
+
+    streams: those of the chain, none nested in another's sublayer. reads: their depth reads.
+    """
+    placing = _Placing(gm, streams, reads)
+    placing.forward()
+    placing.backward()
+    return Chain(gm.graph, tuple(streams), placing.unit, frozenset(placing.floating), placing.writes)
+
+
+def is_mode_switch(node: Node) -> bool:
+    """Whether a node switches autocast or gradients, or asks how they are switched."""
+    return getattr(node.target, "__name__", "") in _MODES
+
+
+class _Placing:
+    def __init__(self, gm: GraphModule, streams: Sequence[ChainStream], reads: Sequence[ChainRead]) -> None:
+        self.gm = gm
+        self.nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+        self.nodes = [n for n in self.nodes if not is_mode_switch(n)]
+        self.last = sum(s.count for s in streams)
+        first = {s.name: s.first for s in streams}
+        count = {s.name: s.count for s in streams}
+        by_name = {n.name: n for n in gm.graph.nodes}
+        self.anchor: dict[Node, int] = {}
+        self.wrote: dict[Node, int] = {}  # of a read: the sublayer that made the last of its sources
+        for read in reads:
+            node = by_name[read.node]
+            unit = first[read.stream] + read.position
+            self.wrote[node] = max(unit - 1, 0)
+            ends_stream = read.position == count[read.stream] and unit != self.last
+            self.anchor[node] = unit - 1 if read.summary or ends_stream else unit
+        chain_reads = set(self.wrote)
+        for read in reads:
+            if read.summary:
+                summary, unit = by_name[read.summary], first[read.stream] + read.position
+                self.anchor[summary] = unit - 1
+                self.anchor |= {u: unit for u in summary.users if u not in chain_reads and u.op != "output"}
+        self.opening = self._opening(streams, reads, by_name)
+        self.writes = find_writes(gm.graph)
+        self.owners = {o for owners in self.writes.targets.values() for o in owners}
+        self.followers: dict[Node, list[Node]] = {}
+        for node, before in self.writes.needs.items():
+            for write in before:
+                self.followers.setdefault(write, []).append(node)
+        self.early: dict[Node, int] = {}
+        self.floating: set[Node] = set()
+        self.unit: dict[Node, int] = {}
+
+    def _opening(
+        self, streams: Sequence[ChainStream], reads: Sequence[ChainRead], by_name: dict[str, Node]
+    ) -> set[Node]:
+        """What the chain's first root is made of."""
+        roots: list[Node] = []
+        for read in reads:
+            if read.stream == streams[0].name and read.position == 1:
+                sources = by_name[read.node].args[0]
+                assert isinstance(sources, list | tuple)
+                roots += [s for s in sources[:1] if isinstance(s, Node)]
+        return set(_ancestors(roots))
+
+    def forward(self) -> None:
+        unrepeatable: set[Node] = set()
+        while True:
+            self.early, self.floating = {}, set()
+            for node in self.nodes:
+                known = [self.early[i] for i in self.writes.inputs(node) if i in self.early]
+                if node in self.anchor:
+                    known.append(self.anchor[node])
+                if known:
+                    self.early[node] = max(known)
+                elif node not in unrepeatable and self._may_be_repeated(node):
+                    self.floating.add(node)
+            # A storage that something of one sublayer is written into is that sublayer's, from its making on.
+            owned = {o for w, owners in self.writes.targets.items() if w not in self.floating for o in owners}
+            if owned <= unrepeatable:
+                return
+            unrepeatable |= owned
+
+    def _may_be_repeated(self, node: Node) -> bool:
+        """Whether a node that depends on nothing of the chain is the same wherever it is computed."""
+        for source in self.writes.inputs(node):
+            if source.op == "get_attr" and isinstance(getattr_path(self.gm, str(source.target)), torch.nn.Parameter):
+                return False
+            if source.op not in ("get_attr", "placeholder") and source not in self.floating:
+                return False
+        if node.op == "call_module" or is_random(node):
+            return False
+        return all(o.op not in ("get_attr", "placeholder") for o in self.writes.targets.get(node, ()))
+
+    def backward(self) -> None:
+        """Give every node that is not floating its sublayer, users first."""
+        unused = {n for n in self.nodes if not self._users(n) and n not in self.early and n not in self.floating}
+        for node in reversed(self.nodes):
+            if node in self.floating or node in unused:
+                continue
+            late = min((self._wanted(node, user) for user in self._users(node) if user not in unused), default=None)
+            early = self.early.get(node)
+            if node in self.opening and early is None:
+                self.unit[node] = -1
+            elif node in self.anchor or late is None:
+                self.unit[node] = early if early is not None else -1
+            elif early is None:
+                self.unit[node] = late
+            else:
+                self.unit[node] = max(early, late) if self._goes_with_its_users(node) else early
+        for node in unused:  # what is run for its effect: beside what it takes
+            self.unit[node] = max((self.unit[i] for i in node.all_input_nodes if i in self.unit), default=-1)
+        for write, owners in self.writes.targets.items():
+            self._keep_together(write, owners)
+
+    def _keep_together(self, write: Node, owners: Sequence[Node]) -> None:
+        """A write where its storage is made: it must not write into what came from another stage."""
+        made = [self.unit[o] for o in owners if o in self.unit]
+        if write in self.unit and any(u != self.unit[write] for u in made):
+            raise PlanError(
+                f"{describe(write)} writes in place into a tensor that sublayer {made[0]} makes, in sublayer "
+                f"{self.unit[write]}: a stage cannot write into what another has made. Write into a copy there."
+            )
+
+    def _users(self, node: Node) -> list[Node]:
+        return [*node.users, *self.followers.get(node, ())]
+
+    def _wanted(self, node: Node, user: Node) -> int:
+        if user.op == "output":
+            return self.last
+        if user in self.floating:
+            return self.last
+        if user in self.wrote and (node in _sources_of(user) or node in self.writes.targets):
+            return min(self.wrote[user], self.unit[user])
+        return self.unit[user]
+
+    def _goes_with_its_users(self, node: Node) -> bool:
+        if node in self.writes.targets or node in self.owners:
+            return True
+        if node.op == "call_module" or not isinstance(value_of(node), torch.Tensor):
+            return not isinstance(value_of(node), tuple | list)
+        if op_name(node) == "getitem" and not isinstance(value_of(node.all_input_nodes[0]), torch.Tensor):
+            return False
+        carried = [i for i in node.all_input_nodes if i in self.early]
+        if any(i.op == "get_attr" for i in node.all_input_nodes):
+            return True
+        return sum(size_in_bytes(i) for i in carried) <= size_in_bytes(node)
+
+
+def _sources_of(read: Node) -> Sequence[Node]:
+    sources = read.args[0]
+    return [s for s in sources if isinstance(s, Node)] if isinstance(sources, list | tuple) else []
+
+
+def _ancestors(nodes: Sequence[Node]) -> Iterator[Node]:
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+            yield node
+
+
+def is_random(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or "dropout" in op_name(node)
+
+
+def size_in_bytes(node: Node) -> int:
+    """Bytes of a node's tensor, free sizes as in the example; 0 where it is no tensor."""
+    value = tensor_of(node)
+    if value is None:
+        return 0
+    count = value.element_size()
+    for size in value.shape:
+        count *= plain_number(size, node)
+    return count
+
+
+def plain_number(size: int | torch.SymInt, node: Node) -> int:
+    """A size as the example had it. Raises PlanError for one that depends on data."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.maybe_as_int() or (size.node.hint if size.node.has_hint() else None)
+    if hint is None:
+        raise PlanError(
+            f"the size of {describe(node)} depends on data ({size}), so nobody can tell how many bytes it has: "
+            f"a pipeline needs sizes that follow from the inputs'."
+        )
+    return int(hint)

@@ -1,0 +1,192 @@
+"""A converted model's graphs as chains of sublayers, and as stages."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.signature import CallSignature
+from attnres_fx.capture.sizes import take_guards
+from attnres_fx.conversion.converted_model import ConvertedModel, Program, flat_arguments
+from attnres_fx.conversion.files import export_flat, renamed
+from attnres_fx.partition.split.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
+from attnres_fx.partition.split.input_sizes import ask_inputs_for_sizes_pass
+from attnres_fx.partition.split.stage_graphs import refuse_empty_stages, split_chain, stage_programs, sublayer_programs
+from attnres_fx.partition.split.stages import Stage, Stages
+from attnres_fx.passes import DepthSchedule, Replacement, Stream
+from attnres_fx.passes.graph.result import run_pass
+from attnres_fx.passes.lowering.lower import Lowering
+from attnres_fx.passes.normalize.inline_regions import getattr_path
+
+
+@dataclass(frozen=True, eq=False)
+class ChainedGraph:
+    """One mode's graph in order of its sublayers.
+
+    labels: what the sources of its reads are, by node name. out_spec: structure of the outputs, which are flat.
+    """
+
+    gm: GraphModule
+    chain: Chain
+    labels: Mapping[str, str]
+    out_spec: Any = None
+
+
+def chain_graph(
+    gm: GraphModule,
+    streams: Sequence[Stream],
+    schedules: Mapping[str, DepthSchedule],
+    replacements: Sequence[Replacement],
+) -> ChainedGraph:
+    """Order a converted graph, changing it where sizes are asked of tensors that live in one stage only.
+
+    streams: those rewritten. schedules: by stream name. replacements: the reads of this graph.
+    """
+    for each in (drop_assertions_pass, ask_inputs_for_sizes_pass):
+        run_pass(each, gm)
+    order = {n.name: i for i, n in enumerate(gm.graph.nodes)}
+    main = [s for s in streams if s.nested_in is None]
+    begins = {s.name: min(order[r.node] for r in replacements if r.stream == s.name) for s in main}
+    main.sort(key=lambda s: begins[s.name])
+    runs, at = [], 0
+    for stream in main:
+        runs.append(ChainStream(stream.name, at, stream.num_sublayers, _sublayer_names(stream)))
+        at += stream.num_sublayers
+    reads = [r for s in main for r in _chain_reads(s, schedules[s.name], replacements)]
+    labels = {
+        node: label if len(main) == 1 else f"{r.stream}:{label}" for r in replacements for label, node in r.sources
+    }
+    return ChainedGraph(gm, find_chain(gm, runs, reads), labels)
+
+
+def _sublayer_names(stream: Stream) -> tuple[str, ...]:
+    """Each sublayer by the read that opens it."""
+    at = {r.position: r.name for r in reversed(stream.reads)}
+    return tuple(at.get(i, f"{stream.name}[{i}]") for i in range(stream.num_sublayers))
+
+
+def _chain_reads(stream: Stream, schedule: DepthSchedule, replacements: Sequence[Replacement]) -> list[ChainRead]:
+    position = {r.name: r.position for r in stream.reads}
+    extras = {r.name for r in stream.reads if r.extras}
+    own = [r for r in replacements if r.stream == stream.name]
+    found = []
+    for placed in own:
+        at = position[placed.read]
+        closes = (
+            schedule.variant == "local"
+            and placed.read not in extras
+            and 0 < at < schedule.num_sublayers
+            and at in schedule.starts
+        )
+        summary = None
+        if closes:
+            label = f"c_{schedule.block_of(at) + 1}"
+            held = [n for r in own for name, n in r.sources if name == label]
+            summary = held[0] if stream.post_norm and held else placed.node
+        found.append(ChainRead(placed.node, stream.name, at, summary))
+    return found
+
+
+def chains_of(converted: ConvertedModel) -> dict[Mode, ChainedGraph]:
+    """Every mode's graph of a converted model, in order."""
+    streams = [s.stream for s in converted.report.streams]
+    schedules = {s.stream.name: s.schedule for s in converted.report.streams}
+    made: dict[int, ChainedGraph] = {}
+    found: dict[Mode, ChainedGraph] = {}
+    for mode, program in converted.programs.items():
+        if id(program) not in made:
+            gm, replacements, out_spec = _in_aten(converted, program)
+            name_as_the_model_does(gm, converted)
+            chained = chain_graph(gm, streams, schedules, replacements)
+            made[id(program)] = replace(chained, out_spec=out_spec)
+        found[mode] = made[id(program)]
+    return found
+
+
+def name_as_the_model_does(gm: GraphModule, model: nn.Module) -> None:
+    """Give a parameter that has several names the one the model lists it under."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first.setdefault(id(parameter), name)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            node.target = first.get(id(getattr_path(gm, str(node.target))), node.target)
+
+
+def _in_aten(converted: ConvertedModel, program: Program) -> tuple[GraphModule, tuple[Replacement, ...], Any]:
+    """A graph in aten operations, which say what they read and write, its reads, and its outputs' structure."""
+    if converted.in_spec is not None:
+        return GraphModule(converted, copy.deepcopy(program.graph)), program.replacements, program.out_spec
+    order = {n.name: i for i, n in enumerate(program.graph.nodes)}
+    exported = export_flat(converted, program)
+    gm = exported.module()
+    assert isinstance(gm, GraphModule)
+    take_guards(gm)
+    gm.graph.set_codegen(CodeGen())
+    gm.recompile()
+    reads = renamed(gm, sorted(program.replacements, key=lambda r: order[r.node]))
+    return gm, reads, exported.call_spec.out_spec
+
+
+def stages_of(
+    converted: ConvertedModel,
+    starts: Sequence[int],
+    *,
+    num_stages: int,
+    virtual_stages: int,
+    cache: bool,
+    lowering: Lowering | None,
+    recompute: bool = False,
+) -> Stages:
+    """A converted model cut before the sublayers `starts`, which has one entry per virtual stage."""
+    chains = chains_of(converted)
+    splits = {m: split_chain(c.gm, c.chain, starts, c.labels) for m, c in chains.items()}
+    for split in splits.values():
+        refuse_empty_stages(split)
+    programs = {m: stage_programs(s, num_ranks=num_stages, cache=cache) for m, s in splits.items()}
+    roots = [converted, *(c.gm for c in chains.values())]
+    stages = [
+        Stage(
+            roots,
+            i,
+            {m: p[i] for m, p in programs.items()},
+            lowering or converted.lowering,
+            {m: sublayer_programs(splits[m], p[i]) for m, p in programs.items() if recompute},
+        )
+        for i in range(len(starts))
+    ]
+    specs = {m: c.out_spec for m, c in chains.items()}
+    call = Call(converted.signature, converted.in_spec, dict(converted.programs), specs)
+    return Stages(
+        stages,
+        splits,
+        num_stages=num_stages,
+        virtual_stages=virtual_stages,
+        cache=cache,
+        flatten=call.flatten,
+        unflatten=call.unflatten,
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a converted model is called, without the model: the programs hold no tensors."""
+
+    signature: CallSignature
+    in_spec: Any
+    programs: Mapping[Mode, Program]
+    out_specs: Mapping[Mode, Any]
+
+    def flatten(self, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        if self.in_spec is None:
+            return pytree.tree_leaves(self.signature.bind(args, dict(kwargs)))
+        return flat_arguments(self.programs[mode], self.signature, self.in_spec, args, kwargs)
+
+    def unflatten(self, mode: Mode, outputs: Any) -> Any:
+        return pytree.tree_unflatten(outputs, self.out_specs[mode])

@@ -1,0 +1,54 @@
+"""What is written in place, and who must come after: an order that no argument of a node shows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from attnres_fx.passes.graph.aliasing import aliased_argument, mutated_arguments, returns_what_it_writes
+
+
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """needs: for each node that looks at a storage after it was written, the writes it comes after.
+
+    targets: every write with the nodes that own the storages it writes to.
+    """
+
+    needs: Mapping[Node, tuple[Node, ...]]
+    targets: Mapping[Node, tuple[Node, ...]]
+
+    def inputs(self, node: Node) -> list[Node]:
+        """What a node depends on: its arguments, and the writes to their storages before it."""
+        return [*node.all_input_nodes, *self.needs.get(node, ())]
+
+
+def find_writes(graph: Graph) -> Writes:
+    """All writes into storages of a graph. Nodes must carry values."""
+    owners: dict[Node, Node] = {}
+    targets: dict[Node, tuple[Node, ...]] = {}
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "get_attr", "output") and (written := mutated_arguments(node)):
+            targets[node] = tuple(dict.fromkeys(_owner(t, owners) for t in written))
+    if not targets:
+        return Writes({}, {})
+    done: dict[Node, list[Node]] = {owner: [] for written in targets.values() for owner in written}
+    needs: dict[Node, tuple[Node, ...]] = {}
+    for node in graph.nodes:
+        before = [w for i in node.all_input_nodes for w in done.get(_owner(i, owners), ())]
+        if before:
+            needs[node] = tuple(dict.fromkeys(before))
+        for owner in targets.get(node, ()):
+            done[owner].append(node)
+    return Writes(needs, targets)
+
+
+def _owner(node: Node, known: dict[Node, Node]) -> Node:
+    """The node that owns the storage of a node's value."""
+    if node not in known:
+        below = aliased_argument(node)
+        written = mutated_arguments(node) if node.op not in ("placeholder", "get_attr", "output") else []
+        if below is None and written and returns_what_it_writes(node):
+            below = written[0]
+        known[node] = node if below is None else _owner(below, known)
+    return known[node]

@@ -1,0 +1,1 @@
+"""Passes that lower depth attention to fused and batched operators."""

@@ -1,0 +1,177 @@
+"""Fold the norm that a read goes into, into the read.
+
+Before:
+    r = depth_attention([v0, v1], q, k, eps, 2)
+    y = layer_norm(r, [D], w, b, 1e-5)
+After:
+    y = depth_attention_fused([v0, v1], q, k, eps, 2, None, 2, w, b, 1e-5, float32)[0]
+
+The read is then never written, and backward needs no copy of it. Only where nothing but the norm sees the read, and
+only norms that `match_norm` knows; the rest stays.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnres_fx.ops.fused import NO_NORM
+from attnres_fx.ops.operator import DEPTH_ATTENTION
+from attnres_fx.passes.graph.nodes import insert_attribute, nodes_without_gradients
+from attnres_fx.passes.graph.operations import is_aten, op_name
+from attnres_fx.passes.graph.result import PassResult
+from attnres_fx.passes.lowering.norms import NormMatch, Number, asks_of, match_norm, settled
+from attnres_fx.passes.lowering.read_calls import (
+    ReadCall,
+    available,
+    changes_state,
+    have_values,
+    known,
+    move_before,
+    read_call,
+)
+from attnres_fx.passes.normalize.inline_regions import getattr_path
+
+
+@dataclass(frozen=True)
+class NormFusion:
+    """A norm to fold: the names of the read's node and of the norm's result, and what the norm is.
+
+    kind: 1 RMSNorm, 2 LayerNorm. weight, bias: a node's name or an attribute's path. dtype: of the result, None for
+    the dtype that the sources promote to at run time. modules: paths of the norm modules that are no longer called.
+    """
+
+    read: str
+    result: str
+    kind: int
+    weight: str | None
+    bias: str | None
+    eps: Number
+    dtype: torch.dtype | None
+    modules: tuple[str, ...] = ()
+
+
+def fuse_norms_pass(gm: GraphModule) -> PassResult:
+    """Fold norms into reads, in place; `replaced` holds a NormFusion for each."""
+    found = _find(gm)
+    for fusion, call, match in found:
+        _rewrite(gm, fusion, call, match)
+    return PassResult(gm, bool(found), tuple(f for f, _, _ in found), tuple(f.result for f, _, _ in found))
+
+
+def plan_norm_fusions(gm: GraphModule) -> tuple[NormFusion, ...]:
+    """What `fuse_norms_pass` would do, as data."""
+    return tuple(fusion for fusion, _, _ in _find(gm))
+
+
+def _find(gm: GraphModule) -> list[tuple[NormFusion, ReadCall, NormMatch]]:
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    frozen = nodes_without_gradients(gm.graph)
+    barriers = [i for n, i in order.items() if changes_state(n)]
+    found: list[tuple[NormFusion, ReadCall, NormMatch]] = []
+    for node in gm.graph.nodes:
+        call = read_call(node)
+        if call is None or call.norm != NO_NORM or call.dtype is not None or not have_values(call.sources):
+            continue
+        read = call.output
+        if read is None:
+            continue
+        half = call.source_dtype != torch.float64
+        match = match_norm(read, torch.float32 if half else torch.float64)
+        if match is None or not _stands_alone(call, read, match):
+            continue
+        if any(order[node] < i < order[match.out] for i in barriers) or (node in frozen) != (match.out in frozen):
+            continue
+        weights = [w for w in (match.weight, match.bias) if isinstance(w, Node)]
+        gone = {m.out for _, _, m in found}  # a weight that is itself a folded norm's result is there no more
+        if not gone.intersection(weights) and all(available(w, order[node], order) for w in weights):
+            found.append((_planned(call, match), call, match))
+    return found
+
+
+def _planned(call: ReadCall, match: NormMatch) -> NormFusion:
+    dtype: torch.dtype | None = known(match.out).dtype
+    # A symbolic trace has no dtypes of its own: its model may be cast later, and the result follows the sources.
+    traced = not is_aten(match.out) and "val" in match.out.meta
+    if traced and dtype == call.source_dtype:
+        dtype = None
+    weight, bias = (w.name if isinstance(w, Node) else w for w in (match.weight, match.bias))
+    modules = tuple(str(n.target) for n in match.nodes if n.op == "call_module")
+    return NormFusion(call.node.name, match.out.name, match.kind, weight, bias, match.eps, dtype, modules)
+
+
+def _stands_alone(call: ReadCall, read: Node, match: NormMatch) -> bool:
+    """Whether the nodes of a norm can go: whoever else looks at them asks only for what a source knows too."""
+    source = _stand_in(call, read)
+    for node in match.nodes - {match.out}:
+        for user in set(node.users) - match.nodes:
+            if not asks_of(user, node):
+                return False
+            gone = not (set(user.users) - match.nodes)
+            if not gone and (node is not read or source is None):
+                return False
+    return True
+
+
+def _stand_in(call: ReadCall, read: Node) -> Node | None:
+    """A source with the dtype of the read: shape, device and dtype may be asked of it instead."""
+    return next((s for s in call.sources if known(s).dtype == known(read).dtype), None)
+
+
+def _rewrite(gm: GraphModule, fusion: NormFusion, call: ReadCall, match: NormMatch) -> None:
+    graph, read = gm.graph, call.output
+    assert read is not None
+    call = _refreshed(call)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    weights = []
+    for given in (match.weight, match.bias):
+        if isinstance(given, Node):
+            move_before(given, call.node, order)
+        elif given is not None:
+            with graph.inserting_before(call.node):
+                given = insert_attribute(graph, given, like=match.out, value=getattr_path(gm, given))
+        weights.append(given)
+    fused = replace(
+        call,
+        norm=fusion.kind,
+        norm_weight=weights[0],
+        norm_bias=weights[1],
+        norm_eps=settled(fusion.eps),
+        dtype=fusion.dtype,
+    )
+    out, partial = fused.insert()
+    out.meta.update({k: v for k, v in match.out.meta.items() if k not in ("val", "example_value")})
+    match.out.replace_all_uses_with(out)
+    _replace_partial(call, partial)
+    _erase(call, read, match)
+
+
+def _refreshed(call: ReadCall) -> ReadCall:
+    """The call as the node stands now: what it takes may have been replaced since it was looked at."""
+    now = read_call(call.node)
+    assert now is not None
+    return now
+
+
+def _replace_partial(call: ReadCall, partial: Node | None) -> None:
+    for user in list(call.node.users):
+        if call.node.target is not DEPTH_ATTENTION and op_name(user) == "getitem" and user.args[1] == 1:
+            assert partial is not None
+            user.replace_all_uses_with(partial)
+            user.graph.erase_node(user)
+
+
+def _erase(call: ReadCall, read: Node, match: NormMatch) -> None:
+    graph, stand_in = read.graph, _stand_in(call, read)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    going = sorted(match.nodes, key=order.__getitem__, reverse=True)
+    for node in going:
+        for user in list(node.users):
+            if user not in match.nodes and not user.users:
+                graph.erase_node(user)
+        if node is read and node.users:
+            assert stand_in is not None
+            node.replace_all_uses_with(stand_in)
+        graph.erase_node(node)
+    if not call.node._erased:
+        graph.erase_node(call.node)

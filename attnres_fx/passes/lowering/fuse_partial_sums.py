@@ -1,0 +1,100 @@
+"""Fold the addition that builds a block's partial sum into the read that first sees the sum.
+
+Before:
+    p2 = p1 + v2
+    r = depth_attention([v0, p2], q, k, eps, 2)
+    p3 = p2 + v3
+After:
+    r, p2 = depth_attention_fused([v0, p1], q, k, eps, 2, v2, 0, None, None, 0.0, None)
+    p3 = p2 + v3
+
+Only a plain addition of two tensors of one shape, that nothing sees before the read does.
+"""
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from attnres_fx.ops.fused import NO_NORM
+from attnres_fx.passes.graph.nodes import nodes_without_gradients, same_shape
+from attnres_fx.passes.graph.operations import op_name, read_addition
+from attnres_fx.passes.graph.result import PassResult
+from attnres_fx.passes.lowering.read_calls import ReadCall, changes_state, have_values, read_call
+
+
+@dataclass(frozen=True)
+class SumFusion:
+    """An addition to fold: the names of the read's node, of the sum, and of what it adds."""
+
+    read: str
+    total: str
+    partial: str
+    delta: str
+
+
+def fuse_partial_sums_pass(gm: GraphModule) -> PassResult:
+    """Fold partial sums into reads, in place; `replaced` holds a SumFusion for each."""
+    plan = plan_sum_fusions(gm)
+    nodes = {n.name: n for n in gm.graph.nodes}
+    for fusion in plan:
+        # A later fusion may add to this sum, or add this read: it finds them under their old names.
+        nodes.update(_fold(nodes, fusion))
+    return PassResult(gm, bool(plan), plan, tuple(f.total for f in plan))
+
+
+def plan_sum_fusions(gm: GraphModule) -> tuple[SumFusion, ...]:
+    """What `fuse_partial_sums_pass` will do, as data."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    frozen = nodes_without_gradients(gm.graph)
+    barriers = [i for n, i in order.items() if changes_state(n)]
+    plan = []
+    for node in gm.graph.nodes:
+        call = read_call(node)
+        if call is None or (terms := foldable(call, order)) is None:
+            continue
+        total = call.sources[-1]
+        if any(order[total] < i < order[node] for i in barriers) or (node in frozen) != (total in frozen):
+            continue
+        plan.append(SumFusion(node.name, total.name, terms[0].name, terms[1].name))
+    return tuple(plan)
+
+
+def foldable(call: ReadCall, order: dict[Node, int]) -> tuple[Node, Node] | None:
+    """Partial sum and addend of the addition that a read's last source is, None where it must stand alone."""
+    if call.delta is not None or call.norm != NO_NORM or not have_values(call.sources):
+        return None
+    total = call.sources[-1]
+    added = read_addition(total)
+    if (
+        added is None
+        or added.left_scale != 1
+        or added.right_scale != 1
+        or op_name(total) != "add"
+        or "out" in total.kwargs
+    ):
+        return None
+    if not (same_shape(added.left, total) and same_shape(added.right, total)):
+        return None
+    if call.sources.count(total) != 1 or min(total.users, key=order.__getitem__) is not call.node:
+        return None
+    return added.left, added.right
+
+
+def _fold(nodes: dict[str, Node], fusion: SumFusion) -> dict[str, Node]:
+    call = read_call(nodes[fusion.read])
+    assert call is not None
+    total = call.sources[-1]
+    fused = call.with_last(nodes[fusion.partial], nodes[fusion.delta])
+    out, partial = fused.insert()
+    assert partial is not None and call.output is not None
+    out.meta.update({k: v for k, v in call.output.meta.items() if k not in ("val", "example_value")})
+    partial.meta.update({k: v for k, v in total.meta.items() if k not in ("val", "example_value")})
+    replaced = {call.output.name: out, fusion.total: partial}
+    call.output.replace_all_uses_with(out)
+    graph = total.graph
+    for old in (call.output, call.node):
+        if not old._erased:
+            graph.erase_node(old)
+    total.replace_all_uses_with(partial)
+    graph.erase_node(total)
+    return replaced

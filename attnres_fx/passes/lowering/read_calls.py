@@ -1,0 +1,182 @@
+"""Depth-attention nodes as the fusion passes see them, whichever of the operators they call."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from attnres_fx.ops.fused import DEPTH_ATTENTION_FUSED, NO_NORM
+from attnres_fx.ops.kernels import described
+from attnres_fx.ops.operator import DEPTH_ATTENTION
+from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
+from attnres_fx.ops.threaded import DEPTH_ATTENTION_THREADED
+from attnres_fx.passes.graph.nodes import fake_like, insert_call, set_value, tensor_of
+from attnres_fx.passes.graph.operations import is_aten, op_name
+
+#: Every operator that a graph which reads through depth attention may hold.
+OPERATORS = frozenset(
+    {
+        DEPTH_ATTENTION,
+        DEPTH_ATTENTION_FUSED,
+        DEPTH_ATTENTION_BATCH,
+        DEPTH_ATTENTION_MERGE,
+        DEPTH_ATTENTION_THREADED,
+    }
+)
+_READS = (DEPTH_ATTENTION, DEPTH_ATTENTION_FUSED, DEPTH_ATTENTION_MERGE)
+
+
+@dataclass(frozen=True)
+class ReadCall:
+    """One read: the node, and what it is called with.
+
+    head: what stands before the epilogue, `(sources, query, key_weight, eps, gain)` or
+    `(mixed, lse, partial, query, key_weight, eps, gain)`.
+    """
+
+    node: Node
+    merge: bool
+    head: tuple[Any, ...]
+    delta: Node | None = None
+    norm: int = NO_NORM
+    norm_weight: Node | None = None
+    norm_bias: Node | None = None
+    norm_eps: float = 0.0
+    dtype: torch.dtype | None = None
+
+    @property
+    def sources(self) -> list[Node]:
+        """What is mixed, the partial sum last; a phase-1 output stands for all that it mixes."""
+        return [self.head[0], self.head[2]] if self.merge else list(self.head[0])
+
+    @property
+    def output(self) -> Node | None:
+        """The node that holds the read, None where the first output is not taken exactly once."""
+        if self.node.target is DEPTH_ATTENTION:
+            return self.node
+        firsts = [u for u in self.node.users if op_name(u) == "getitem" and u.args[1] == 0]
+        return firsts[0] if len(firsts) == 1 else None
+
+    def with_last(self, last: Node, delta: Node) -> "ReadCall":
+        """The read with `last + delta` in place of its last source."""
+        if self.merge:
+            return replace(self, head=(*self.head[:2], last, *self.head[3:]), delta=delta)
+        return replace(self, head=([*self.head[0][:-1], last], *self.head[1:]), delta=delta)
+
+    @property
+    def source_dtype(self) -> torch.dtype:
+        """The dtype that its sources, the delta among them, promote to."""
+        nodes = [*self.sources, *([self.delta] if self.delta is not None else [])]
+        return reduce(torch.promote_types, (known(n).dtype for n in nodes))
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        epilogue = (self.norm, self.norm_weight, self.norm_bias, self.norm_eps, self.dtype)
+        return (*self.head, self.delta, *epilogue)
+
+    def values(self) -> list[torch.Tensor]:
+        """What its outputs are like: the read, and the partial sum with a delta."""
+        values = [fake_like(known(self.sources[0]), self.dtype or self.source_dtype)]
+        if self.delta is not None:
+            last = known(self.sources[-1])
+            values.append(fake_like(last, torch.promote_types(last.dtype, known(self.delta).dtype)))
+        return values
+
+    def insert(self) -> tuple[Node, Node | None]:
+        """Put the fused call beside the node it replaces; returns its outputs, the partial sum None without delta."""
+        graph, like, values = self.node.graph, self.node, self.values()
+        target = DEPTH_ATTENTION_MERGE if self.merge else DEPTH_ATTENTION_FUSED
+        with graph.inserting_before(like):
+            outputs = insert_outputs(graph, target, self.arguments, like=like, values=values)
+        return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+
+def insert_outputs(
+    graph: Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    *,
+    like: Node,
+    values: Sequence[Any],
+    taken: int | None = None,
+) -> list[Node]:
+    """Insert a call that returns a list, and a node for each of its outputs, or of the first `taken`."""
+    call = insert_call(graph, target, args, like=like, value=None)
+    set_value(call, list(values), like)
+    return [insert_call(graph, operator.getitem, (call, i), like=like, value=v) for i, v in enumerate(values[:taken])]
+
+
+def read_call(node: Node) -> ReadCall | None:
+    """A node as a read; None for every other node, phase 1 among them."""
+    if node.target not in _READS or node.op != "call_function" or node.kwargs:
+        return None
+    if node.target is DEPTH_ATTENTION:
+        return ReadCall(node, False, tuple(node.args))
+    merge = node.target is DEPTH_ATTENTION_MERGE
+    length = 7 if merge else 5
+    if len(node.args) != length + 6:
+        return None
+    return ReadCall(node, merge, tuple(node.args[:length]), *node.args[length:])  # type: ignore[arg-type]
+
+
+def known(node: Node) -> torch.Tensor:
+    value = tensor_of(node)
+    assert value is not None
+    return value
+
+
+def kernels_of(gm: GraphModule) -> set[str]:
+    """What the reads of a graph run on, in words."""
+    calls = [c for n in gm.graph.nodes if (c := read_call(n)) is not None and have_values(c.sources)]
+    return {described([known(s) for s in c.sources]) for c in calls}
+
+
+def have_values(nodes: Sequence[Any]) -> bool:
+    """Whether all are nodes whose tensors are known."""
+    return all(isinstance(n, Node) and tensor_of(n) is not None for n in nodes)
+
+
+_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether a node writes to a tensor that others hold."""
+    return changes_state(node) and getattr(node.target, "__name__", "") not in _MODES
+
+
+def changes_state(node: Node) -> bool:
+    """Whether a node writes to a tensor that others hold, or switches a mode: nothing is moved across it."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    if is_aten(node):
+        return bool(node.target._schema.is_mutable)  # type: ignore[union-attr]
+    name = str(getattr(node.target, "__name__", ""))
+    if name in ("setitem", *_MODES):
+        return True
+    return op_name(node).endswith("_") or node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
+
+
+def available(node: Node, place: int, order: dict[Node, int]) -> bool:
+    """Whether a node stands before a place, or can be moved there."""
+    if order[node] < place or node.op == "get_attr":
+        return True
+    if node.op not in ("call_function", "call_method") or changes_state(node) or tensor_of(node) is None:
+        return False
+    # Light work on parameters only: `1 + weight`, a cast.
+    light = op_name(node) in ("add", "to", "_to_copy", "float", "getattr", "type_as")
+    return light and all(available(n, place, order) for n in node.all_input_nodes)
+
+
+def move_before(node: Node, place: Node, order: dict[Node, int]) -> None:
+    """Move a node that is `available` at a place there, with what it needs."""
+    if order[node] < order[place]:
+        return
+    for needed in node.all_input_nodes:
+        move_before(needed, place, order)
+    place.prepend(node)

@@ -1,0 +1,56 @@
+"""The passes that make a captured graph readable, in order."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from attnres_fx.errors import CaptureError
+from attnres_fx.passes.graph.nodes import has_values
+from attnres_fx.passes.graph.result import PassResult, run_pass
+from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pass
+from attnres_fx.passes.normalize.inline_regions import getattr_path, inline_regions_pass
+from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
+
+#: In this order, each in place, each linted and logged when it changed something.
+NORMALIZATION: tuple[Callable[[GraphModule], PassResult], ...] = (
+    inline_regions_pass,  # first: what is hidden in a body is seen by none of the others
+    functionalize_mutations_pass,  # before anything asks which value a node holds
+    unfuse_additions_pass,  # last: only then does every residual addition stand as one
+)
+
+
+def normalize_(gm: GraphModule) -> tuple[PassResult, ...]:
+    """Run the normalisation passes on a graph, in place. Its nodes must carry values."""
+    set_attribute_values_(gm)
+    results = tuple(run_pass(each, gm) for each in NORMALIZATION)
+    set_attribute_values_(gm)
+    return results
+
+
+def set_attribute_values_(gm: GraphModule) -> None:
+    """Give attribute nodes the tensor they name as their value, where the tracer gave none."""
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta and "example_value" not in node.meta:
+            value = getattr_path(gm, str(node.target))
+            if isinstance(value, torch.Tensor):
+                node.meta["val"] = value
+
+
+def propagate_values_(gm: GraphModule, args: Sequence[Any]) -> None:
+    """Give every node of a raw trace a fake value, by running it on fake copies of example arguments.
+
+    Raises CaptureError where the graph does not run on them.
+    """
+    if has_values(gm):
+        return
+    try:
+        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args)
+    except Exception as error:
+        raise CaptureError(
+            f"the graph does not run on the example arguments ({type(error).__name__}: {error}). "
+            f"Pass to convert() the arguments the graph was traced for."
+        ) from error

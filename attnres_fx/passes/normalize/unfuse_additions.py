@@ -1,0 +1,176 @@
+"""Take residual additions out of the operations they are fused into.
+
+Before:
+    h1 = torch.addmm(h0, a, w)        # a was computed from h0
+After:
+    h1 = h0 + torch.mm(a, w)
+
+Only where the addend has the result's shape and the product depends on it: a bias stays where it is.
+So are `stack([h, f]).sum(0)`, `h.index_add(...)`, `h.scatter_add(...)` and `lerp(h, f, w)` with a constant
+weight. The `0 + x` that Python's `sum` begins with becomes `x`.
+"""
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from attnres_fx.passes.graph.nodes import computed_value, copy_call, insert_call, same_shape, shape_of, tensor_of
+from attnres_fx.passes.graph.operations import added_zero_operand, is_aten, is_floating, op_name
+from attnres_fx.passes.graph.result import PassResult
+
+# Name of the product, and the keywords of the two factors and the two scales.
+_FUSED = {
+    "addmm": ("mm", "mat1", "mat2", "beta", "alpha"),
+    "baddbmm": ("bmm", "batch1", "batch2", "beta", "alpha"),
+    "addcmul": ("mul", "tensor1", "tensor2", "", "value"),
+    "addcdiv": ("div", "tensor1", "tensor2", "", "value"),
+}
+
+
+def unfuse_additions_pass(gm: GraphModule) -> PassResult:
+    """Split, in place, fused additions whose addend may be a state."""
+    split = []
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        if (operand := added_zero_operand(node)) is not None and _is_same_kind(operand, node):
+            node.replace_all_uses_with(operand)
+        elif not any(splits(gm.graph, node, order) for splits in _SPLITS):
+            continue
+        split.append(node.name)
+        gm.graph.erase_node(node)
+    if split:
+        gm.graph.lint()
+    return PassResult(gm, bool(split), (), tuple(split))
+
+
+def _is_same_kind(operand: Node, node: Node) -> bool:
+    before, after = tensor_of(operand), tensor_of(node)
+    return before is not None and after is not None and before.dtype == after.dtype and same_shape(operand, node)
+
+
+def _read(node: Node) -> tuple[Node, Node, Node, float, float] | None:
+    if op_name(node) not in _FUSED:
+        return None
+    _, first, second, beta, alpha = _FUSED[op_name(node)]
+    keywords = dict(node.kwargs)
+    positional = list(node.args)
+    addend = positional.pop(0) if positional else keywords.get("input", keywords.get("self"))
+    left = positional.pop(0) if positional else keywords.get(first)
+    right = positional.pop(0) if positional else keywords.get(second)
+    if not all(isinstance(n, Node) for n in (addend, left, right)) or positional:
+        return None
+    scales = keywords.get(beta, 1), keywords.get(alpha, 1)
+    if not all(isinstance(s, int | float) for s in scales) or not is_floating(node):
+        return None
+    return addend, left, right, *scales  # type: ignore[return-value]
+
+
+def _hangs_on(products: tuple[Any, ...], addend: Node, order: dict[Node, int]) -> bool:
+    """Whether a factor was computed from the addend, or from what the addend was computed from."""
+    roots = {addend, *addend.all_input_nodes}
+    earliest = min(order.get(r, 0) for r in roots)
+    stack, seen = list(products), set()
+    while stack:
+        node = stack.pop()
+        if node in seen or order.get(node, earliest) < earliest:
+            continue
+        if node in roots and node.op != "get_attr":
+            return True
+        seen.add(node)
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def _split_product(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+    parts = _read(node)
+    if parts is None or not same_shape(parts[0], node) or not _hangs_on(parts[1:3], parts[0], order):
+        return False
+    addend, left, right, beta, alpha = parts
+    name = _FUSED[op_name(node)][0]
+    packet = getattr(torch.ops.aten, name)
+    overload = packet.Tensor if name in ("mul", "div") else packet.default
+    with graph.inserting_before(node):
+        product = _called(graph, overload, getattr(torch, name), (left, right), node)
+        if not same_shape(product, node):
+            product = _called(graph, torch.ops.aten.expand_as.default, torch.Tensor.expand_as, (product, addend), node)
+        if beta != 1:
+            addend = _called(graph, torch.ops.aten.mul.Tensor, torch.mul, (addend, beta), node)
+        total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (addend, product), node)
+        if alpha != 1:
+            total.kwargs = {"alpha": alpha}
+    node.replace_all_uses_with(total)
+    return True
+
+
+def _split_sum_of_stack(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+    """`stack([h, f], d).sum(d)` is `h + f`."""
+    if op_name(node) != "sum" or not node.args or not isinstance(stacked := node.args[0], Node):
+        return False
+    if op_name(stacked) != "stack" or not is_floating(node) or node.kwargs.get("dtype") is not None:
+        return False
+    parts = stacked.args[0] if stacked.args else stacked.kwargs.get("tensors")
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = list(dims) if isinstance(dims, list | tuple) else [dims]
+    along: Any = stacked.args[1] if len(stacked.args) > 1 else stacked.kwargs.get("dim", 0)
+    rank = len(shape_of(stacked))
+    known = isinstance(along, int) and len(dims) == 1 and isinstance(dims[0], int)
+    if not known or not rank or dims[0] % rank != along % rank or len(node.args) > 2 or node.kwargs.get("keepdim"):
+        return False
+    if not isinstance(parts, list | tuple) or not all(isinstance(p, Node) and is_floating(p) for p in parts):
+        return False
+    if len(parts) < 2 or not any(_hangs_on((q,), p, order) for p in parts for q in parts if p is not q):
+        return False
+    total: Node = parts[0]
+    with graph.inserting_before(node):
+        for part in parts[1:]:
+            total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (total, part), node)
+    node.replace_all_uses_with(total)
+    return True
+
+
+def _split_scatter(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+    """`h.index_add(d, i, f)` is `h + zeros_like(h).index_add(d, i, f)`, and so with `scatter_add`."""
+    if op_name(node) not in ("index_add", "scatter_add") or len(node.args) < 4:
+        return False
+    state, *rest = node.args
+    if not isinstance(state, Node) or not isinstance(rest[2], Node) or not _hangs_on((rest[2],), state, order):
+        return False
+    with graph.inserting_before(node):
+        zeros = _called(graph, torch.ops.aten.zeros_like.default, torch.zeros_like, (state,), node)
+        written = copy_call(node, {state: zeros})
+        total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (state, written), node)
+    node.replace_all_uses_with(total)
+    return True
+
+
+def _split_lerp(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+    """`lerp(h, f, w)` with a weight that does not depend on the stream is `h * (1 - w) + f * w`."""
+    if op_name(node) != "lerp" or len(node.args) != 3:
+        return False
+    start, end, weight = node.args
+    if not (isinstance(start, Node) and isinstance(end, Node) and _hangs_on((end,), start, order)):
+        return False
+    if isinstance(weight, Node) and (tensor_of(weight) is None or _hangs_on((weight,), start, order)):
+        return False
+    aten = torch.ops.aten
+    with graph.inserting_before(node):
+        if isinstance(weight, Node):
+            rest: Any = _called(graph, aten.rsub.Scalar, torch.rsub, (weight, 1), node)
+        else:
+            rest = 1 - weight  # type: ignore[operator]
+        kept = _called(graph, aten.mul.Tensor, torch.mul, (start, rest), node)
+        written = _called(graph, aten.mul.Tensor, torch.mul, (end, weight), node)
+        total = _called(graph, aten.add.Tensor, torch.add, (kept, written), node)
+    node.replace_all_uses_with(total)
+    return True
+
+
+def _called(graph: Graph, overload: Any, function: Any, args: tuple[Any, ...], like: Node) -> Node:
+    """A call in the spelling of the graph, with the value it has on the values of its arguments."""
+    target = overload if is_aten(like) else function
+    value = computed_value("call_function", target, args, {})
+    return insert_call(graph, target, args, like=like, value=value if value is not None else tensor_of(like))
+
+
+_SPLITS = (_split_product, _split_sum_of_stack, _split_scatter, _split_lerp)

@@ -1,0 +1,1 @@
+"""Depth attention in the place of residual additions."""

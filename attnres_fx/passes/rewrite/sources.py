@@ -1,0 +1,277 @@
+"""The nodes a state is the sum of, grouped as a schedule wants them, in the frame the state is read in.
+
+Every state of a stream is evaluated once, in graph order, to a table from group (the root, a sublayer, a
+block, a summary) to entry. Row maps wait on a state until a read needs an entry; only then are they
+replayed on it, and replays are shared.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from attnres_fx.passes.graph.nodes import (
+    copy_call,
+    fake_like,
+    insert_call,
+    same_shape,
+    shape_of,
+    shapes_agree,
+    tensor_of,
+)
+from attnres_fx.passes.graph.operations import is_aten, op_name
+from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
+
+Group = Hashable
+#: What a node takes instead of one of its former arguments, where a read was put between the two.
+Moved = dict[tuple[Node, Node], Node]
+_IDENTITY_AT_SAME_SHAPE = frozenset(["slice", "narrow", "expand", "expand_as", "broadcast_to", "getitem"])
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Do to an entry what a row map of the graph does to the state."""
+
+    node: Node
+    state: Node
+    kind: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    factor: float
+
+
+@dataclass(frozen=True)
+class SpreadLike:
+    """Expand an entry to the shape of a node."""
+
+    node: Node
+
+
+@dataclass(frozen=True)
+class Detach:
+    """Let no gradient through: the state was computed where gradients are off."""
+
+
+Step = Replay | Scale | SpreadLike | Detach
+
+
+@dataclass(eq=False)
+class PendingSum:
+    """Two entries to be added when somebody asks; `like` is the addition it stands for."""
+
+    left: "Entry"
+    right: "Entry"
+    like: Node
+    node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    base: Node | PendingSum
+    steps: tuple[Step, ...] = ()
+
+    def through(self, steps: tuple[Step, ...]) -> "Entry":
+        return Entry(self.base, self.steps + steps) if steps else self
+
+
+@dataclass(frozen=True)
+class Table:
+    """Entries by group, and the steps that wait on all of them."""
+
+    entries: dict[Group, Entry]
+    steps: tuple[Step, ...] = ()
+
+    def through(self, *steps: Step) -> "Table":
+        return Table(self.entries, self.steps + steps)
+
+    def settled(self) -> dict[Group, Entry]:
+        return {g: e.through(self.steps) for g, e in self.entries.items()} if self.steps else dict(self.entries)
+
+
+@dataclass
+class SourceBuilder:
+    """Evaluates states to tables, and turns entries into nodes of the graph.
+
+    extras: the groups that are terms outside the chain. frozen: the nodes that run with gradients off.
+    """
+
+    graph: Graph
+    sums: FormalSums
+    group_of: dict[Node, Group]
+    moved: Moved
+    extras: frozenset[Group] = frozenset()
+    frozen: frozenset[Node] = frozenset()
+    tables: dict[Node, Table] = field(default_factory=dict)
+    #: What states beside the chain go on from, where the chain itself goes on from a summary.
+    whole: dict[Node, Table] = field(default_factory=dict)
+    _built: dict[tuple[Node, Step], Node] = field(default_factory=dict)
+
+    def evaluate(self, node: Node) -> Table:
+        """Table of a state whose parents have been evaluated."""
+        if node not in self.tables:
+            step = self.sums.states[node]
+            table = self._table(node, self.tables)
+            detached = (Detach(),) if node in self.frozen else ()
+            self.tables[node] = table.through(*detached)
+            if isinstance(step, Mapped) and step.state in self.whole:
+                self.whole[node] = self._table(node, self.whole).through(*detached)
+        return self.tables[node]
+
+    def go_on_from(self, node: Node, summary: Group, value: Node) -> None:
+        """Let the chain go on from a summary of a state; states beside the chain keep its sources."""
+        self.whole[node] = self.tables[node]
+        self.tables[node] = Table({summary: Entry(value)})
+
+    def close_block(self, node: Node, summary: Group) -> None:
+        """Let the chain go on from the plain sum of a state's sources: no read stands where the block ends."""
+        first, *rest = self.tables[node].settled().values()
+        total = reduce(lambda left, right: Entry(PendingSum(left, right, node)), rest, first)
+        self.whole[node] = self.tables[node]
+        self.tables[node] = Table({summary: total})
+
+    def _table(self, node: Node, tables: dict[Node, Table]) -> Table:
+        match self.sums.states[node]:
+            case Root():
+                return Table({self.group_of[node]: Entry(node)})
+            case Mapped(state=state, kind=kind):
+                return tables[state].through(Replay(node, state, kind))
+            case Extended() as add:
+                return self._extended(add)
+            case Merged() as add:
+                left = self.tables[add.left].through(*_scaled(add.left_scale)).settled()
+                right = self.tables[add.right].through(*_scaled(add.right_scale)).settled()
+                for group, entry in right.items():
+                    left[group] = Entry(PendingSum(left[group], entry, node)) if group in left else entry
+                return Table(left)
+
+    def _extended(self, add: Extended) -> Table:
+        group = self.group_of[add.node]
+        beside = group in self.extras and add.state in self.whole
+        before = (self.whole if beside else self.tables)[add.state].through(*_scaled(add.state_scale))
+        if not same_shape(add.state, add.node):
+            before = before.through(SpreadLike(add.addend))
+        entries = before.settled()
+        written = self.moved.get((add.node, add.addend), add.addend)
+        addend = Entry(written, _scaled(add.addend_scale))
+        if not same_shape(add.addend, add.node):
+            addend = addend.through((SpreadLike(add.state),))
+        entries[group] = Entry(PendingSum(entries[group], addend, add.node)) if group in entries else addend
+        return Table(entries)
+
+    def nodes(self, table: Table) -> dict[Group, Node]:
+        """Nodes for all entries of a table, inserted at the graph's insertion point where new."""
+        return {group: self.build(entry) for group, entry in table.settled().items()}
+
+    def build(self, entry: Entry) -> Node:
+        node = entry.base if isinstance(entry.base, Node) else self._build_sum(entry.base)
+        steps = entry.steps
+        if node in self.frozen:
+            steps = tuple(s for s in steps if not isinstance(s, Detach))
+        for step in _simplified(node, steps):
+            node = self.apply(step, node)
+        return node
+
+    def _build_sum(self, pending: PendingSum) -> Node:
+        if pending.node is None:
+            left, right = self.build(pending.left), self.build(pending.right)
+            pending.node = insert_add(self.graph, left, right, like=pending.like)
+        return pending.node
+
+    def apply(self, step: Step, node: Node) -> Node:
+        key = (node, step)
+        if key not in self._built:
+            self._built[key] = self._apply(step, node)
+        return self._built[key]
+
+    def _apply(self, step: Step, node: Node) -> Node:
+        value = tensor_of(node)
+        assert value is not None
+        if isinstance(step, Detach):
+            detach: Any = torch.ops.aten.detach.default if is_aten(node) else torch.detach
+            return insert_call(self.graph, detach, (node,), like=node, value=value)
+        if isinstance(step, Scale):
+            target: Any = torch.ops.aten.mul.Tensor if is_aten(node) else torch.mul
+            return insert_call(self.graph, target, (node, step.factor), like=node, value=value)
+        if isinstance(step, SpreadLike):
+            if same_shape(node, step.node):
+                return node
+            target = torch.ops.aten.expand_as.default if is_aten(step.node) else torch.Tensor.expand_as
+            spread = value.expand(shape_of(step.node))
+            return insert_call(self.graph, target, (node, step.node), like=node, value=spread)
+        mapped, before = tensor_of(step.node), tensor_of(step.state)
+        assert mapped is not None and before is not None
+        changes_dtype = step.kind == "cast" or before.dtype != mapped.dtype
+        dtype = mapped.dtype if changes_dtype else value.dtype
+        return copy_call(step.node, {step.state: node}, value=fake_like(mapped, dtype))
+
+
+def _scaled(factor: float) -> tuple[Step, ...]:
+    return () if factor == 1 else (Scale(factor),)
+
+
+def _simplified(base: Node, steps: tuple[Step, ...]) -> list[Step]:
+    """Steps without those that change nothing, and without views that are undone by later ones."""
+    value = tensor_of(base)
+    assert value is not None
+    shapes, dtype = [tuple(value.shape)], value.dtype
+    kept: list[Step] = []
+    for step in steps:
+        if isinstance(step, Replay):
+            mapped = tensor_of(step.node)
+            assert mapped is not None
+            shape = tuple(mapped.shape)
+            if step.kind == "identity" or (step.kind == "cast" and mapped.dtype == dtype):
+                continue
+            unmoved = step.kind == "reshape" or op_name(step.node) in _IDENTITY_AT_SAME_SHAPE
+            if unmoved and shapes_agree(shape, shapes[-1]):
+                continue
+            if step.kind == "reshape" and (back := _undone(kept, shapes, shape)) is not None:
+                del kept[back:], shapes[back + 1 :]
+                continue
+            dtype = mapped.dtype if step.kind == "cast" else dtype
+            shapes.append(shape)
+        elif isinstance(step, SpreadLike):
+            shapes.append(shape_of(step.node))
+        elif step in kept and isinstance(step, Detach):
+            continue
+        else:
+            shapes.append(shapes[-1])
+        kept.append(step)
+    return kept
+
+
+def _undone(kept: list[Step], shapes: list[tuple[Any, ...]], shape: tuple[Any, ...]) -> int | None:
+    """How far back a run of reshapes goes to a point that had this shape already."""
+    for i in range(len(kept) - 1, -1, -1):
+        step = kept[i]
+        if not (isinstance(step, Replay) and step.kind == "reshape"):
+            return None
+        if shapes_agree(shapes[i], shape):
+            return i
+    return None
+
+
+def insert_add(graph: Graph, left: Node, right: Node, *, like: Node) -> Node:
+    """`left + right` in the spelling of the graph, with the metadata of the addition it stands for.
+
+    In that addition's dtype too: outputs in half precision are not summed in half precision where the
+    original adds them to a float32 stream.
+    """
+    x, y, whole = tensor_of(left), tensor_of(right), tensor_of(like)
+    assert x is not None and y is not None and whole is not None
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), whole.dtype)
+    value = fake_like(x, dtype)
+    if dtype not in (x.dtype, y.dtype):
+        left = _insert_cast(graph, left, like=like, value=value)
+    target: Any = torch.ops.aten.add.Tensor if is_aten(like) else torch.add
+    return insert_call(graph, target, (left, right), like=like, value=value)
+
+
+def _insert_cast(graph: Graph, node: Node, *, like: Node, value: torch.Tensor) -> Node:
+    target: Any = torch.ops.aten.to.dtype if is_aten(like) else torch.Tensor.to
+    return insert_call(graph, target, (node, value.dtype), like=like, value=value)

@@ -1,0 +1,1 @@
+"""From formal sums to residual streams, and what is refused."""

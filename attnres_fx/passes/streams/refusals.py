@@ -1,0 +1,124 @@
+"""Streams that are carried by something other than addition: named, never guessed at."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import Graph, Node
+
+from attnres_fx.passes.graph.nodes import describe, shape_of, sizes_agree
+from attnres_fx.passes.graph.operations import is_floating, op_name, read_addition
+from attnres_fx.passes.streams.formal_sum import Dependence, Extended, FormalSums, Merged
+
+_CONTRACTIONS = frozenset(["einsum", "matmul", "bmm", "mm", "tensordot"])
+_WIDENING = frozenset(["cat", "concat", "concatenate", "pad"])
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that looks like a residual stream and was left alone.
+
+    kind: `"not additive"`, `"width"`, `"injected"` (added into another stream's sublayers), `"interrupted"`
+        (one stream ends where another begins), or `"hidden"` in a region that cannot be inlined.
+    place: the node, its module path and source line. reason: why it was refused. stops_conversion: whether guessing
+        on would be wrong. advice: what to do instead.
+    """
+
+    kind: Literal["not additive", "width", "injected", "interrupted", "hidden"]
+    place: str
+    reason: str
+    stops_conversion: bool = False
+    advice: str = ""
+
+
+def find_refusals(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
+    """Carries that are not sums, in graph order, each with the node that carries."""
+    refusals = []
+    additions = {n: a for n in graph.nodes if (a := read_addition(n)) is not None}
+    lerps = {n for n in graph.nodes if op_name(n) == "lerp" and is_floating(n)}
+    operands = {o for a in additions.values() for o in (a.left, a.right)}
+    inputs = {i for n in (*operands, *lerps) for i in n.all_input_nodes}
+    ancestry = Dependence(graph, operands | inputs | additions.keys() | lerps)
+    for node in graph.nodes:
+        reason = ""
+        if node in lerps:
+            reason = _why_gated_lerp(node, ancestry)
+        elif (addition := additions.get(node)) is not None:
+            pairs = ((addition.left, addition.right), (addition.right, addition.left))
+            judge = _why_gated_difference if isinstance(sums.states.get(node), Extended) else _why_not_additive
+            if not isinstance(sums.states.get(node), Merged):
+                reason = next((r for carry, branch in pairs if (r := judge(carry, branch, ancestry))), "")
+        if reason:
+            refusals.append((node, Refusal("not additive", describe(node), reason, True, _ADVICE)))
+    return refusals + _widened(graph, sums)
+
+
+_ADVICE = "Hyper-connections and gated carries cannot be converted; name other streams in the config, or leave it."
+
+
+def _why_gated_lerp(node: Node, ancestry: Dependence) -> str:
+    start, end, weight = (*node.args, None, None, None)[:3]
+    if not all(isinstance(n, Node) for n in (start, end, weight)):
+        return ""
+    gated = ancestry.is_branch(weight, start) and ancestry.is_branch(end, start)  # type: ignore[arg-type]
+    return f"the stream is weighted by {describe(weight)}, which depends on it: a gated carry" if gated else ""  # type: ignore[arg-type]
+
+
+def _why_gated_difference(carry: Node, branch: Node, ancestry: Dependence) -> str:
+    """Whether `x + branch` is `x + g * (f - x)`."""
+    if op_name(branch) != "mul" or len(branch.args) != 2:
+        return ""
+    for gate, difference in (branch.args, branch.args[::-1]):
+        if not isinstance(gate, Node) or not isinstance(difference, Node) or not is_floating(gate):
+            continue
+        inner = read_addition(difference)
+        if inner is None or not ancestry.is_branch(gate, carry):
+            continue
+        sides = ((inner.left, inner.left_scale, inner.right), (inner.right, inner.right_scale, inner.left))
+        if any(x is carry and scale < 0 and ancestry.is_branch(f, carry) for x, scale, f in sides):
+            return f"the stream is moved towards a branch by {describe(gate)}, which depends on it: a gated carry"
+    return ""
+
+
+def _why_not_additive(carry: Node, branch: Node, ancestry: Dependence) -> str:
+    """Why `carry + branch` is a residual of `x` in all but the carry, where it is one."""
+    name = op_name(carry)
+    if name == "mul":
+        pairs = [(carry.args[0], carry.args[1])] if len(carry.args) == 2 else []
+        for x, gate in (*pairs, *((b, a) for a, b in pairs)):
+            if not isinstance(x, Node) or not isinstance(gate, Node) or not is_floating(x):
+                continue
+            # A gate is computed from x by more than elementwise work, and so is the branch.
+            if ancestry.is_branch(gate, x) and ancestry.is_branch(branch, x):
+                return f"the stream is multiplied by {describe(gate)}, which depends on the stream: a gated carry"
+    if name in _CONTRACTIONS and len(shape_of(carry)) >= 3:
+        for x in carry.all_input_nodes:
+            mixes = is_floating(x) and len(shape_of(x)) >= 4 and len(shape_of(x)) == len(shape_of(carry))
+            same_width = mixes and all(sizes_agree(a, b) for a, b in zip(shape_of(x), shape_of(carry), strict=True))
+            if same_width and x.op != "get_attr" and ancestry.is_branch(branch, x) and not ancestry.at_all(x, branch):
+                return f"copies of the stream are mixed by {describe(carry)} before it is added to: hyper-connections"
+    return ""
+
+
+def _widened(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
+    """States that are padded or concatenated along their features and then extended as if they were one stream."""
+    refusals = []
+    depends = sums.dependence
+    assert depends is not None
+    for node in graph.nodes:
+        addition = read_addition(node)
+        if addition is None:
+            continue
+        for carry, branch in ((addition.left, addition.right), (addition.right, addition.left)):
+            if op_name(carry) not in _WIDENING or not carry.all_input_nodes:
+                continue
+            states = [n for n in carry.all_input_nodes if n in sums.states]
+            wider = [s for s in states if not sizes_agree(shape_of(s)[-1], shape_of(carry)[-1])]
+            for state in wider:
+                root = sums.root[state]
+                if state is not root and depends.is_branch(branch, root):
+                    before, after = shape_of(state)[-1], shape_of(carry)[-1]
+                    why = f"the width of the stream changes from {before} to {after} at {describe(carry)}"
+                    advice = "Put a projection with a norm between the two widths, so that they are two streams."
+                    refusals.append((node, Refusal("width", describe(node), why, True, advice)))
+                    break
+    return refusals

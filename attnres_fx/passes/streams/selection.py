@@ -1,0 +1,33 @@
+"""Which of the streams found are rewritten."""
+
+from collections.abc import Sequence
+
+from attnres_fx.config import AttnResConfig
+from attnres_fx.errors import NoStreamError, NotAdditiveError, StreamWidthError
+from attnres_fx.passes.streams.finding import Read, Stream, StreamSet
+
+
+def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tuple[Stream, ...]:
+    for refusal in streams.refusals:
+        if refusal.stops_conversion and config.streams in ("main", "all"):
+            kind = NotAdditiveError if refusal.kind == "not additive" else StreamWidthError
+            raise kind(f"{name}: at {refusal.place}, {refusal.reason}. {refusal.advice}")
+    selected = streams.select(config.streams)
+    if selected:
+        return selected
+    raise NoStreamError(_no_stream_message(streams, name))
+
+
+def _no_stream_message(streams: StreamSet, name: str) -> str:
+    why = "; ".join(f"{r.place}: {r.reason}" for r in streams.refusals)
+    return (
+        f"{name} has no residual stream: no addition x + f(x) was found in which f does more than elementwise "
+        f"work on x." + (f" What came near: {why}." if why else "") + " See attnres_fx.inspect(model, args, kwargs)."
+    )
+
+
+def reads_in_order(streams: StreamSet, selected: Sequence[Stream]) -> list[tuple[Stream, Read]]:
+    """Every read that gets an operator, in execution order over all streams."""
+    order = {node.name: i for node, i in streams.sums.order.items()}
+    reads = [(s, r) for s in selected for r in s.depth_reads]
+    return sorted(reads, key=lambda pair: order[pair[1].site])

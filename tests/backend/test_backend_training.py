@@ -1,0 +1,93 @@
+"""Training through the backend: losses as by convert, dropout in both modes, several processes."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import attnres_fx as ax
+from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
+from tests.support.paths import ROOT
+
+CONFIG = ax.AttnResConfig(variant="block", num_blocks=2)
+
+
+def small_gpt(dropout=0.0):
+    torch.manual_seed(0)
+    return SmallGPT(GPTConfig(layers=2, width=32, context=32, dropout=dropout))
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(97, 105, (4, 17), generator=generator) for _ in range(count)]
+
+
+def losses_of(model, count=20):
+    optimizer = torch.optim.AdamW(ax.parameter_groups(model), lr=1e-2)
+    losses = []
+    for ids in batches(count):
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_twenty_steps_follow_the_losses_of_the_converted_model(inner):
+    model = small_gpt()
+    ids = (batches(1)[0][:, :-1],)
+    converted = ax.convert(copy.deepcopy(model), ids, config=CONFIG)
+    ax.compile(model, ids, config=CONFIG, inner=inner)
+    wanted, found = losses_of(converted), losses_of(model)
+    assert max(abs(a - b) / b for a, b in zip(found, wanted, strict=True)) <= 1e-4
+    assert wanted[-1] < wanted[0] - 0.3
+    assert any(read.query.abs().max() > 1e-3 for read in model.attnres.reads)
+
+
+def test_dropout_is_on_in_train_and_off_in_eval():
+    model = small_gpt(dropout=0.5)
+    ids = batches(1)[0][:, :-1]
+    plain = copy.deepcopy(model).eval()(ids)
+    ax.compile(model, (ids,), config=CONFIG, inner="eager")
+    model.eval()
+    torch.testing.assert_close(model(ids), plain)
+    torch.testing.assert_close(model(ids), model(ids), rtol=0, atol=0)
+    model.train()
+    assert (model(ids) - model(ids)).abs().max() > 1e-3
+    assert [g.mode for g in ax.explain(model).graphs[-2:]] == ["eval", "train"]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(mode, tmp_path):
+    command = [sys.executable, "-m", "tests.support.distributed_training", mode]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(tmp_path / "group")],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        results = [w.communicate(timeout=240) for w in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert all(w.returncode == 0 for w in workers), results[0][1][-2000:]
+    assert float(results[0][0].split("losses differ by")[1]) <= 1e-4

@@ -1,0 +1,19 @@
+"""Every Python block in README and docs runs."""
+
+import re
+
+import pytest
+
+from tests.support.paths import ROOT
+
+PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in p.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_code_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
+    assert blocks
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)

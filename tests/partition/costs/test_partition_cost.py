@@ -1,0 +1,509 @@
+"""Costs measured on a graph are what the same model costs when it runs, counted by independent means."""
+
+import dataclasses
+import json
+import logging
+import resource
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnres_fx as ax
+from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
+from attnres_fx.partition.costs import measure as cost
+from attnres_fx.partition.costs.activations import saved_bytes
+from attnres_fx.partition.costs.flops import Flops, count_flops
+from attnres_fx.partition.costs.given_costs import costs_from_dict, costs_to_dict
+from attnres_fx.partition.costs.measure import measure_costs
+from attnres_fx.partition.costs.model_costs import CarriedValue, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition.costs.unit_graph import extract_body, graph_facts
+from attnres_fx.partition.split.chained_model import chains_of
+from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
+
+IDS = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def converted_graph(model, *args, variant="full", **kwargs):
+    """A converted model's graph in the model's own mode, and its chain of sublayers."""
+    config = ax.AttnResConfig(variant=variant, **({} if variant == "full" else {"block_size": 2}))
+    converted = ax.convert(model, args, kwargs, config=config, check=False)
+    ordered = chains_of(converted)["train" if model.training else "eval"]
+    return ordered.gm, ordered.chain
+
+
+def measured(model, *args, recompute=False, **kwargs):
+    return measure_costs(*converted_graph(model, *args, **kwargs), recompute=recompute)
+
+
+def gpt():
+    torch.manual_seed(0)
+    return SmallGPT(GPTConfig(vocabulary=64, layers=2, heads=4, width=32, context=64))
+
+
+def llama():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+
+
+def mixtral(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config).to(dtype)
+
+
+def gpt_parts(model):
+    """Embedding, sublayers and head of the original, each a function of a tensor."""
+    before = lambda ids: model.token(ids) + model.position(torch.arange(ids.shape[1]))  # noqa: E731
+    layers = []
+    for block in model.blocks:
+        layers.append(lambda h, b=block: b.attention(b.attention_norm(h)))
+        layers.append(lambda h, b=block: b.mlp(b.mlp_norm(h)))
+    return before, layers, lambda h: model.head(model.norm(h)), ()
+
+
+def decoder_parts(model):
+    inner, length = model.model, IDS.shape[1]
+    rotary = inner.rotary_emb(torch.empty(1, length, 32), torch.arange(length)[None])
+    mask = torch.full((2, 1, length, length), float("-inf")).triu(1)  # as numbers: attention would make them of a bool
+    layers = []
+    for layer in inner.layers:
+        attend = {"position_embeddings": rotary, "attention_mask": mask}
+        layers.append(lambda h, y=layer, a=attend: y.self_attn(y.input_layernorm(h), **a)[0])
+        layers.append(lambda h, y=layer: y.mlp(y.post_attention_layernorm(h)))
+    return inner.embed_tokens, layers, lambda h: model.lm_head(inner.norm(h)), (mask, *rotary)
+
+
+def counted(function, given):
+    """Forward and backward operations of a real run. Attention runs as its definition: two products, four back."""
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            out = function(given)
+        with FlopCounterMode(display=False) as backward:
+            out.backward(torch.ones_like(out))
+    return out.detach().requires_grad_(), forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("build", "parts"), [(gpt, gpt_parts), (llama, decoder_parts), (mixtral, decoder_parts)], ids=lambda f: f.__name__
+)
+def test_flops_of_every_unit_are_those_of_a_real_run(build, parts):
+    model = build()
+    costs = measured(model, IDS) if build is gpt else measured(model, input_ids=IDS, use_cache=False)
+    if build is mixtral:
+        model.set_experts_implementation("eager")  # one product for each expert, on the rows it really got
+    before, layers, after, _ = parts(model)
+    batch, length = IDS.shape
+    again = 2 * batch * length * length * 32  # flash attention computes the scores a second time, over all heads
+    given = IDS
+    for unit, (function, found) in enumerate(
+        zip([before, *layers, after], [costs.before, *costs.sublayers, costs.after], strict=True)
+    ):
+        given, forward, backward = counted(function, given)
+        is_attention = unit % 2 == 1 and 0 < unit <= len(layers)
+        assert found.forward_flops == forward, found.name
+        assert found.backward_flops == backward + (again if is_attention else 0), found.name
+    assert costs.sublayers[1].forward_flops > 0
+
+
+def traced(function, *args):
+    gm = torch.export.export(function, args, strict=False).module()
+    inline_regions_pass(gm)
+    return gm, list(gm.graph.nodes)
+
+
+class Calls(nn.Module):
+    """One product in each of many spellings, on parameters of fitting sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(3, 5, 4))
+        self.b = nn.Parameter(torch.randn(3, 4, 6))
+        self.w = nn.Parameter(torch.randn(7, 4))
+        self.bias = nn.Parameter(torch.randn(7))
+
+
+SPELLINGS = {
+    "matmul": lambda m, x: x @ m.w.T,
+    "batched matmul": lambda m, x: torch.matmul(m.a, m.b),
+    "broadcast matmul": lambda m, x: torch.matmul(x[:, None], m.b),
+    "einsum": lambda m, x: torch.einsum("bte,oe->bto", x, m.w),
+    "einsum of three": lambda m, x: torch.einsum("bte,oe,bo->bt", x, m.w, m.a[:, 0, :1].expand(3, 7)),
+    "linear with bias": lambda m, x: F.linear(x, m.w, m.bias),
+    "addmm": lambda m, x: torch.addmm(m.bias, x[0], m.w.T),
+    "baddbmm": lambda m, x: torch.baddbmm(m.a[:, :, :1], m.a, m.b),
+    "convolution": lambda m, x: F.conv1d(x.transpose(1, 2), m.w[:, :, None].expand(7, 4, 3), m.bias, padding=1),
+    "transposed convolution": lambda m, x: F.conv_transpose1d(x.transpose(1, 2), m.w.T[:, :, None].expand(4, 7, 2)),
+    "in place": lambda m, x: (x * 1).addmm_(m.b[0], m.b[0].T) if x.dim() == 2 else (x @ m.b).add_(1),
+    "frozen input": lambda m, x: F.linear(x.detach(), m.w),
+    "frozen weight": lambda m, x: F.linear(x * m.a[:, :, :1].sum(1, keepdim=True), m.w.detach()),
+    "without gradients": lambda m, x: no_grad_product(m, x),
+}
+
+
+def no_grad_product(m, x):
+    with torch.no_grad():
+        table = x @ m.b
+    return table * m.b.sum()
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_a_product_counts_as_it_runs(spelling):
+    class Spelled(Calls):
+        def forward(self, x):
+            return SPELLINGS[spelling](self, x * 1)
+
+    model = Spelled()
+    x = torch.randn(3, 5, 4)
+    gm, nodes = traced(model, x)
+    found = count_flops(nodes, differentiable=graph_facts(gm).differentiable)
+    with FlopCounterMode(display=False) as forward:
+        out = model(x)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert found == Flops(forward.get_total_flops(), backward.get_total_flops())
+    assert found.forward > 0
+
+
+def grouped(rows, weight, offsets):
+    return F.grouped_mm(rows, weight, offs=offsets)
+
+
+def test_a_grouped_product_counts_its_rows_once_each():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 16, 24, dtype=torch.bfloat16))
+
+        def forward(self, rows, offsets):
+            return grouped(rows, self.weight, offsets)
+
+    gm, nodes = traced(Grouped(), torch.randn(40, 16).bfloat16(), torch.tensor([8, 16, 30, 40], dtype=torch.int32))
+    forward = 2 * 40 * 16 * 24
+    assert count_flops(nodes, differentiable=frozenset()) == Flops(forward, 0)
+    facts = graph_facts(gm)
+    assert count_flops(nodes, differentiable=facts.differentiable) == Flops(forward, forward)
+    assert count_flops(nodes, differentiable=frozenset(nodes)) == Flops(forward, 2 * forward)
+
+
+def test_a_depthwise_convolution_costs_no_more_backward_than_twice_its_forward():
+    class Depthwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 1, 4))
+
+        def forward(self, x):
+            return F.conv1d(x * self.weight.sum(), self.weight, groups=16)
+
+    _, nodes = traced(Depthwise(), torch.randn(2, 16, 11))
+    gm, nodes = traced(Depthwise(), torch.randn(2, 16, 11))
+    found = count_flops(nodes, differentiable=graph_facts(gm).differentiable)
+    products = 2 * 16 * 8 * 4  # batch, channels, positions, taps
+    assert found == Flops(2 * products, 4 * products)
+
+
+def test_attention_counts_as_flash_attention_causal_or_not_and_with_shared_heads():
+    for causal in (True, False):
+
+        def attend(q, k, v, causal=causal):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+        class Attend(nn.Module):
+            def forward(self, q, k, v, run=attend):
+                return run(q, k, v)
+
+        _, nodes = traced(Attend(), torch.randn(2, 8, 10, 16), torch.randn(2, 2, 10, 16), torch.randn(2, 2, 10, 12))
+        pairs = 2 * 2 * 8 * 10 * 10  # operations, batch, heads, pairs of positions: a product is that times its width
+        forward, backward = pairs * (16 + 12), pairs * (3 * 16 + 2 * 12)
+        assert count_flops(nodes, differentiable=frozenset()) == Flops(forward, 0)
+        assert count_flops(nodes, differentiable=frozenset(nodes)) == Flops(forward, backward)
+
+
+def test_an_operation_without_a_formula_is_named(caplog):
+    library = torch.library.Library("cost_test", "FRAGMENT")
+    library.define("product(Tensor x) -> Tensor")
+    library.impl("product", lambda x: x @ x, "CompositeExplicitAutograd")
+    torch.library.register_fake("cost_test::product", torch.empty_like, lib=library)
+
+    class Product(nn.Module):
+        def forward(self, x):
+            return torch.ops.cost_test.product(x)
+
+    _, nodes = traced(Product(), torch.randn(3, 3))
+    with caplog.at_level(logging.INFO, "attnres_fx"):
+        assert count_flops(nodes, differentiable=frozenset()) == Flops()
+    assert "cost_test.product.default is not counted" in caplog.text
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+
+def kept_in_a_run(function, elsewhere, given):
+    """Bytes that autograd is given to save when the function runs compiled by AOTAutograd's own backend.
+
+    Returns them without the input's and what is kept `elsewhere`, and the input's, 0 where it is not saved.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+    known = {p.untyped_storage().data_ptr() for p in elsewhere}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = compiled(given)
+    own = given.untyped_storage().data_ptr()
+    others = sum(size for at, (size, _) in saved.items() if at not in known and at != own)
+    return out.detach().requires_grad_(), others, saved[own][0] if own in saved else 0
+
+
+@pytest.mark.parametrize(("build", "parts"), [(gpt, gpt_parts), (llama, decoder_parts)], ids=["gpt", "llama"])
+def test_activations_are_what_a_partitioned_sublayer_saves_when_it_runs(build, parts):
+    model = build()
+    costs = measured(model, IDS) if build is gpt else measured(model, input_ids=IDS, use_cache=False)
+    before, layers, _, tables = parts(model)
+    given = before(IDS).detach().requires_grad_()
+    for i, (function, found) in enumerate(zip(layers, costs.sublayers, strict=True)):
+        given, kept, source = kept_in_a_run(function, [*model.parameters(), *tables], given)
+        # The first sublayer's input is v_0, which is kept as a source; the others' is what their depth read gave.
+        assert found.activation_bytes == kept + (source if i else 0), found.name
+        assert kept > 0 and source > 0
+
+
+def test_a_model_without_weights_costs_what_it_costs_with_them():
+    with_weights = measured(llama(), input_ids=IDS, use_cache=False)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    ids = torch.empty_like(IDS, device="meta")
+    assert measured(model, input_ids=ids, use_cache=False) == with_weights
+
+
+def test_twice_the_batch_costs_twice_as_much():
+    single, double = measured(gpt(), IDS), measured(gpt(), torch.cat([IDS, IDS]))
+    for one, two in zip((*single.sublayers, single.after), (*double.sublayers, double.after), strict=True):
+        assert (two.forward_flops, two.backward_flops) == (2 * one.forward_flops, 2 * one.backward_flops)
+        assert two.activation_bytes == 2 * one.activation_bytes > 0
+        assert two.parameter_bytes == one.parameter_bytes
+    assert double.streams[0].value_bytes == 2 * single.streams[0].value_bytes == 2 * IDS.numel() * 32 * 4
+
+
+def test_the_head_keeps_its_outputs_for_the_loss():
+    after = measured(gpt(), IDS).after
+    tokens = IDS.numel()
+    # The logits, and of the final norm its input, its output, mean and deviation.
+    assert after.activation_bytes == 4 * tokens * (64 + 2 * 32 + 2)
+
+
+def test_sublayers_of_one_structure_are_measured_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cost, "saved_bytes", lambda body, name: seen.append(name) or saved_bytes(body, name))
+    costs = measured(SmallGPT(GPTConfig(vocabulary=64, layers=5, heads=4, width=32, context=64)), IDS)
+    # The first sublayer reads v_0, which nobody reads for it; so it is not quite like the later ones.
+    assert len(seen) == 5
+    assert len({(s.forward_flops, s.activation_bytes) for s in costs.sublayers[1:]}) == 2
+
+
+def test_parameters_are_counted_once_at_the_first_place_that_uses_them():
+    model = gpt()
+    costs = measured(model, IDS)
+    units = [costs.before, *costs.sublayers, costs.after]
+    reads = 4 * 2 * 32  # query and key weight of four reads
+    total = sum(p.numel() for p in model.parameters()) + reads
+    assert sum(u.parameter_bytes for u in units) == 4 * total
+    assert costs.tied == ((4 * 64 * 32, ("before", "after")),)
+    assert costs.before.parameter_bytes == 4 * (64 + 64) * 32
+    assert costs.after.parameter_bytes == 4 * (2 * 32 + 2 * 32)  # norm, last read
+
+
+def test_layers_that_share_weights_are_tied():
+    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    model = transformers.AlbertModel(transformers.AlbertConfig(**sizes, embedding_size=16), add_pooling_layer=False)
+    costs = measured(model.eval(), input_ids=IDS)
+    assert {places for _, places in costs.tied} >= {("0", "2"), ("1", "3")}
+    assert costs.sublayers[2].parameter_bytes < costs.sublayers[0].parameter_bytes / 10
+
+
+def test_recomputed_sublayers_keep_their_input_and_run_twice():
+    plain, again = (
+        measured(llama(), input_ids=IDS, use_cache=False),
+        measured(llama(), input_ids=IDS, use_cache=False, recompute=True),
+    )
+    value = plain.streams[0].value_bytes
+    assert [s.activation_bytes for s in again.sublayers] == [0, value, value, value]
+    for one, two in zip(plain.sublayers, again.sublayers, strict=True):
+        assert two.forward_flops == one.forward_flops
+        assert two.backward_flops == one.backward_flops + one.forward_flops
+    assert (again.before, again.after, again.streams) == (plain.before, plain.after, plain.streams)
+
+
+def test_frozen_weights_have_no_gradient_to_compute():
+    model = gpt()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("blocks.1", "norm", "head", "token")))
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone(), requires_grad=False)
+    model.token.weight.requires_grad_(False)
+    costs = measured(model, IDS)
+    # Reads before the first trained weight are trained themselves, so that gradients reach as far as the first read.
+    first, second, *_ = costs.sublayers
+    assert (first.backward_flops, first.activation_bytes) == (0, 0)
+    assert second.backward_flops == second.forward_flops
+    assert costs.after.backward_flops == costs.after.forward_flops
+    assert costs.sublayers[3].backward_flops == 2 * costs.sublayers[3].forward_flops
+
+
+def test_a_summary_that_later_reads_have_as_a_source_is_not_kept_twice():
+    gm, chain = converted_graph(gpt(), IDS, variant="local")
+    costs = measure_costs(gm, chain)
+    value = costs.streams[0].value_bytes
+    first, _, third, fourth = (s.activation_bytes for s in costs.sublayers)
+    full = measured(gpt(), IDS).sublayers
+    assert third == first == full[2].activation_bytes - value  # its input is c_2, a source of block 2
+    assert fourth == full[3].activation_bytes
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in")
+def test_what_cannot_be_traced_is_estimated_and_said(caplog):
+    library = torch.library.Library("cost_test", "FRAGMENT")
+    library.define("odd(Tensor x) -> Tensor")
+    library.impl("odd", lambda x: x * x, "CompositeExplicitAutograd")
+    torch.library.register_fake("cost_test::odd", torch.empty_like, lib=library)
+
+    def refuse(ctx, grad):
+        raise ValueError("no gradient for you")
+
+    torch.library.register_autograd("cost_test::odd", refuse, lib=library)
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return torch.ops.cost_test.odd(self.linear(x)).relu() + x
+
+    gm, nodes = traced(Odd(), torch.randn(6, 16))
+    with caplog.at_level(logging.INFO, "attnres_fx"):
+        kept = saved_bytes(extract_body(nodes, graph_facts(gm)), "layers.3")
+    assert kept == 4 * 6 * 16 * 3  # what the odd operation takes, what it gives, and the result
+    assert "activations of layers.3 are estimated" in caplog.text and "no gradient for you" in caplog.text
+
+
+# --- experts -----------------------------------------------------------------------------------------
+
+DEEPSEEK = {
+    "vocab_size": 1024,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 896,
+    "num_experts_per_tok": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+
+def test_experts_of_a_trillion_weights_are_measured_without_them():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = transformers.DeepseekV3Config(**DEEPSEEK, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = transformers.DeepseekV3ForCausalLM(config).bfloat16()
+    ids = torch.zeros(1, 128, dtype=torch.int64, device="meta")
+    costs = measured(model, input_ids=ids, use_cache=False)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    dense, experts = costs.sublayers[1], costs.sublayers[3]
+    assert dense.forward_flops == 2 * 128 * 3 * 7168 * 18432
+    assert experts.forward_flops == 2 * 128 * (3 * 7168 * 2048 * (16 + 1) + 7168 * 896)  # chosen, shared, router
+    assert experts.backward_flops == 2 * experts.forward_flops
+    assert experts.parameter_bytes == pytest.approx(2 * 3 * 7168 * 2048 * 897, rel=1e-3)
+    rows = 2 * 128 * 16  # bytes of one number for every token of every expert
+    assert rows * (7168 + 2 * 2048) < experts.activation_bytes < 2 * rows * (2 * 7168 + 3 * 2048)
+    assert grown * 1024 < 500 * 2**20
+    # Attention keeps no scores: of every token only what is as wide as its heads.
+    assert costs.sublayers[2].activation_bytes < 128 * 2 * 12 * 64 * 192
+
+
+# --- costs as data -----------------------------------------------------------------------------------
+
+
+def given():
+    unit = SublayerCost("layers.0", 1e12, 2e12, 1000, 500)
+    return ModelCosts(
+        sublayers=tuple(dataclasses.replace(unit, name=f"layers.{i}") for i in range(3)),
+        before=dataclasses.replace(unit, name="before"),
+        after=dataclasses.replace(unit, name="after"),
+        streams=(StreamCost("encoder", 0, 1, 64), StreamCost("decoder", 1, 2, 32)),
+        carried=(CarriedValue("mask", 12, 0, (1, 2), False), CarriedValue("keys", 12, -1, (2,))),
+        tied=((1000, ("before", "after")), (8, ("0", "2"))),
+    )
+
+
+def test_costs_survive_json():
+    costs = measured(gpt(), IDS)
+    for one in (costs, given()):
+        assert costs_from_dict(json.loads(json.dumps(costs_to_dict(one)))) == one
+    plain = costs_to_dict(given())
+    del plain["carried"], plain["tied"]
+    assert costs_from_dict(plain) == dataclasses.replace(given(), carried=(), tied=())
+
+
+NONSENSE = {
+    "negative flops": (("sublayers", 1, "forward_flops"), -1.0, r"sublayers\[1\].forward_flops is -1.0"),
+    "infinite flops": (("after", "backward_flops"), float("inf"), "after.backward_flops is inf"),
+    "no number": (("before", "forward_flops"), float("nan"), "before.forward_flops is nan"),
+    "text for a number": (("before", "parameter_bytes"), "12", "must be a whole number"),
+    "half a byte": (("sublayers", 0, "activation_bytes"), 1.5, "must be a whole number"),
+    "a flag for a number": (("sublayers", 0, "activation_bytes"), True, "must be a whole number"),
+    "no list": (("sublayers",), {"a": 1}, "sublayers is a dict"),
+    "an unknown entry": (("sublayers", 0, "speed"), 3, "unknown entry 'speed'"),
+    "streams with a gap": (("streams", 1, "first"), 2, "without gaps"),
+    "too few sublayers": (("streams", 1, "count"), 1, "give one each"),
+    "used before it is made": (("carried", 0, "used"), [0, 1], "must come after"),
+    "used nowhere in the chain": (("carried", 0, "used"), [9], "not after the last"),
+    "no flag": (("carried", 0, "differentiable"), "yes", "true or false"),
+    "tied to a place that is not there": (("tied", 0, 1), ["before", "7"], "index of a sublayer"),
+    "tied to itself": (("tied", 0, 1), ["before"], "two places"),
+    "tied without bytes": (("tied", 0), [["0", "1"]], "bytes and a list of places"),
+    "no name": (("streams", 0, "name"), 3, "must be a text"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_in_given_costs_is_named(case):
+    path, value, message = NONSENSE[case]
+    costs = costs_to_dict(given())
+    place = costs
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(ax.AttnResError, match=message):
+        costs_from_dict(costs)
+
+
+def test_missing_entries_of_given_costs_are_named():
+    costs = costs_to_dict(given())
+    del costs["sublayers"][2]["parameter_bytes"]
+    with pytest.raises(ax.AttnResError, match=r"sublayers\[2\] lacks parameter_bytes"):
+        costs_from_dict(costs)
+    with pytest.raises(ax.AttnResError, match="costs lacks sublayers"):
+        costs_from_dict({})
+    with pytest.raises(ax.AttnResError, match="must be a mapping"):
+        costs_from_dict([])

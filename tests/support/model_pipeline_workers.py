@@ -1,0 +1,347 @@
+"""One process of a pipeline over a converted model: runs its cases and writes what it found, a JSON line a case.
+
+python -m tests.support.model_pipeline_workers SUITE RANK WORLD FOLDER
+"""
+
+import json
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import attnres_fx as ax
+from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
+from attnres_fx.partition.costs.stage_loads import StageLoad
+from attnres_fx.partition.runtime.build_pipeline import build_pipeline
+from attnres_fx.partition.simulate.timeline import simulate
+from attnres_fx.partition.split.chained_model import chains_of, stages_of
+
+VOCABULARY, LENGTH, ROWS = 40, 6, 8
+CASES = {"two": {}, "four": {}}
+ZERO_BUBBLE = "InterleavedZeroBubble"
+EVERY = (("GPipe", 1), ("1F1B", 1), ("Interleaved1F1B", 1), ("Interleaved1F1B", 2), (ZERO_BUBBLE, 1), (ZERO_BUBBLE, 2))
+
+
+@dataclass(frozen=True)
+class Ask:
+    num_stages: int
+    virtual_stages: int
+    schedule: str
+    num_microbatches: int = 4
+
+
+def case(suite):
+    def add(function):
+        CASES[suite][function.__name__] = function
+        return function
+
+    return add
+
+
+# Models
+
+
+def gpt():
+    torch.manual_seed(0)
+    return SmallGPT(GPTConfig(vocabulary=VOCABULARY, layers=4, heads=2, width=16, context=16, tied=True))
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, **sizes))
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, dropout_rate=0.0, **sizes))
+
+
+class SharedLayer(nn.Module):
+    """One layer again and again."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCABULARY, 16), nn.LayerNorm(16)
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, VOCABULARY)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for _ in range(6):
+            x = x + self.layer(self.norm(x)).tanh()
+        return self.head(x)
+
+
+def shared():
+    torch.manual_seed(0)
+    return SharedLayer()
+
+
+def batch(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    target = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    target[:3, 2:] = -100
+    if isinstance(model, SmallGPT):
+        return {"ids": ids}, target
+    names = ("input_ids", "decoder_input_ids") if type(model).__name__.startswith("T5") else ("input_ids",)
+    return {name: ids.roll(i, 1) for i, name in enumerate(names)}, target
+
+
+def loss_fn(output, target):
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+_converted = {}
+
+
+def convert(kind, **config):
+    """A converted model with queries away from zero; the same in every process, and made once in each."""
+    key = (kind, *config.items())
+    if key not in _converted:
+        model = globals()[kind]()
+        kwargs, _ = batch(model)
+        converted = ax.convert(model, kwargs={n: t[:2] for n, t in kwargs.items()}, config=ax.AttnResConfig(**config))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for read in converted.attnres.reads:
+                read.query.normal_(std=0.5, generator=generator)
+        _converted[key] = converted.train(), kwargs, batch(model)[1]
+    converted, kwargs, target = _converted[key]
+    converted.zero_grad()
+    return converted, kwargs, target
+
+
+def pipeline_of(
+    converted, schedule, virtual, *, ranks=None, cache=True, starts=None, recompute=False, compile=False, **options
+):
+    ranks = ranks or dist.get_world_size()
+    total = next(iter(chains_of(converted).values())).chain.num_sublayers
+    count = ranks * virtual
+    starts = starts or tuple(total * c // count for c in range(count))
+    stages = stages_of(
+        converted, starts, num_stages=ranks, virtual_stages=virtual, cache=cache, lowering=None, recompute=recompute
+    )
+    # Stages share the converted model's parameters: the reference must not see what the pipeline does to them.
+    for stage in stages:
+        for module in stage.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[name] = _copies.setdefault(
+                        id(parameter), nn.Parameter(parameter.detach().clone())
+                    )
+    _copies.clear()
+    plan = Ask(ranks, virtual, schedule)
+    pipeline = build_pipeline(stages, plan, loss_fn=loss_fn, compile=compile, **options)
+    return pipeline, stages
+
+
+_copies = {}
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def difference(found, wanted, least=1e-4):
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=least))
+
+
+def gradient_error(pipeline, reference):
+    wanted = dict(reference.named_parameters(remove_duplicate=False))
+    worst = 0.0
+    for name, parameter in pipeline.named_parameters():
+        zeros = torch.zeros_like(wanted[name])
+        found = zeros if parameter.grad is None else full(parameter.grad)
+        worst = max(worst, difference(found, zeros if wanted[name].grad is None else wanted[name].grad))
+    return worst
+
+
+def compared(pipeline, converted, kwargs, target):
+    wanted = loss_fn(converted(**kwargs), target)
+    wanted.backward()
+    loss = pipeline.step(**kwargs, target=target)
+    return {
+        "loss": difference(loss, wanted.detach()),
+        "gradients": gradient_error(pipeline, converted),
+        "held": pipeline.held,
+    }
+
+
+def bytes_as_routed(pipeline, stages):
+    """Whether what was sent is what the routes say, to the byte."""
+    sizes = {v.name: v for v in stages.values}
+    wanted = {}
+    for stage in pipeline.stages:
+        route = stages[stage.stage_index].route
+        wanted.setdefault(stage.stage_index, [0, 0])[0] += 4 * sum(sizes[n].bytes for n in route.sent)
+        back = sum(sizes[n].bytes for n in route.received if sizes[n].differentiable)
+        wanted.setdefault(stage.stage_index - 1, [0, 0])[1] += 4 * back
+    sent = {hop: [b.forward, b.backward] for hop, b in pipeline.bytes_sent.items()}
+    return sent == {hop: b for hop, b in wanted.items() if any(b)}
+
+
+def simulated_order(schedule, virtual):
+    """What the timeline says this rank does, in order."""
+    ranks = dist.get_world_size()
+    loads = [StageLoad(1.0, 1.0, 1.0, 0.1, 0.1)] * (ranks * virtual)
+    timeline = simulate(loads, schedule=schedule, num_stages=ranks, virtual_stages=virtual, num_microbatches=4)
+    return timeline.order(dist.get_rank())
+
+
+# Cases
+
+
+def against_one_process(kind, choices, config):
+    converted, kwargs, target = convert(kind, **config)
+    found = {}
+    for schedule, virtual in choices:
+        for cache in (True, False):
+            converted.zero_grad()
+            pipeline, stages = pipeline_of(converted, schedule, virtual, cache=cache)
+            key = f"{schedule} {virtual} {'cache' if cache else 'no cache'}"
+            found[key] = compared(pipeline, converted, kwargs, target)
+            found[key]["bytes"] = bytes_as_routed(pipeline, stages)
+            found[key]["order"] = pipeline.actions == simulated_order(schedule, virtual)
+    return found
+
+
+CONFIGS = {
+    "full": {"variant": "full"},
+    "aligned": {"variant": "block", "boundaries": (2, 4, 6)},
+    "spanning": {"variant": "block", "boundaries": (3,)},
+    "local": {"variant": "local", "boundaries": (3, 5)},
+}
+for name, config in CONFIGS.items():
+    CASES["two"][f"gpt {name}"] = lambda config=config: against_one_process("gpt", EVERY, config)
+    CASES["four"][f"gpt {name}"] = lambda config=config: against_one_process("gpt", EVERY[1:], config)
+SOME = (EVERY[1], EVERY[3], EVERY[5])
+for kind in ("llama", "t5", "shared"):
+    CASES["two"][kind] = lambda kind=kind: against_one_process(kind, SOME, {"num_blocks": 2})
+CASES["four"]["llama"] = lambda: against_one_process("llama", SOME, CONFIGS["spanning"])
+CASES["four"]["t5"] = lambda: against_one_process("t5", SOME, {"variant": "local", "num_blocks": 2})
+
+
+@case("two")
+def compiled():
+    found = {}
+    for schedule, virtual, backend in (("1F1B", 1, "inductor"), ("Interleaved1F1B", 2, "aot_eager")):
+        torch._dynamo.reset()
+        converted, kwargs, target = convert("gpt", **CONFIGS["spanning"])
+        pipeline, _ = pipeline_of(converted, schedule, virtual, compile=backend)
+        found[schedule] = compared(pipeline, converted, kwargs, target)
+    return found
+
+
+@case("two")
+def recomputing():
+    found = {}
+    for schedule, virtual, backend in (
+        ("1F1B", 1, False),
+        ("Interleaved1F1B", 2, False),
+        (ZERO_BUBBLE, 2, False),
+        ("1F1B", 1, "aot_eager"),
+    ):
+        torch._dynamo.reset()
+        converted, kwargs, target = convert("gpt", **CONFIGS["spanning"])
+        pipeline, stages = pipeline_of(converted, schedule, virtual, recompute=True, compile=backend)
+        assert all(s.recomputes for s in stages)
+        found[f"{schedule} {backend}"] = compared(pipeline, converted, kwargs, target)
+    return found
+
+
+@case("two")
+def evaluation():
+    """Eval graphs have other nodes than train graphs; their values travel under their own names."""
+    converted, kwargs, target = convert("t5", num_blocks=2)
+    pipeline, _ = pipeline_of(converted, "Interleaved1F1B", 2)
+    found = pipeline.eval(**kwargs, target=target)
+    converted.eval()
+    with torch.no_grad():
+        wanted = converted(**kwargs)
+    converted.train()
+    result = {"loss": difference(found.loss, loss_fn(wanted, target))}
+    if found.outputs is not None:
+        result["logits"] = difference(found.outputs.logits, wanted.logits)
+    result["after"] = compared(pipeline, converted, kwargs, target)
+    return result
+
+
+@case("two")
+def five_steps():
+    """The same losses as one process, AdamW and clipping included, with weights tied over two ranks."""
+    found = {}
+    for schedule, virtual in (("1F1B", 1), (ZERO_BUBBLE, 2)):
+        converted, kwargs, target = convert("gpt", **CONFIGS["aligned"])
+        pipeline, _ = pipeline_of(converted, schedule, virtual)
+        saved = {n: p.detach().clone() for n, p in converted.named_parameters()}
+        mine = torch.optim.AdamW(pipeline.parameters(), lr=0.01)
+        theirs = torch.optim.AdamW(converted.parameters(), lr=0.01)
+        losses, norms = [], []
+        for _ in range(5):
+            theirs.zero_grad()
+            wanted = loss_fn(converted(**kwargs), target)
+            wanted.backward()
+            norm = nn.utils.clip_grad_norm_(converted.parameters(), 0.5)
+            theirs.step()
+            pipeline.zero_grad()
+            loss = pipeline.step(**kwargs, target=target)
+            norms.append(difference(pipeline.clip_grad_norm_(0.5), norm))
+            mine.step()
+            losses.append(difference(loss, wanted.detach()))
+        with torch.no_grad():
+            for name, parameter in converted.named_parameters():
+                parameter.copy_(saved[name])
+        found[schedule] = {"loss": max(losses), "norm": max(norms)}
+    return found
+
+
+@case("four")
+def sharded():
+    """FSDP2 on every stage over a mesh of two pipelines of two, every schedule."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    found = {}
+    for schedule, virtual in EVERY:
+        converted, kwargs, target = convert("gpt", **CONFIGS["spanning"])
+        pipeline, _ = pipeline_of(converted, schedule, virtual, ranks=2, mesh=mesh, data_parallel="fsdp2")
+        found[f"{schedule} {virtual}"] = compared(pipeline, converted, kwargs, target)
+    return found
+
+
+def main(suite, rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/models.{suite}.store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=120),
+    )
+    with (Path(folder) / f"models.{suite}.{rank}.jsonl").open("w") as out:
+        for name, run in CASES[suite].items():
+            begin = time.time()
+            try:
+                result = run()
+            except Exception:
+                result = {"error": traceback.format_exc()}
+            out.write(json.dumps([name, result, time.time() - begin]) + "\n")
+            out.flush()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
