@@ -4,6 +4,8 @@ A pass is a function `verb_noun_pass(gm, *, options) -> PassResult`. It works in
 caller made for it, never on the user's module.
 """
 
+from attnres_fx.passes.graph.nodes import insert_call
+from attnres_fx.passes.graph.operations import op_name
 from attnres_fx.passes.graph.result import PassResult, run_pass
 from attnres_fx.passes.lowering.block_cost import BlockReads, PhaseChoice, choose_phases
 from attnres_fx.passes.lowering.fuse_norms import NormFusion, fuse_norms_pass, plan_norm_fusions
@@ -51,9 +53,11 @@ __all__ = [
     "fuse_norms_pass",
     "fuse_partial_sums_pass",
     "inline_regions_pass",
+    "insert_call",
     "insert_depth_attention_pass",
     "lower_",
     "normalize_",
+    "op_name",
     "plan_depth_reads",
     "plan_norm_fusions",
     "plan_phases",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attnres_fx.errors import PipelineError
-from attnres_fx.partition.runtime import checkpoint
+from attnres_fx.partition import checkpoint
 from attnres_fx.partition.runtime.contract import Plan, Shapes, Stage, Stages, shape_of
 from attnres_fx.partition.runtime.gradients import TiedGradients, scale_gradients, total_norm
 from attnres_fx.partition.runtime.microbatches import MeanLoss, Microbatches, join_outputs, split_batch

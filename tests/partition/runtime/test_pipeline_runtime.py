@@ -17,7 +17,7 @@ from torch import nn
 from attnres_fx import AttnResError
 from attnres_fx.errors import PipelineError
 from attnres_fx.partition import runtime
-from attnres_fx.partition.runtime.checkpoint import load_checkpoint, save_checkpoint
+from attnres_fx.partition.checkpoint import load_checkpoint, save_checkpoint
 from attnres_fx.partition.runtime.microbatches import MeanLoss, join_outputs, split_batch
 from attnres_fx.partition.runtime.source_cache import SourceCache
 from attnres_fx.partition.runtime.step_log import StepLog
