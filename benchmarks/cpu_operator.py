@@ -31,7 +31,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 from attnres_fx.ops import depth_attention
-from attnres_fx.ops.definition import definition
+from attnres_fx.ops.reference import definition
 
 EPS = 1e-6
 STACKED = "stacked definition, "

@@ -1,9 +1,9 @@
 """The depth-attention operators: their definitions, their weights, and their registration, one graph node each."""
 
-from attnres_fx.ops.definition import depth_weights
 from attnres_fx.ops.fused import depth_attention_fused
 from attnres_fx.ops.operator import depth_attention
 from attnres_fx.ops.phases import depth_attention_batch, depth_attention_merge
+from attnres_fx.ops.reference import depth_weights
 
 __all__ = [
     "depth_attention",

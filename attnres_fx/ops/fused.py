@@ -14,7 +14,6 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
-from attnres_fx.ops.definition import _mix, compute_dtype, depth_weights, result_dtype
 from attnres_fx.ops.inductor import TracedDepthAttention
 from attnres_fx.ops.operator import (
     DEPTH_ATTENTION,
@@ -25,6 +24,7 @@ from attnres_fx.ops.operator import (
     library,
 )
 from attnres_fx.ops.recompute import recomputed
+from attnres_fx.ops.reference import _mix, compute_dtype, depth_weights, result_dtype
 from attnres_fx.ops.sharded import read_by_tokens
 
 SCHEMA = (

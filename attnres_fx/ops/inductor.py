@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnres_fx.ops.definition import compute_dtype, gradients_of_definition, over_tokens, result_dtype
+from attnres_fx.ops.reference import compute_dtype, gradients_of_definition, over_tokens, result_dtype
 
 
 class TracedDepthAttention(torch.autograd.Function):

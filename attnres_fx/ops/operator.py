@@ -18,9 +18,9 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
-from attnres_fx.ops.definition import RecomputedDepthAttention, definition
 from attnres_fx.ops.inductor import TracedDepthAttention
 from attnres_fx.ops.recompute import Definition
+from attnres_fx.ops.reference import RecomputedDepthAttention, definition
 from attnres_fx.ops.sharded import read_by_tokens
 
 SCHEMA = "depth_attention(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain) -> Tensor"

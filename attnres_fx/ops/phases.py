@@ -16,10 +16,10 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
-from attnres_fx.ops.definition import _mix, _row_logit, compute_dtype, result_dtype
 from attnres_fx.ops.fused import NO_NORM, check_epilogue, normed
 from attnres_fx.ops.operator import _check, _is_transformed, _runs_in_plain_eager, library
 from attnres_fx.ops.recompute import recomputed
+from attnres_fx.ops.reference import _mix, _row_logit, compute_dtype, result_dtype
 
 BATCH_SCHEMA = "depth_attention_batch(Tensor[] sources, Tensor[] queries, Tensor[] key_weights, float eps) -> Tensor[]"
 MERGE_SCHEMA = (
