@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from attnres_fx.config import AttnResConfig, Variant
 from attnres_fx.errors import ScheduleError
@@ -45,6 +45,17 @@ class Source:
 
 
 ROOT = Source("root")
+
+
+class SourceSpan(NamedTuple):
+    """A source that crosses the cuts before the sublayers `made` + 1 to `last`, and no others.
+
+    made: the sublayer after which it is there; 0 for the root, which is made beside the first sublayer.
+    """
+
+    source: Source
+    made: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -100,30 +111,77 @@ class DepthSchedule:
         current = () if self._finishes_block(position) else (Source("partial", block, start, position),)
         return (ROOT, *done, *current)
 
+    def num_sources(self, position: int) -> int:
+        """`len(sources(position))`, without making them."""
+        if position == 0:
+            return 1
+        block = self.block_of_read(position)
+        if self.variant == "full":
+            return position + 1
+        return position - self.starts[block] + 1 if self.variant == "local" else block + 2
+
+    def summary_at(self, position: int) -> Source | None:
+        """The summary that the read at `position` makes for the next block; None where no block of `local` ends."""
+        if self.variant == "local" and 0 < position < self.num_sublayers and self._finishes_block(position):
+            return Source("summary", self.block_of(position))
+        return None
+
+    def ends_block(self, position: int) -> bool:
+        """Whether the read at `position` makes the summary that the next block receives (in `local` alone)."""
+        return self.summary_at(position) is not None
+
+    def reader_of(self, position: int) -> int:
+        """The sublayer whose pipeline stage runs the read at `position`.
+
+        It is the sublayer that the read opens, or, for the last read and for those that end a block of `local`, the
+        one before it.
+        """
+        return position - 1 if position == self.num_sublayers or self.ends_block(position) else position
+
     def carried(self, position: int) -> tuple[Source, ...]:
         """What must cross a cut at `position`: enough for every later read, and no more.
 
         In `local` the read at a block's end belongs to the earlier side, so one summary crosses there.
         """
-        if self.variant == "local" and 0 < position < self.num_sublayers and self._finishes_block(position):
-            return (Source("summary", self.block_of(position)),)
-        return self.sources(position)
+        summary = self.summary_at(position)
+        return self.sources(position) if summary is None else (summary,)
+
+    @cached_property
+    def spans(self) -> tuple[SourceSpan, ...]:
+        """Every source that crosses some cut, and which cuts: `carried`, read source by source."""
+        end, found = self.num_sublayers - 1, []
+        if self.variant == "local":
+            for block, own in enumerate(self.blocks):
+                received = Source("summary", block) if block else ROOT
+                found.append(SourceSpan(received, self.maker_of(received), own.stop - 1))
+                found += (SourceSpan(Source("sublayer", block, i, i + 1), i, own.stop - 1) for i in own)
+        else:
+            found.append(SourceSpan(ROOT, 0, end))
+            for block, own in enumerate(self.blocks):
+                kind: Literal["sublayer", "block"] = "sublayer" if self.variant == "full" else "block"
+                found.append(SourceSpan(Source(kind, block, own.start, own.stop), own.stop - 1, end))
+                found += (SourceSpan(Source("partial", block, own.start, i + 1), i, i + 1) for i in own[:-1])
+        return tuple(span for span in found if span.last > span.made)
+
+    def maker_of(self, source: Source) -> int:
+        """The sublayer after which a source is there; the root counts as made beside the first."""
+        return self.starts[source.block] - 1 if source.kind == "summary" else max(source.stop - 1, 0)
 
     def _finishes_block(self, position: int) -> bool:
         return position == self.num_sublayers or position in self.starts
 
-    @property
-    def partial_sums(self) -> tuple[Source, ...]:
-        """Every sum of sublayer outputs that some read needs, in the order in which they are complete."""
-        if self.variant != "block":
-            return ()
-        seen = {s for p in range(self.num_sublayers + 1) for s in self.sources(p) if s.stop - s.start > 1}
-        return tuple(sorted(seen, key=lambda s: (s.stop, s.start)))
 
-    @property
-    def num_edges(self) -> int:
-        """Source edges over all reads that need an operator (those with two sources or more)."""
-        return sum(len(self.sources(p)) for p in range(1, self.num_sublayers + 1))
+def forward_passes(num_sources: int) -> int:
+    """Passes over one source's bytes that a fused read of S sources makes: it reads each and writes one, S + 1."""
+    return num_sources + 1
+
+
+def backward_passes(num_sources: int) -> int:
+    """Passes over one source's bytes that a read's backward makes, 3 S + 1.
+
+    It reads the incoming gradient once, and each source with the gradient it has so far, and writes each gradient.
+    """
+    return 3 * num_sources + 1
 
 
 def plan_schedule(num_sublayers: int, config: AttnResConfig) -> DepthSchedule:
@@ -148,10 +206,15 @@ def _block_starts(count: int, config: AttnResConfig) -> tuple[int, ...]:
                 f"num_blocks={config.num_blocks} is more than the {count} sublayers of the stream: "
                 f"choose num_blocks between 1 and {count}."
             )
-        size, longer = divmod(count, config.num_blocks)
-        return tuple(i * size + min(i, longer) for i in range(config.num_blocks))
+        return even_starts(count, config.num_blocks)
     size = config.block_size if config.block_size is not None else -(-count // DEFAULT_BLOCKS)
     return tuple(range(0, count, size))
+
+
+def even_starts(num_sublayers: int, num_blocks: int) -> tuple[int, ...]:
+    """First sublayers of blocks whose sizes differ by at most one, the longer first."""
+    size, longer = divmod(num_sublayers, num_blocks)
+    return tuple(i * size + min(i, longer) for i in range(num_blocks))
 
 
 def _boundaries_in_range(count: int, boundaries: Sequence[int]) -> tuple[int, ...]:

@@ -174,8 +174,6 @@ def test_one_sublayer_a_block_sees_the_same_sums_as_full(count, options):
         assert [(s.start, s.stop) for s in block.sources(position)] == [
             (s.start, s.stop) for s in full.sources(position)
         ]
-    assert block.partial_sums == full.partial_sums == ()
-    assert block.num_edges == full.num_edges
 
 
 @pytest.mark.parametrize("count", range(1, 15))
@@ -208,28 +206,43 @@ def test_block_of_is_the_block_a_sublayer_lies_in():
         assert [schedule.block_of_read(p) for p in range(sum(sizes) + 1)] == [0, *expected]
 
 
-def test_partial_sums_are_the_sums_of_two_or_more_that_reads_need_each_once_as_they_are_complete():
-    for _, sizes, schedule in cases("block"):
-        needed, start = [], 0
-        for size in sizes:
-            needed += [(start, start + written) for written in range(2, size + 1)]
-            start += size
-        assert [(s.start, s.stop) for s in schedule.partial_sums] == needed, sizes
+@pytest.mark.parametrize("variant", ["full", "block", "local"])
+def test_sources_are_counted_without_making_them(variant):
+    for _, sizes, schedule in cases(variant):
+        positions = range(sum(sizes) + 1)
+        assert [schedule.num_sources(p) for p in positions] == [len(schedule.sources(p)) for p in positions], sizes
 
 
-def test_full_and_local_need_no_sums():
-    assert all(schedule.partial_sums == () for _, _, schedule in cases("full", "local"))
+@pytest.mark.parametrize("variant", ["full", "block", "local"])
+def test_spans_say_source_by_source_what_cuts_carry(variant):
+    for _, sizes, schedule in cases(variant):
+        for cut in range(1, sum(sizes)):
+            crossing = {s.source for s in schedule.spans if s.made < cut <= s.last}
+            assert crossing == set(schedule.carried(cut)), (sizes, cut)
+        assert len({s.source for s in schedule.spans}) == len(schedule.spans), sizes
 
 
-def test_edges_are_the_sources_of_reads_that_have_a_choice():
-    for variant, sizes, schedule in cases("full", "block", "local"):
-        reads, _ = simulate(variant, sizes)
-        assert schedule.num_edges == sum(len(read) for read in reads if len(read) > 1), sizes
+@pytest.mark.parametrize("variant", ["full", "block", "local"])
+def test_a_block_ends_where_one_summary_is_all_that_crosses(variant):
+    for _, sizes, schedule in cases(variant):
+        for position in range(sum(sizes) + 1):
+            summaries = [s for s in schedule.carried(position) if s.kind == "summary"]
+            alone = position in schedule.starts[1:] and variant == "local"
+            assert schedule.ends_block(position) == alone
+            assert schedule.summary_at(position) == (summaries[0] if alone else None), (sizes, position)
 
 
-def test_full_over_two_hundred_sublayers_has_l_plus_one_edges_at_each_read():
+def test_a_read_runs_where_its_sublayer_does_and_on_the_earlier_side_at_a_local_blocks_end_and_at_the_last():
+    readers = {
+        variant: [plan_schedule(4, AttnResConfig(variant=variant, **options)).reader_of(p) for p in range(5)]
+        for variant, options in {"full": {}, "block": {"block_size": 2}, "local": {"block_size": 2}}.items()
+    }
+    assert readers == {"full": [0, 1, 2, 3, 3], "block": [0, 1, 2, 3, 3], "local": [0, 1, 1, 3, 3]}
+
+
+def test_full_over_two_hundred_sublayers_has_l_plus_one_sources_at_each_read():
     schedule = plan_schedule(200, AttnResConfig(variant="full"))
-    assert schedule.num_edges == 200 * 203 // 2 == 20_300
+    assert sum(schedule.num_sources(p) for p in range(1, 201)) == 200 * 203 // 2 == 20_300
 
 
 def test_schedules_of_equal_options_are_equal_and_their_sources_are_shared_values():

@@ -5,6 +5,8 @@ Pure arithmetic, no graph and no torch. U is one pass over [N, D]: as many bytes
 
 from dataclasses import dataclass
 
+from attnres_fx.passes.schedule import backward_passes, forward_passes
+
 #: Phase-1 outputs may take this share of what the block keeps for backward anyway.
 MEMORY_SHARE = 0.2
 
@@ -46,13 +48,10 @@ class BlockCost:
 
 
 def cost_read_by_read(block: BlockReads) -> BlockCost:
-    """A fused read of S sources moves S + 1 U forward, 2 more with an addition, and 3S + 1 backward.
-
-    Backward reads each source, the gradient it has so far and the incoming one, and writes each gradient once.
-    """
+    """Each read by itself moves what the schedule says of its sources, and 2 U more forward with an addition."""
     sources = [block.completed + 1] * block.merged + [block.completed] * block.alone
     additions = 2 * (block.folded + block.folded_alone)
-    return BlockCost(sum(s + 1 for s in sources) + additions, sum(3 * s + 1 for s in sources), 0)
+    return BlockCost(sum(map(forward_passes, sources)) + additions, sum(map(backward_passes, sources)), 0)
 
 
 def cost_two_phase(block: BlockReads) -> BlockCost:
@@ -66,7 +65,7 @@ def cost_two_phase(block: BlockReads) -> BlockCost:
     """
     forward, backward = 2 * block.completed + block.reads, 7 * block.completed + 2 * block.reads
     if not block.batched:
-        forward, backward = block.reads * (block.completed + 1), block.reads * (3 * block.completed + 1)
+        forward, backward = (block.reads * moved(block.completed) for moved in (forward_passes, backward_passes))
     forward += 3 * block.merged + 2 * block.folded + 2 * block.alone + 3 * block.folded_alone
     backward += 6 * block.merged + 2 * block.alone
     return BlockCost(forward, backward, block.reads)
