@@ -1,20 +1,47 @@
-"""PyTorch's pipeline schedules that can be planned for, and what numbers each of them takes."""
+"""PyTorch's pipeline schedules that can be planned for and run, and what numbers each of them takes."""
 
-from typing import Literal, get_args
+from enum import StrEnum
 
 from attnres_fx.errors import PlanError
 
-ScheduleName = Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"]
-SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
-#: These take one stage a rank.
-SINGLE = ("GPipe", "1F1B")
-ZERO_BUBBLE = ("InterleavedZeroBubble",)
+
+class PipelineSchedule(StrEnum):
+    """A schedule of `torch.distributed.pipelining`; each equals the name that PyTorch gives it, as a string."""
+
+    GPIPE = "GPipe"
+    ONE_FORWARD_ONE_BACKWARD = "1F1B"
+    INTERLEAVED = "Interleaved1F1B"
+    ZERO_BUBBLE = "InterleavedZeroBubble"
+
+    @property
+    def single_stage(self) -> bool:
+        """Whether it runs exactly one stage on each rank."""
+        return self in (PipelineSchedule.GPIPE, PipelineSchedule.ONE_FORWARD_ONE_BACKWARD)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether a backward comes in two parts, of the inputs and of the weights."""
+        return self is PipelineSchedule.ZERO_BUBBLE
+
+    def __repr__(self) -> str:
+        """As a user writes it."""
+        return repr(self.value)
 
 
-def check_schedule(schedule: str, *, num_stages: int, virtual_stages: int, num_microbatches: int) -> None:
-    """Raises PlanError where the schedule does not exist, or cannot run these numbers."""
-    if schedule not in SCHEDULES:
-        raise PlanError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}.")
+def as_pipeline_schedule(name: object) -> PipelineSchedule:
+    """The schedule of this name. Raises PlanError where there is none."""
+    try:
+        return PipelineSchedule(name)  # type: ignore[arg-type]
+    except ValueError:
+        raise PlanError(f"schedule={name!r:.80} is none of {', '.join(PipelineSchedule)}.") from None
+
+
+def check_schedule(schedule: str, *, num_stages: int, virtual_stages: int, num_microbatches: int) -> PipelineSchedule:
+    """The schedule of this name, where it can run these numbers.
+
+    Raises PlanError where it does not exist, or cannot run them.
+    """
+    known = as_pipeline_schedule(schedule)
     for name, number in (
         ("num_stages", num_stages),
         ("virtual_stages", virtual_stages),
@@ -22,20 +49,21 @@ def check_schedule(schedule: str, *, num_stages: int, virtual_stages: int, num_m
     ):
         if number < 1:
             raise PlanError(f"{name} must be at least 1; it is {number}.")
-    if schedule in SINGLE and virtual_stages > 1:
+    if known.single_stage and virtual_stages > 1:
         raise PlanError(
-            f"the schedule {schedule} runs one stage on each rank, not virtual_stages={virtual_stages}: "
+            f"the schedule {known} runs one stage on each rank, not virtual_stages={virtual_stages}: "
             f"choose virtual_stages=1 or schedule='Interleaved1F1B'."
         )
-    if schedule == "1F1B" and num_microbatches < num_stages:
+    if known is PipelineSchedule.ONE_FORWARD_ONE_BACKWARD and num_microbatches < num_stages:
         raise PlanError(
             f"the schedule 1F1B needs as many microbatches as stages: num_microbatches={num_microbatches} is less "
             f"than num_stages={num_stages}; raise num_microbatches or choose schedule='GPipe'."
         )
     rounds = max(1, num_microbatches // num_stages)
-    if schedule not in SINGLE and num_microbatches % rounds:
+    if not known.single_stage and num_microbatches % rounds:
         low = num_microbatches - num_microbatches % rounds
         raise PlanError(
-            f"the schedule {schedule} runs num_microbatches={num_microbatches} on {num_stages} ranks in {rounds} "
+            f"the schedule {known} runs num_microbatches={num_microbatches} on {num_stages} ranks in {rounds} "
             f"rounds and needs a multiple of that: choose num_microbatches={low} or {low + rounds}."
         )
+    return known

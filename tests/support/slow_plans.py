@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, pairwise
 
-from attnres_fx.partition.pipeline_schedule import ZERO_BUBBLE
+from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.planner.objective import evaluate, numbers_of
 from attnres_fx.partition.planner.search import TOLERANCE
 from attnres_fx.partition.simulate.action_order import action_orders
@@ -116,7 +116,7 @@ def moments(request, rank):
         virtual_stages=request.virtual_stages,
         num_microbatches=request.num_microbatches,
     )[rank]
-    frees = "W" if request.schedule in ZERO_BUBBLE else "B"
+    frees = "W" if request.schedule == PipelineSchedule.ZERO_BUBBLE else "B"
     counts = dict.fromkeys(range(rank, request.num_virtual, request.num_stages), 0)
     found = []
     for action in order:

@@ -9,7 +9,7 @@ lags `rank` backwards behind (arXiv 2401.10241, ZB-H1).
 
 from collections.abc import Iterable
 
-from attnres_fx.partition.pipeline_schedule import ZERO_BUBBLE, check_schedule
+from attnres_fx.partition.pipeline_schedule import PipelineSchedule, check_schedule
 
 Counts = tuple[int, ...]
 
@@ -23,12 +23,14 @@ def in_flight(
     there is one. The first count is also the number of microbatches the rank has begun and not finished.
     Raises PlanError for numbers the schedule cannot run.
     """
-    check_schedule(schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=num_microbatches)
-    if schedule == "GPipe":
+    known = check_schedule(
+        schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=num_microbatches
+    )
+    if known is PipelineSchedule.GPIPE:
         return ((num_microbatches,),)
-    if schedule == "1F1B":
+    if known is PipelineSchedule.ONE_FORWARD_ONE_BACKWARD:
         return ((min(num_microbatches, num_stages - rank),),)
-    return _fullest(_interleaved(schedule in ZERO_BUBBLE, num_stages, virtual_stages, num_microbatches, rank))
+    return _fullest(_interleaved(known.splits_backward, num_stages, virtual_stages, num_microbatches, rank))
 
 
 def _interleaved(zero_bubble: bool, ranks: int, stages: int, microbatches: int, rank: int) -> Iterable[Counts]:

@@ -17,7 +17,7 @@ from attnres_fx.errors import ConfigError, PlanError
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.costs.stage_loads import stage_loads
 from attnres_fx.partition.costs.traffic import Traffic, count_traffic, size, stage_values
-from attnres_fx.partition.pipeline_schedule import ZERO_BUBBLE
+from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, check_same_model
 from attnres_fx.partition.plan.plain_data import from_plain, to_plain
 from attnres_fx.partition.planner.objective import Partition
@@ -108,7 +108,7 @@ class Plan:
     @property
     def compiles(self) -> bool:
         """Whether stages run through `torch.compile`: not under zero bubble, where gradients would be wrong."""
-        return self.schedule not in ZERO_BUBBLE
+        return not as_pipeline_schedule(self.schedule).splits_backward
 
     def rank_of(self, stage: int) -> int:
         """The rank that runs a virtual stage."""

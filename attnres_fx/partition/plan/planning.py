@@ -17,7 +17,7 @@ from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import AttnResError, CaptureError, PlanError, ScheduleError
 from attnres_fx.partition.costs.measure import measure_costs
 from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts
-from attnres_fx.partition.pipeline_schedule import ZERO_BUBBLE, check_schedule
+from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule, check_schedule
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, fingerprint_part
 from attnres_fx.partition.plan.plan import InputSpec, Plan, PlanOptions
 from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest, Schedules
@@ -354,7 +354,7 @@ def _name_of(model: Any) -> str:
 
 def _notes(schedule: str, costs: ModelCosts, chosen: bool, config: AttnResConfig) -> tuple[str, ...]:
     notes = []
-    if schedule in ZERO_BUBBLE:
+    if as_pipeline_schedule(schedule).splits_backward:
         notes.append("stages run uncompiled: compiled ones have wrong gradients under zero bubble")
     if chosen and len(costs.streams) > 1 and config.variant != "full":
         notes.append("the model has several streams: each has the blocks config gives it, and stages alone are chosen")

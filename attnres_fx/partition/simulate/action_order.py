@@ -1,15 +1,20 @@
 """The order in which every rank works, from PyTorch's own schedules: no process group, no stage, nothing runs."""
 
-import re
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from attnres_fx.errors import PlanError
-from attnres_fx.partition.pipeline_schedule import SINGLE, check_schedule
+from attnres_fx.partition.pipeline_schedule import PipelineSchedule, check_schedule
 
-_ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
+#: By what PyTorch calls a computation.
+_KINDS: dict[str, Literal["F", "B", "I", "W"]] = {
+    "FORWARD": "F",
+    "FULL_BACKWARD": "B",
+    "BACKWARD_INPUT": "I",
+    "BACKWARD_WEIGHT": "W",
+}
 
 
 class Action(NamedTuple):
@@ -33,13 +38,17 @@ def action_orders(
 
     Raises PlanError for numbers the schedule cannot run, and where this torch has no such schedules.
     """
-    check_schedule(schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=num_microbatches)
-    listed = _listed_orders(schedule, num_stages, virtual_stages, num_microbatches)
+    known = check_schedule(
+        schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=num_microbatches
+    )
+    listed = _listed_orders(known, num_stages, virtual_stages, num_microbatches)
     orders = tuple(tuple(_actions(listed[rank])) for rank in range(num_stages))
-    return tuple(_in_turn(order) for order in orders) if schedule in SINGLE else orders
+    return tuple(_in_turn(order) for order in orders) if known.single_stage else orders
 
 
-def _listed_orders(schedule: str, num_stages: int, virtual_stages: int, num_microbatches: int) -> dict[int, list[Any]]:
+def _listed_orders(
+    schedule: PipelineSchedule, num_stages: int, virtual_stages: int, num_microbatches: int
+) -> dict[int, list[Any]]:
     try:
         from torch.distributed.pipelining.schedules import get_schedule_class
     except ImportError as error:
@@ -51,9 +60,9 @@ def _listed_orders(schedule: str, num_stages: int, virtual_stages: int, num_micr
     stage = SimpleNamespace(
         num_stages=num_stages * virtual_stages, group_rank=0, group_size=num_stages, stage_index=0, submod=None
     )
-    stages = stage if schedule in SINGLE else [stage] * virtual_stages
+    stages = stage if schedule.single_stage else [stage] * virtual_stages
     try:
-        found = get_schedule_class(schedule)(stages, num_microbatches).pipeline_order
+        found = get_schedule_class(schedule.value)(stages, num_microbatches).pipeline_order
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
         raise PlanError(
             f"torch {torch.__version__} gives no order for schedule={schedule!r} with num_stages={num_stages}, "
@@ -65,8 +74,8 @@ def _listed_orders(schedule: str, num_stages: int, virtual_stages: int, num_micr
 
 def _actions(listed: list[Any]) -> list[Action]:
     """Without the gaps, and without what computes nothing."""
-    matches = [_ACTION.fullmatch(str(action)) for action in listed]
-    return [Action(int(m[1]), m[2], int(m[3])) for m in matches if m]  # type: ignore[arg-type]
+    computed = [action for action in listed if action is not None and action.computation_type.name in _KINDS]
+    return [Action(a.stage_index, _KINDS[a.computation_type.name], a.microbatch_index) for a in computed]
 
 
 def _in_turn(order: tuple[Action, ...]) -> tuple[Action, ...]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.costs.in_flight import in_flight
 from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
-from attnres_fx.partition.pipeline_schedule import SINGLE
+from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.planner import search as planner
 from attnres_fx.partition.planner.block_choices import all_blocks, count_blocks, even_blocks, latest_blocks
 from attnres_fx.partition.planner.objective import PICOSECONDS, evaluate
@@ -19,6 +19,7 @@ from attnres_fx.partition.planner.search import at_stages, find_partition
 from attnres_fx.passes.schedule import DepthSchedule
 from tests.support.slow_plans import allowed_blocks, best_of, count_cost, every_plan, every_schedule, fits, moments
 
+SINGLE = tuple(s.value for s in PipelineSchedule if s.single_stage)
 SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 #: Whole picoseconds for whole operations and bytes, so that nothing is rounded.
 WHOLE = [1e12, 5e11, 2.5e11, 1e11]

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.costs.stage_loads import StageLoad
-from attnres_fx.partition.pipeline_schedule import SINGLE
+from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.simulate import action_order as orders
 from attnres_fx.partition.simulate.action_order import action_orders
 from attnres_fx.partition.simulate.timeline import simulate
 from tests.support.paths import BENCHMARKS
 
-MULTI = ("Interleaved1F1B", "InterleavedZeroBubble")
+SINGLE = tuple(s.value for s in PipelineSchedule if s.single_stage)
+MULTI = tuple(s.value for s in PipelineSchedule if not s.single_stage)
 EVEN = StageLoad(1.0, 1.0, 1.0)
 
 
@@ -290,7 +291,9 @@ def test_a_torch_without_pipelining_or_with_other_schedules_is_named(monkeypatch
 
 
 def test_an_order_in_which_ranks_wait_for_each_other_is_refused(monkeypatch):
-    wrong = {0: ["0B0", "0F0"], 1: ["1F0", "1B0"]}
+    from torch.distributed.pipelining.schedules import _Action
+
+    wrong = {rank: list(map(_Action.from_str, order)) for rank, order in ((0, ["0B0", "0F0"]), (1, ["1F0", "1B0"]))}
     monkeypatch.setattr(orders, "_listed_orders", lambda *_: wrong)
     with pytest.raises(PlanError, match="never gets to 0B0, 1F0"):
         even_step("GPipe", 2, 1, 1)
