@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import attnres_fx as ax
-from attnres_fx.partition.runtime.build_pipeline import build_pipeline
+from attnres_fx.partition.runtime import build_pipeline
 
 try:
     from examples.small_gpt import GPTConfig, SmallGPT, next_byte_loss

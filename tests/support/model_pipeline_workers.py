@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import attnres_fx as ax
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 from attnres_fx.partition.costs.stage_loads import StageLoad
-from attnres_fx.partition.runtime.build_pipeline import build_pipeline
+from attnres_fx.partition.runtime import build_pipeline
 from attnres_fx.partition.simulate.timeline import simulate
 from attnres_fx.partition.split.chained_model import chains_of, stages_of
 

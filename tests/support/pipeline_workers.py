@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from attnres_fx import AttnResError
 from attnres_fx.partition.checkpoint import load_checkpoint, save_checkpoint
-from attnres_fx.partition.runtime.build_pipeline import build_pipeline
+from attnres_fx.partition.runtime import build_pipeline
 from tests.support.pipeline_model import HandPlan, HandStages, Layer, batch, loss_fn, whole
 
 CASES = {"two": {}, "four": {}}
