@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import depth_attention, depth_attention_batch, depth_attention_fused, depth_attention_merge
-from tests.ops.test_operator import TOLERANCE, oracle, random_inputs, worst_ratio
+from tests.support.operator_oracle import TOLERANCE, oracle, random_inputs, worst_ratio
 
 FUSED = torch.ops.attnres_fx.depth_attention_fused.default
 BATCH = torch.ops.attnres_fx.depth_attention_batch.default

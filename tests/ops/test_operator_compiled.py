@@ -12,7 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.func import grad, vmap
 
 from attnres_fx.ops import depth_attention
-from tests.ops.test_operator import TOLERANCE, oracle, random_inputs, worst_ratio
+from tests.support.operator_oracle import TOLERANCE, oracle, random_inputs, worst_ratio
 
 GAIN = 1.5
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

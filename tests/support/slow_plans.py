@@ -10,7 +10,7 @@ from attnres_fx.partition.planner.search import TOLERANCE
 from attnres_fx.partition.simulate.action_order import action_orders
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.passes.schedule import DepthSchedule
-from tests.partition.costs.test_traffic import maker_of, needs_of_reads, walk
+from tests.support.set_walks import maker_of, needs_of_reads, walk
 
 
 @dataclass(frozen=True)

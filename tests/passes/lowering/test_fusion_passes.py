@@ -24,6 +24,7 @@ from attnres_fx.passes import (
 )
 from attnres_fx.passes.graph.operations import op_name
 from tests.support.families import FAMILIES, GROUPED, TEXT, family, widened
+from tests.support.lowered import assert_same, count, names, run_both, with_queries
 from tests.support.stream_text import SPELLINGS, captured
 
 D = 16
@@ -130,14 +131,6 @@ def lowered(module: nn.Module, args, spelling: str, lowering: Lowering) -> tuple
     return before, gm
 
 
-def names(gm: GraphModule) -> list[str]:
-    return [op_name(n) for n in gm.graph.nodes]
-
-
-def count(gm: GraphModule, name: str) -> int:
-    return names(gm).count(f"attnres_fx::{name}")
-
-
 def arguments(gm: GraphModule, module: nn.Module, x: Tensor) -> list[Tensor]:
     """The inputs of a graph: parameters too, where Dynamo lifted them."""
     given = dict(module.named_parameters())
@@ -161,16 +154,6 @@ def outcome(gm: GraphModule, module: nn.Module, x: Tensor) -> list[Tensor]:
     sum((o.double() * (i + 1)).sin().sum() for i, o in enumerate(outputs)).backward()
     grads = {n.rpartition(".")[2]: p.grad for n, p in owner.named_parameters()}
     return [*outputs, x.grad, *(g for g in grads.values() if g is not None)]
-
-
-def assert_same(found, expected, tolerance=1e-6):
-    assert len(found) == len(expected)
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        a, b = a.detach().double(), b.detach().double()
-        scale = max(float(b.abs().max()), 1e-3) if b.numel() else 1.0
-        worst = float((a - b).abs().max()) if b.numel() else 0.0
-        assert worst <= tolerance * scale, f"value {i} differs by {worst:.3g} of {scale:.3g}"
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -361,26 +344,6 @@ MODELS = {
     "t5": FAMILIES["t5"],
     "example": lambda: (example_gpt(), {"ids": TEXT["input_ids"]}, 6),
 }
-
-
-def with_queries(converted):
-    generator = torch.Generator().manual_seed(1)
-    for read in converted.attnres.reads:
-        nn.init.normal_(read.query, std=read.query.shape[0] ** -0.5, generator=generator)
-    return converted
-
-
-def run_both(converted, kwargs):
-    """Outputs and gradients of the lowered and of the plain form."""
-    leaves = converted.flatten_arguments(**kwargs)
-    results = []
-    for is_lowered in (True, False):
-        converted.zero_grad()
-        gm = converted.graph_module(lowered=is_lowered)
-        outputs = [o for o in pytree.tree_leaves(gm(*leaves)) if isinstance(o, Tensor) and o.is_floating_point()]
-        sum(o.double().sin().mean() for o in outputs).backward()
-        results.append([*outputs, *(p.grad for p in converted.parameters() if p.grad is not None)])
-    return results
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -6,8 +6,7 @@ import torch
 import attnres_fx as ax
 from attnres_fx.errors import ConfigError
 from attnres_fx.passes import Lowering, lower_
-from tests.passes.lowering.test_fusion_passes import count, run_both, with_queries
-from tests.passes.lowering.test_two_phase import MODELS
+from tests.support.lowered import MODELS, count, run_both, with_queries
 
 ALONE = Lowering(fuse_norms=False, fuse_partial_sums=False, two_phase=False, thread_gradients=True)
 VARIANTS = {

@@ -11,8 +11,8 @@ import attnres_fx as ax
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 from attnres_fx.passes import BlockReads, Lowering, choose_phases, plan_phases, two_phase_pass
 from attnres_fx.passes.lowering.block_cost import cost_read_by_read, cost_two_phase
-from tests.passes.lowering.test_fusion_passes import assert_same, count, run_both, with_queries
-from tests.support.families import FAMILIES, GPT, GROUPED, TEXT, widened
+from tests.support.families import FAMILIES, TEXT, widened
+from tests.support.lowered import MODELS, assert_same, count, run_both, with_queries
 
 IDS = TEXT["input_ids"]
 #: Two phases and nothing else, against the reads as they were put in.
@@ -31,27 +31,6 @@ LAYOUTS = {
 def example_gpt(layers=4):
     torch.manual_seed(0)
     return widened(SmallGPT(GPTConfig(vocabulary=96, layers=layers, heads=2, width=32, context=16)))
-
-
-def transformers_model(name, **options):
-    """With the weights its own initialisation gives: wide ones make more of rounding than the norms undo."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**options)
-    return getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")(config).eval()
-
-
-def fresh_gpt():
-    torch.manual_seed(0)
-    return SmallGPT(GPTConfig(vocabulary=96, layers=4, heads=2, width=32, context=16)).eval()
-
-
-MODELS = {
-    "llama": lambda: (transformers_model("Llama", **{**GROUPED, "num_hidden_layers": 4}), TEXT),
-    "gpt2": lambda: (transformers_model("GPT2", **{**GPT, "n_layer": 4}), TEXT),
-    "example": lambda: (fresh_gpt(), {"ids": IDS}),
-}
 
 
 def assert_as_exact(found, expected, tolerance):

@@ -1,0 +1,69 @@
+"""Graphs with and without the lowering passes: what is in them, and what they compute."""
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
+from attnres_fx.passes.graph.operations import op_name
+from tests.support.families import GPT, GROUPED, IDS, TEXT
+
+
+def names(gm: GraphModule) -> list[str]:
+    return [op_name(n) for n in gm.graph.nodes]
+
+
+def count(gm: GraphModule, name: str) -> int:
+    return names(gm).count(f"attnres_fx::{name}")
+
+
+def assert_same(found, expected, tolerance=1e-6):
+    assert len(found) == len(expected)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = a.detach().double(), b.detach().double()
+        scale = max(float(b.abs().max()), 1e-3) if b.numel() else 1.0
+        worst = float((a - b).abs().max()) if b.numel() else 0.0
+        assert worst <= tolerance * scale, f"value {i} differs by {worst:.3g} of {scale:.3g}"
+
+
+def with_queries(converted):
+    generator = torch.Generator().manual_seed(1)
+    for read in converted.attnres.reads:
+        nn.init.normal_(read.query, std=read.query.shape[0] ** -0.5, generator=generator)
+    return converted
+
+
+def run_both(converted, kwargs):
+    """Outputs and gradients of the lowered and of the plain form."""
+    leaves = converted.flatten_arguments(**kwargs)
+    results = []
+    for is_lowered in (True, False):
+        converted.zero_grad()
+        gm = converted.graph_module(lowered=is_lowered)
+        outputs = [o for o in pytree.tree_leaves(gm(*leaves)) if isinstance(o, Tensor) and o.is_floating_point()]
+        sum(o.double().sin().mean() for o in outputs).backward()
+        results.append([*outputs, *(p.grad for p in converted.parameters() if p.grad is not None)])
+    return results
+
+
+def transformers_model(name, **options):
+    """With the weights its own initialisation gives: wide ones make more of rounding than the norms undo."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**options)
+    return getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")(config).eval()
+
+
+def fresh_gpt():
+    torch.manual_seed(0)
+    return SmallGPT(GPTConfig(vocabulary=96, layers=4, heads=2, width=32, context=16)).eval()
+
+
+MODELS = {
+    "llama": lambda: (transformers_model("Llama", **{**GROUPED, "num_hidden_layers": 4}), TEXT),
+    "gpt2": lambda: (transformers_model("GPT2", **{**GPT, "n_layer": 4}), TEXT),
+    "example": lambda: (fresh_gpt(), {"ids": IDS}),
+}
