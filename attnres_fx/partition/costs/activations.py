@@ -39,8 +39,8 @@ def saved_bytes(body: Body, name: str = "") -> int:
         return _bytes_by_eye(body)
 
 
-def input_bytes(body: Body) -> int:
-    """What is kept where the whole unit is computed again in backward: its depth read's output alone."""
+def _input_bytes(body: Body) -> int:
+    """Of the depth reads' outputs that the unit takes."""
     return sum(bytes_of(tensor_value(i.node)) for i in body.inputs if i.kind == "read")
 
 
@@ -140,7 +140,7 @@ def _storage_bytes(value: Tensor) -> int:
 def _bytes_by_eye(body: Body) -> int:
     kept = [n for n in body.nodes if tensor_of(n) is not None and not _passes_on(n) and _is_kept_for(list(n.users))]
     held = [n for n in body.nodes if is_returned(n)]
-    return sum(bytes_of(tensor_of(n)) for n in dict.fromkeys((*kept, *held))) + input_bytes(body)
+    return sum(bytes_of(tensor_of(n)) for n in dict.fromkeys((*kept, *held))) + _input_bytes(body)
 
 
 def _is_kept_for(users: Sequence[Node]) -> bool:

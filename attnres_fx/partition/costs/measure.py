@@ -1,11 +1,11 @@
 """Costs of a converted model's sublayers, measured on its graph: no weights, nothing run on data."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from attnres_fx.partition.costs.activations import input_bytes, saved_bytes
+from attnres_fx.partition.costs.activations import saved_bytes
 from attnres_fx.partition.costs.flops import Flops, count_flops
 from attnres_fx.partition.costs.model_costs import CarriedValue, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.costs.unit_graph import (
@@ -17,53 +17,34 @@ from attnres_fx.partition.costs.unit_graph import (
     is_read,
     parameter_of,
 )
+from attnres_fx.partition.split.chain import Chain, ChainStream
 
 
-class StreamRun(Protocol):
-    """One stream's sublayers in the chain: `first` and the `count - 1` after it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def first(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-
-
-class UnitChain(Protocol):
-    """Who computes what: unit -1 stands before the first sublayer, unit `num_sublayers` after the last."""
-
-    @property
-    def num_sublayers(self) -> int: ...
-    @property
-    def names(self) -> Sequence[str]: ...
-    @property
-    def streams(self) -> Sequence[StreamRun]: ...
-    def members(self, unit: int) -> Sequence[Node]: ...
-
-
-def measure_costs(
-    gm: GraphModule, chain: UnitChain, *, recompute: bool = False, carried: Iterable[CarriedValue] = ()
-) -> ModelCosts:
+def measure_costs(gm: GraphModule, chain: Chain, *, carried: Iterable[CarriedValue] = ()) -> ModelCosts:
     """Costs of every unit of a chain, from the metadata of its nodes.
 
-    gm: a converted model's graph in aten operations, on any device, `meta` too; symbolic sizes count as in the
-    example it was captured with, which is one microbatch. recompute: sublayers (not what stands before and after
-    them) keep their inputs alone and run forward once more in backward. carried: passed on as it is.
+    Flops are counted as `costs/flops.py` says, activations as `activations.saved_bytes` says; depth reads are in
+    neither. Units of one structure are measured once. Parameters include those of the unit's reads.
 
-    Flops are counted as `attnres_fx.partition.flops` says, activations as `activations.saved_bytes` says; depth
-    reads are in neither. Units of one structure are measured once. Parameters include those of the unit's reads.
+    Args:
+        gm: A converted model's graph in aten operations, on any device, `meta` too; symbolic sizes count as in the
+            example it was captured with, which is one microbatch.
+        chain: Which node belongs to which sublayer.
+        carried: What travels besides the sources of the streams; passed on as it is.
+
+    Returns:
+        The costs, per microbatch.
     """
     facts = graph_facts(gm)
     places = range(-1, chain.num_sublayers + 1)
     members = {unit: list(chain.members(unit)) for unit in places}
     parameters, tied = _parameter_bytes(members, chain.num_sublayers)
-    measured = _Measurements(facts)
+    measured = _MeasuredUnits(facts)
     costs = {}
     for unit in places:
         inner = 0 <= unit < chain.num_sublayers
         name = chain.names[unit] if inner else _place(unit, chain.num_sublayers)
-        flops, kept = measured.of(members[unit], name, recompute=recompute and inner)
+        flops, kept = measured.flops_and_bytes(members[unit], name)
         costs[unit] = SublayerCost(name, float(flops.forward), float(flops.backward), parameters[unit], kept)
     return ModelCosts(
         sublayers=tuple(costs[i] for i in range(chain.num_sublayers)),
@@ -77,24 +58,20 @@ def measure_costs(
     )
 
 
-class _Measurements:
-    """Flops and kept bytes, once for each structure."""
+class _MeasuredUnits:
+    """Operations and saved bytes of units, counted once for each structure."""
 
     def __init__(self, facts: GraphFacts) -> None:
         self.facts = facts
         self.calls: dict[Any, Flops] = {}
-        self.bodies: dict[Any, tuple[Flops, int]] = {}
+        self.by_structure: dict[Any, tuple[Flops, int]] = {}
 
-    def of(self, nodes: Sequence[Node], name: str, *, recompute: bool) -> tuple[Flops, int]:
+    def flops_and_bytes(self, nodes: Sequence[Node], name: str) -> tuple[Flops, int]:
         body = extract_body(nodes, self.facts)
-        key = body.key, recompute
-        if key not in self.bodies:
+        if body.key not in self.by_structure:
             flops = count_flops(body.nodes, differentiable=self.facts.differentiable, memo=self.calls)
-            if recompute:
-                self.bodies[key] = flops + Flops(0, flops.forward), input_bytes(body)
-            else:
-                self.bodies[key] = flops, saved_bytes(body, name)
-        return self.bodies[key]
+            self.by_structure[body.key] = flops, saved_bytes(body, name)
+        return self.by_structure[body.key]
 
 
 def _place(unit: int, num_sublayers: int) -> str:
@@ -124,7 +101,7 @@ def _parameter_bytes(
     return own, tied
 
 
-def _value_bytes(members: dict[int, list[Node]], stream: StreamRun, num_sublayers: int) -> int:
+def _value_bytes(members: dict[int, list[Node]], stream: ChainStream, num_sublayers: int) -> int:
     """One source of a stream: the largest that its reads take."""
     stop = stream.first + stream.count
     units = range(stream.first, stop + (stop == num_sublayers))  # the last read of all may stand before the head

@@ -1,6 +1,5 @@
 """What a plan is asked for, and whether it can be asked for at all."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,6 +7,7 @@ from typing import get_args
 
 from attnres_fx.config import Variant
 from attnres_fx.errors import PlanError
+from attnres_fx.partition.checked_values import checked_amount, checked_choice, checked_flag
 from attnres_fx.partition.costs.in_flight import in_flight
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.costs.traffic import check_starts
@@ -104,21 +104,13 @@ def check_request(request: PlanRequest) -> None:
 
 
 def _check_choices(request: PlanRequest) -> None:
-    for name, value, allowed in (
-        ("align", request.align, ("prefer", "require")),
-        ("variant", request.variant, get_args(Variant)),
-    ):
-        if value not in allowed:
-            raise PlanError(f"{name} must be one of {', '.join(allowed)}; it is {value!r}.")
-    for name in ("flops", "memory_bandwidth", "link_bandwidth", "link_latency"):
-        value = getattr(request.device, name)
-        if not (math.isfinite(value) and (value > 0 or (value == 0 and name == "link_latency"))):
-            raise PlanError(f"DeviceSpeed.{name} must be a positive finite number; it is {value!r}.")
-    if not math.isfinite(request.optimizer_factor) or request.optimizer_factor < 0:
-        raise PlanError(
-            f"optimizer_factor is the bytes of gradient and optimizer state per byte of parameter, 0 or more; "
-            f"it is {request.optimizer_factor!r}."
-        )
+    checked_choice("align", request.align, ("prefer", "require"))
+    checked_choice("variant", request.variant, get_args(Variant))
+    checked_amount(
+        "optimizer_factor (bytes of gradient and optimizer state per byte of parameter)", request.optimizer_factor
+    )
+    for name in ("recompute", "cache"):
+        checked_flag(name, getattr(request, name))
 
 
 def _check_sizes(request: PlanRequest) -> None:

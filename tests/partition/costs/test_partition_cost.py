@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import logging
+import math
 import resource
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,10 @@ from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 from attnres_fx.partition.costs import measure as cost
 from attnres_fx.partition.costs.activations import saved_bytes
 from attnres_fx.partition.costs.flops import Flops, count_flops
-from attnres_fx.partition.costs.given_costs import costs_from_dict, costs_to_dict
 from attnres_fx.partition.costs.measure import measure_costs
-from attnres_fx.partition.costs.model_costs import CarriedValue, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.costs.unit_graph import extract_body, graph_facts
+from attnres_fx.partition.plan.plain_data import from_plain, to_plain
 from attnres_fx.partition.split.chained_model import chains_of
 from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 
@@ -45,8 +47,8 @@ def converted_graph(model, *args, variant="full", **kwargs):
     return ordered.gm, ordered.chain
 
 
-def measured(model, *args, recompute=False, **kwargs):
-    return measure_costs(*converted_graph(model, *args, **kwargs), recompute=recompute)
+def measured(model, *args, **kwargs):
+    return measure_costs(*converted_graph(model, *args, **kwargs))
 
 
 def gpt():
@@ -338,19 +340,6 @@ def test_layers_that_share_weights_are_tied():
     assert costs.sublayers[2].parameter_bytes < costs.sublayers[0].parameter_bytes / 10
 
 
-def test_recomputed_sublayers_keep_their_input_and_run_twice():
-    plain, again = (
-        measured(llama(), input_ids=IDS, use_cache=False),
-        measured(llama(), input_ids=IDS, use_cache=False, recompute=True),
-    )
-    value = plain.streams[0].value_bytes
-    assert [s.activation_bytes for s in again.sublayers] == [0, value, value, value]
-    for one, two in zip(plain.sublayers, again.sublayers, strict=True):
-        assert two.forward_flops == one.forward_flops
-        assert two.backward_flops == one.backward_flops + one.forward_flops
-    assert (again.before, again.after, again.streams) == (plain.before, plain.after, plain.streams)
-
-
 def test_frozen_weights_have_no_gradient_to_compute():
     model = gpt()
     for name, parameter in model.named_parameters():
@@ -457,53 +446,99 @@ def given():
 
 
 def test_costs_survive_json():
-    costs = measured(gpt(), IDS)
-    for one in (costs, given()):
-        assert costs_from_dict(json.loads(json.dumps(costs_to_dict(one)))) == one
-    plain = costs_to_dict(given())
+    for one in (measured(gpt(), IDS), given()):
+        assert from_plain(ModelCosts, json.loads(json.dumps(to_plain(one))), "costs") == one
+    plain = to_plain(given())
     del plain["carried"], plain["tied"]
-    assert costs_from_dict(plain) == dataclasses.replace(given(), carried=(), tied=())
+    assert from_plain(ModelCosts, plain, "costs") == dataclasses.replace(given(), carried=(), tied=())
+
+
+NOT_COUNTS = [-2, -2.0, 1.5, math.nan, math.inf, -math.inf, 10**400, "12", True, None, [1], (1,), 1j]
+RECORDS = {
+    "sublayers": ("forward_flops", "backward_flops", "parameter_bytes", "activation_bytes"),
+    "streams": ("first", "count", "value_bytes"),
+    "carried": ("bytes", "used", "differentiable", "produced"),
+}
+LEGAL = {"forward_flops": [1.5], "backward_flops": [1.5], "differentiable": [True], "used": [(1,), [1]]}
+
+
+@pytest.mark.parametrize(("field", "name"), [(field, name) for field, names in RECORDS.items() for name in names])
+def test_costs_of_another_kind_are_refused_when_they_are_made(field, name):
+    record = getattr(given(), field)[0]
+    for value in NOT_COUNTS:
+        if any(value is fine or (value == fine and type(value) is type(fine)) for fine in LEGAL.get(name, ())):
+            continue
+        with pytest.raises(ax.errors.PlanError, match=rf"{name} of {record.name!r}") as refused:
+            dataclasses.replace(record, **{name: value})
+        assert repr(value)[:40] in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["flops", "memory_bandwidth", "link_bandwidth", "link_latency"])
+def test_speeds_of_another_kind_are_refused_when_they_are_made(name):
+    for value in [*NOT_COUNTS, *([0.0] if name != "link_latency" else [])]:
+        if value != 1.5:
+            with pytest.raises(ax.errors.PlanError, match=rf"DeviceSpeed\.{name} must be"):
+                DeviceSpeed(**{name: value})
+
+
+def test_numbers_of_numpy_and_whole_floats_are_taken_as_plain_ones():
+    unit = SublayerCost("layers.0", np.float32(2.0), 3, np.int64(1000), 5e2)
+    assert unit == SublayerCost("layers.0", 2.0, 3.0, 1000, 500)
+    assert [type(v) for v in dataclasses.astuple(unit)] == [str, float, float, int, int]
+    assert json.dumps(to_plain(DeviceSpeed(flops=np.float64(1e12), link_bandwidth=10**9)))
+    carried = CarriedValue("keys", np.int32(12), np.int64(0), [np.int64(1), 2])
+    assert carried == CarriedValue("keys", 12, 0, (1, 2))
 
 
 NONSENSE = {
-    "negative flops": (("sublayers", 1, "forward_flops"), -1.0, r"sublayers\[1\].forward_flops is -1.0"),
-    "infinite flops": (("after", "backward_flops"), float("inf"), "after.backward_flops is inf"),
-    "no number": (("before", "forward_flops"), float("nan"), "before.forward_flops is nan"),
-    "text for a number": (("before", "parameter_bytes"), "12", "must be a whole number"),
-    "half a byte": (("sublayers", 0, "activation_bytes"), 1.5, "must be a whole number"),
-    "a flag for a number": (("sublayers", 0, "activation_bytes"), True, "must be a whole number"),
-    "no list": (("sublayers",), {"a": 1}, "sublayers is a dict"),
-    "an unknown entry": (("sublayers", 0, "speed"), 3, "unknown entry 'speed'"),
-    "streams with a gap": (("streams", 1, "first"), 2, "without gaps"),
-    "too few sublayers": (("streams", 1, "count"), 1, "give one each"),
-    "used before it is made": (("carried", 0, "used"), [0, 1], "must come after"),
-    "used nowhere in the chain": (("carried", 0, "used"), [9], "not after the last"),
-    "no flag": (("carried", 0, "differentiable"), "yes", "true or false"),
-    "tied to a place that is not there": (("tied", 0, 1), ["before", "7"], "index of a sublayer"),
-    "tied to itself": (("tied", 0, 1), ["before"], "two places"),
-    "tied without bytes": (("tied", 0), [["0", "1"]], "bytes and a list of places"),
-    "no name": (("streams", 0, "name"), 3, "must be a text"),
+    "no costs": ({"sublayers": {"a": 1}}, r"ModelCosts\.sublayers"),
+    "text for costs": ({"sublayers": "abc"}, r"ModelCosts\.sublayers"),
+    "other records": ({"sublayers": (StreamCost("a", 0, 3, 1),) * 3}, r"ModelCosts\.sublayers\[0\]"),
+    "no record": ({"before": None}, r"ModelCosts\.before"),
+    "nothing after": ({"after": 3}, r"ModelCosts\.after"),
+    "no streams": ({"streams": ()}, "give one each"),
+    "streams with a gap": ({"streams": (StreamCost("a", 0, 1, 1), StreamCost("b", 2, 1, 1))}, "without gaps"),
+    "too few sublayers": ({"streams": (StreamCost("a", 0, 1, 1),)}, "give one each"),
+    "two streams of one name": ({"streams": (StreamCost("a", 0, 1, 1), StreamCost("a", 1, 2, 1))}, "'a' twice"),
+    "used nowhere in the chain": ({"carried": (CarriedValue("mask", 1, 0, (9,)),)}, "not come after the last"),
+    "made nowhere in the chain": ({"carried": (CarriedValue("mask", 1, 8, ()),)}, "not come after the last"),
+    "carried as text": ({"carried": "mask"}, r"ModelCosts\.carried"),
+    "tied to a place that is not there": ({"tied": ((1, ("before", "7")),)}, "index of a sublayer"),
+    "tied to itself": ({"tied": ((1, ("before",)),)}, "two places"),
+    "tied without bytes": ({"tied": ((("0", "1"),),)}, "bytes and a tuple of places"),
+    "tied with negative bytes": ({"tied": ((-1, ("0", "1")),)}, r"ModelCosts\.tied\[0\]\[0\]"),
+    "tied to numbers": ({"tied": ((1, (0, 1)),)}, r"ModelCosts\.tied\[0\]\[1\]"),
+    "tied as a number": ({"tied": 3}, r"ModelCosts\.tied"),
 }
 
 
 @pytest.mark.parametrize("case", NONSENSE)
 def test_nonsense_in_given_costs_is_named(case):
-    path, value, message = NONSENSE[case]
-    costs = costs_to_dict(given())
-    place = costs
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
-    with pytest.raises(ax.AttnResError, match=message):
-        costs_from_dict(costs)
+    fields, message = NONSENSE[case]
+    with pytest.raises(ax.errors.PlanError, match=message):
+        dataclasses.replace(given(), **fields)
 
 
-def test_missing_entries_of_given_costs_are_named():
-    costs = costs_to_dict(given())
+def test_a_value_is_used_after_it_is_made():
+    with pytest.raises(ax.errors.PlanError, match="must ascend and come after sublayer 0"):
+        CarriedValue("mask", 12, 0, (0, 1))
+
+
+def test_names_of_costs_are_texts():
+    for kind, rest in ((SublayerCost, (1, 1, 1, 1)), (StreamCost, (0, 1, 1)), (CarriedValue, (1, 0, (1,)))):
+        with pytest.raises(ax.errors.PlanError, match=rf"{kind.__name__}\.name must be a text; it is 3"):
+            kind(3, *rest)
+
+
+def test_entries_of_costs_that_are_missing_or_unknown_are_named():
+    costs = to_plain(given())
     del costs["sublayers"][2]["parameter_bytes"]
-    with pytest.raises(ax.AttnResError, match=r"sublayers\[2\] lacks parameter_bytes"):
-        costs_from_dict(costs)
-    with pytest.raises(ax.AttnResError, match="costs lacks sublayers"):
-        costs_from_dict({})
-    with pytest.raises(ax.AttnResError, match="must be a mapping"):
-        costs_from_dict([])
+    with pytest.raises(ax.errors.AttnResError, match=r"sublayers\[2\].*parameter_bytes"):
+        from_plain(ModelCosts, costs, "costs")
+    costs = to_plain(given())
+    costs["sublayers"][0]["speed"] = 3
+    with pytest.raises(ax.errors.AttnResError, match="unknown entry 'speed'"):
+        from_plain(ModelCosts, costs, "costs")
+    for wrong in ({}, []):
+        with pytest.raises(ax.errors.AttnResError, match="costs"):
+            from_plain(ModelCosts, wrong, "costs")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -186,7 +187,8 @@ def test_another_conversion_is_refused(plan):
         ({"num_blocks": 2, "config": ax.AttnResConfig(block_size=2)}, "config gives the blocks"),
         ({"num_blocks": 2, "config": ax.AttnResConfig(variant="full")}, "full"),
         ({"align": "maybe"}, "align"),
-        ({"device": DeviceSpeed(flops=0.0)}, "flops"),
+        ({"link_bandwidth": 0.0}, "link_bandwidth"),
+        ({"optimizer_factor": math.nan}, "optimizer_factor"),
     ],
 )
 def test_what_no_plan_can_be_made_of_is_refused(options, said):

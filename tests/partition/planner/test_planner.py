@@ -379,7 +379,6 @@ def small(**options):
         ({"schedule": "2F2B"}, "schedule='2F2B' is none of"),
         ({"virtual_stages": 2}, "choose virtual_stages=1 or"),
         ({"optimizer_factor": -1.0}, "optimizer_factor"),
-        ({"device": DeviceSpeed(flops=0.0)}, "DeviceSpeed.flops"),
         ({"device": DeviceSpeed(flops=1e-9)}, "give DeviceSpeed in operations a second"),
         ({"schedules": {}}, "the stream 'main' needs blocks of variant 'block' over its 8"),
     ],
