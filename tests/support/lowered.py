@@ -1,7 +1,10 @@
 """Graphs with and without the lowering passes: what is in them, and what they compute."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -67,3 +70,12 @@ MODELS = {
     "gpt2": lambda: (transformers_model("GPT2", **{**GPT, "n_layer": 4}), TEXT),
     "example": lambda: (fresh_gpt(), {"ids": IDS}),
 }
+
+
+@functools.cache
+def exported(kind):
+    """One of MODELS as a program with free sizes, exported once a process: that is most of what a conversion takes."""
+    model, kwargs = MODELS[kind]()
+    kwargs = dict(kwargs) if kind == "example" else {**kwargs, "use_cache": False}
+    free = {name: {0: Dim.AUTO, 1: Dim.AUTO} if isinstance(value, Tensor) else None for name, value in kwargs.items()}
+    return torch.export.export(model, (), kwargs, dynamic_shapes=free, strict=False), kwargs

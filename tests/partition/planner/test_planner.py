@@ -273,9 +273,8 @@ def test_blocks_at_stages_are_allowed_and_nearest_to_even(case):
 def test_microbatches_in_flight_are_those_of_the_order_pytorch_works_in(schedule):
     for ranks in (1, 2, 3, 4, 6):
         for rounds in (1,) if schedule in SINGLE else (1, 2, 3):
-            for microbatches in {ranks, ranks + 1, 2 * ranks, 4 * ranks}:
-                if schedule not in SINGLE and microbatches % max(1, microbatches // ranks):
-                    continue
+            counts = {ranks, ranks + 1, 2 * ranks, 4 * ranks}
+            for microbatches in (m for m in counts if schedule in SINGLE or m % max(1, m // ranks) == 0):
                 request = PlanRequest(
                     costs=even_costs(1),
                     num_stages=ranks,

@@ -1,5 +1,6 @@
 """Reads of one block in two phases: exact, chosen by byte counts, and only where there is a block."""
 
+import functools
 import logging
 
 import pytest
@@ -12,7 +13,7 @@ from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 from attnres_fx.passes import BlockReads, Lowering, choose_phases, plan_phases, two_phase_pass
 from attnres_fx.passes.lowering.block_cost import cost_read_by_read, cost_two_phase
 from tests.support.families import FAMILIES, TEXT, widened
-from tests.support.lowered import MODELS, assert_same, count, run_both, with_queries
+from tests.support.lowered import MODELS, assert_same, count, exported, run_both, with_queries
 
 IDS = TEXT["input_ids"]
 #: Two phases and nothing else, against the reads as they were put in.
@@ -46,8 +47,8 @@ def assert_as_exact(found, expected, tolerance):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_two_phases_compute_what_the_reads_do(kind, layout, lowering):
-    model, kwargs = MODELS[kind]()
-    converted = with_queries(ax.convert(model, (), kwargs, config=LAYOUTS[layout], lowering=lowering))
+    program, kwargs = exported(kind)
+    converted = with_queries(ax.convert(program, (), kwargs, config=LAYOUTS[layout], lowering=lowering))
     assert count(converted.graph_module(lowered=True), "depth_attention_merge") >= 1
     assert_as_exact(*run_both(converted, kwargs), tolerance=1e-6)
 
@@ -60,8 +61,9 @@ def test_they_are_exact_beyond_float32(layout):
     assert_same(*run_both(converted, {"ids": IDS}), tolerance=1e-12)
 
 
-def plans_of(config, layers=4, **options):
-    converted = ax.convert(example_gpt(layers), (IDS,), config=config)
+def plans_of(config, **options):
+    program, kwargs = exported("example")
+    converted = ax.convert(program, (), kwargs, config=config)
     return plan_phases(converted.graph_module(), **options)
 
 
@@ -72,15 +74,20 @@ def test_the_reads_of_a_block_are_those_after_its_first_sublayer_and_the_one_bef
     assert shown == [(1, 2, 0), (2, 3, 1), (3, 3, 1)]
 
 
+@functools.cache
+def exported_parallel():
+    model, kwargs, _ = FAMILIES["gpt_neox"]()
+    kwargs = {**kwargs, "use_cache": False}
+    return torch.export.export(model, (), kwargs, strict=False), kwargs
+
+
 @pytest.mark.parametrize("variant", ["full", "local"])
 @pytest.mark.parametrize("choose", ["auto", True])
 @pytest.mark.parametrize("kind", ["example", "llama", "parallel"])
 def test_other_variants_are_left_alone(kind, choose, variant):
-    model, kwargs = FAMILIES["gpt_neox"]()[:2] if kind == "parallel" else MODELS[kind]()
-    for blocks in ({}, {"num_blocks": 2}):
-        if variant == "full" and blocks:
-            continue
-        converted = ax.convert(model, (), kwargs, config=ax.AttnResConfig(variant=variant, **blocks))
+    program, kwargs = exported_parallel() if kind == "parallel" else exported(kind)
+    for blocks in ({}, {"num_blocks": 2}) if variant == "local" else ({},):
+        converted = ax.convert(program, (), kwargs, config=ax.AttnResConfig(variant=variant, **blocks))
         gm = converted.graph_module()
         before = str(gm.graph)
         assert not two_phase_pass(gm, choose=choose).modified
@@ -92,9 +99,9 @@ def test_block_as_full_is_left_alone():
 
 
 def test_parameters_keep_their_number_and_names():
-    model = example_gpt()
-    plain = ax.convert(model, (IDS,), config=LAYOUTS["two blocks"], lowering=Lowering(two_phase=False))
-    phased = ax.convert(model, (IDS,), config=LAYOUTS["two blocks"], lowering=PHASES)
+    program, kwargs = exported("example")
+    plain = ax.convert(program, (), kwargs, config=LAYOUTS["two blocks"], lowering=Lowering(two_phase=False))
+    phased = ax.convert(program, (), kwargs, config=LAYOUTS["two blocks"], lowering=PHASES)
     assert [(n, p.shape) for n, p in plain.named_parameters()] == [(n, p.shape) for n, p in phased.named_parameters()]
     used = {n.target for n in phased.graph_module(lowered=True).graph.nodes if n.op == "get_attr"}
     assert {n for n, _ in phased.named_parameters() if n.startswith("attnres")} <= used
@@ -107,21 +114,28 @@ def test_every_parameter_gets_its_gradient():
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("spelling", ["symbolic", "dynamo"])
-def test_other_spellings_are_phased_too(spelling):
-    lowering, config = Lowering(two_phase=True), LAYOUTS["three blocks"]
+def plain_output(model):
+    """Of the converted model with queries, read by read."""
+    plain = with_queries(ax.convert(torch.export.export(model, (IDS,)), (IDS,), config=LAYOUTS["three blocks"]))
+    return pytree.tree_leaves(plain.graph_module()(IDS))
+
+
+def test_a_symbolic_trace_is_phased_too():
     model = example_gpt()
-    plain = with_queries(ax.convert(model, (IDS,), config=config))
-    (expected,) = pytree.tree_leaves(plain.graph_module()(IDS))
-    if spelling == "symbolic":
-        phased = with_queries(ax.convert(torch.fx.symbolic_trace(model), (IDS,), config=config, lowering=lowering))
-        assert count(phased.graph_module(lowered=True), "depth_attention_batch") == 3
-        assert_same([phased(IDS)], [expected])
-        return
+    gm = torch.fx.symbolic_trace(model)
+    lowering = Lowering(two_phase=True)
+    phased = with_queries(ax.convert(gm, (IDS,), config=LAYOUTS["three blocks"], lowering=lowering))
+    assert count(phased.graph_module(lowered=True), "depth_attention_batch") == 3
+    assert_same([phased(IDS)], plain_output(model))
+
+
+def test_the_graph_of_the_backend_is_phased_too():
+    model = example_gpt()
+    expected = plain_output(model)
     torch._dynamo.reset()
-    ax.compile(model, (IDS,), config=config, inner="aot_eager", lowering=lowering)
+    ax.compile(model, (IDS,), config=LAYOUTS["three blocks"], inner="aot_eager", lowering=Lowering(two_phase=True))
     with_queries(model)
-    assert_same([model(IDS)], [expected])
+    assert_same([model(IDS)], expected)
     assert any("+3 attnres_fx::depth_attention_batch" in c for c in ax.explain(model).graphs[-1].changed)
 
 
