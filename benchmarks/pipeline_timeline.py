@@ -101,7 +101,7 @@ def schedules_of(variant: str, starts: Sequence[int]) -> dict[str, DepthSchedule
 
 
 def report(traffic: Traffic, costs: ModelCosts, starts: Sequence[int], variant: str, **how: Any) -> dict[str, Any]:
-    loads = stage_loads(costs, starts, schedules_of(variant, starts), traffic)
+    loads = stage_loads(costs, starts, schedules_of(variant, starts), num_stages=traffic.num_stages)
     timeline = simulate(loads, num_stages=traffic.num_stages, virtual_stages=traffic.virtual_stages, **how)
     return {
         "num_stages": traffic.num_stages,

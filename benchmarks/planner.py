@@ -64,7 +64,7 @@ def measure(count: int, virtual: int, rounds: int, variant: Any, repeats: int) -
         "cpu_seconds": statistics.median(process),
         "gap": plan.gap,
         "slowest_seconds": plan.slowest_seconds,
-        "num_blocks": plan.schedules[0][1].num_blocks,
+        "num_blocks": plan.block_layouts[0][1].num_blocks,
     }
 
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 from itertools import combinations, pairwise
 
 from attnres_fx.partition.pipeline_schedule import PipelineSchedule
-from attnres_fx.partition.planner.objective import evaluate, numbers_of
+from attnres_fx.partition.planner.objective import evaluate, units_of
 from attnres_fx.partition.planner.search import TOLERANCE
 from attnres_fx.partition.simulate.action_order import action_orders
 from attnres_fx.partition.split.routes import StageValue
@@ -111,12 +111,12 @@ def parameters_of_rank(costs, at, ranks, rank):
 def moments(request, rank):
     """Microbatches in flight per stage after every computation of PyTorch's own order."""
     order = action_orders(
-        request.schedule,
+        request.pipeline_schedule,
         num_stages=request.num_stages,
         virtual_stages=request.virtual_stages,
         num_microbatches=request.num_microbatches,
     )[rank]
-    frees = "W" if request.schedule == PipelineSchedule.ZERO_BUBBLE else "B"
+    frees = "W" if request.pipeline_schedule == PipelineSchedule.ZERO_BUBBLE else "B"
     counts = dict.fromkeys(range(rank, request.num_virtual, request.num_stages), 0)
     found = []
     for action in order:
@@ -135,8 +135,8 @@ def allowed_blocks(count, blocks):
 
 
 def every_schedule(request):
-    if request.known_schedules is not None:
-        return [request.known_schedules]
+    if request.known_layouts is not None:
+        return [request.known_layouts]
     (stream,) = request.costs.streams
     low, high = request.block_counts[0], request.block_counts[-1]
     return [
@@ -149,12 +149,12 @@ def every_schedule(request):
 def every_plan(request):
     """All that may be, whether it fits the memory or not."""
     for schedules in every_schedule(request):
-        numbers = numbers_of(request, schedules)
+        units = units_of(request, schedules)
         begins = {s.first + start for s in request.costs.streams for start in schedules[s.name].starts}
         for cuts in combinations(range(1, request.num_sublayers), request.num_virtual - 1):
             starts = (0, *cuts)
             if request.starts in (None, starts) and (request.align == "prefer" or begins.issuperset(starts)):
-                yield evaluate(request, starts, schedules, numbers)
+                yield evaluate(request, starts, schedules, units)
 
 
 def fits(request, plan):
@@ -164,12 +164,12 @@ def fits(request, plan):
 def rank_of(plan):
     begins = {
         first + start
-        for (_, schedule), first in zip(plan.schedules, firsts(plan), strict=True)
+        for (_, schedule), first in zip(plan.block_layouts, firsts(plan), strict=True)
         for start in schedule.starts
     }
     aligned = begins <= set(plan.starts) or begins >= set(plan.starts)
     longest = [0]
-    for _, schedule in plan.schedules:
+    for _, schedule in plan.block_layouts:
         sizes = [len(b) for b in schedule.blocks]
         longest.append(max(sizes) - min(sizes) - 1)
     return not aligned, max(longest), plan.objective
@@ -177,7 +177,7 @@ def rank_of(plan):
 
 def firsts(plan):
     at = 0
-    for _, schedule in plan.schedules:
+    for _, schedule in plan.block_layouts:
         yield at
         at += schedule.num_sublayers
 

@@ -17,9 +17,10 @@ from itertools import pairwise
 from tabulate import tabulate
 
 from attnres_fx.errors import PlanError
+from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import CarriedValue, StreamCost
 from attnres_fx.partition.split.routes import StageValue, hops_of
-from attnres_fx.passes.schedule import DepthSchedule, Source
+from attnres_fx.passes.schedule import Source
 
 LABELS_SHOWN = 6
 
@@ -103,31 +104,40 @@ class Traffic:
 
 def stage_values(
     streams: Sequence[StreamCost],
-    schedules: Mapping[str, DepthSchedule] | None,
+    block_layouts: BlockLayouts | None,
     starts: Sequence[int],
     *,
     carried: Sequence[CarriedValue] = (),
 ) -> tuple[StageValue, ...]:
     """Every value that a later virtual stage takes from an earlier one, oldest first.
 
-    streams: in the order of the chain. schedules: by stream name; None for the plain residual, whose state is the one
-    thing that crosses a cut. starts: first sublayer of each virtual stage. carried: what travels besides the streams.
-
     Every stream begins with a root of its own, made in the stage of its first sublayer.
-    Raises PlanError where the stages or schedules do not fit the streams.
+
+    Args:
+        streams: In the order of the chain.
+        block_layouts: By stream name; None for the plain residual, whose state is the one thing that crosses a cut.
+        starts: First sublayer of each virtual stage.
+        carried: What travels besides the streams.
+
+    Raises:
+        PlanError: The stages or blocks do not fit the streams.
     """
     check_starts(starts, sum(s.count for s in streams))
     takers: dict[tuple[StreamCost, Source], list[int]] = {}
     for stage, start in enumerate(starts):
         stream = next(s for s in streams if s.first <= start < s.first + s.count)
-        for source in _crossing(stream, schedules, start - stream.first):
+        for source in _carried_sources(stream, block_layouts, start - stream.first):
             takers.setdefault((stream, source), []).append(stage)
     found = []
     for (stream, source), used in takers.items():
-        made_by = stream.first + _last_sublayer(source, None if schedules is None else schedules[stream.name])
-        label = str(source) if schedules is not None else f"h[:{source.stop}]"
+        if block_layouts is None:
+            made, label = max(source.stop - 1, 0), f"h[:{source.stop}]"
+        else:
+            made, label = block_layouts[stream.name].maker_of(source), str(source)
         name = f"{stream.name}:{label}"
-        found.append(StageValue(name, stage_of(made_by, starts), tuple(used), stream.value_bytes, label=label))
+        found.append(
+            StageValue(name, stage_of(stream.first + made, starts), tuple(used), stream.value_bytes, label=label)
+        )
     return (*found, *carried_values(carried, starts))
 
 
@@ -156,25 +166,18 @@ def stage_of(sublayer: int, starts: Sequence[int]) -> int:
     return bisect_right(starts, sublayer) - 1
 
 
-def _crossing(stream: StreamCost, schedules: Mapping[str, DepthSchedule] | None, position: int) -> Iterable[Source]:
+def _carried_sources(stream: StreamCost, block_layouts: BlockLayouts | None, position: int) -> Iterable[Source]:
     """What a stage that starts at this read position of a stream takes: all that crosses there, as its first read
     sees it all; later ones see less of it."""
     if position == 0:
         return ()
-    if schedules is None:
+    if block_layouts is None:
         return (Source("partial", 0, 0, position),)
-    schedule = schedules.get(stream.name)
-    if schedule is None or schedule.num_sublayers != stream.count:
-        wrong = "there is none" if schedule is None else f"it is of {schedule.num_sublayers}"
+    layout = block_layouts.get(stream.name)
+    if layout is None or layout.num_sublayers != stream.count:
+        wrong = "there is none" if layout is None else f"it is of {layout.num_sublayers}"
         raise PlanError(f"the stream {stream.name!r} needs a schedule of its {stream.count} sublayers; {wrong}.")
-    return schedule.carried(position)
-
-
-def _last_sublayer(source: Source, schedule: DepthSchedule | None) -> int:
-    """The sublayer of the stream after which a source is there."""
-    if source.kind == "summary" and schedule is not None:
-        return schedule.starts[source.block] - 1
-    return max(source.stop - 1, 0)
+    return layout.carried(position)
 
 
 def count_traffic(values: Sequence[StageValue], *, num_stages: int, virtual_stages: int = 1) -> Traffic:

@@ -17,7 +17,6 @@ from attnres_fx.errors import ConfigError, PlanError
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.costs.stage_loads import stage_loads
 from attnres_fx.partition.costs.traffic import Traffic, count_traffic, size, stage_values
-from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, check_same_model
 from attnres_fx.partition.plan.plain_data import from_plain, to_plain
 from attnres_fx.partition.planner.objective import Partition
@@ -25,7 +24,7 @@ from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.passes.schedule import DepthSchedule
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,9 @@ class Plan:
         return self.partition.starts
 
     @property
-    def schedules(self) -> dict[str, DepthSchedule]:
+    def block_layouts(self) -> dict[str, DepthSchedule]:
         """Blocks of every stream, by its name."""
-        return dict(self.partition.schedules)
-
-    @property
-    def compiles(self) -> bool:
-        """Whether stages run through `torch.compile`: not under zero bubble, where gradients would be wrong."""
-        return not as_pipeline_schedule(self.schedule).splits_backward
+        return dict(self.partition.block_layouts)
 
     def rank_of(self, stage: int) -> int:
         """The rank that runs a virtual stage."""
@@ -133,7 +127,13 @@ class Plan:
     def timeline(self) -> Timeline:
         """One step, simulated."""
         loads = stage_loads(
-            self.costs, self.starts, self.schedules, self.traffic, device=self.device, cache=self.options.cache
+            self.costs,
+            self.starts,
+            self.block_layouts,
+            num_stages=self.num_stages,
+            device=self.device,
+            cache=self.options.cache,
+            recompute=self.options.recompute,
         )
         return simulate(
             loads,
@@ -241,7 +241,7 @@ class Plan:
         """Blocks of a stage; `…` where one began before it or goes on after it."""
         found = []
         for stream in self.costs.streams:
-            schedule = self.schedules[stream.name]
+            schedule = self.block_layouts[stream.name]
             if schedule.variant == "full":
                 continue
             inside = range(max(start, stream.first), min(stop, stream.first + stream.count))
@@ -257,7 +257,7 @@ class Plan:
         """Draw stages, blocks and the simulated step. Raises PlanError where matplotlib is not installed."""
         from attnres_fx.partition.plan.plots import StageMap, draw_plan
 
-        stage_map = StageMap(self.costs.streams, self.schedules, self.starts, self.num_stages)
+        stage_map = StageMap(self.costs.streams, self.block_layouts, self.starts, self.num_stages)
         try:
             draw_plan(self.timeline, stage_map, path)
         except (OSError, ValueError) as error:

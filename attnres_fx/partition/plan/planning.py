@@ -15,12 +15,13 @@ from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.convert import Model, convert, refuse_converted, rewrite_
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import AttnResError, CaptureError, PlanError, ScheduleError
+from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.measure import measure_costs
 from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts
 from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule, check_schedule
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, fingerprint_part
 from attnres_fx.partition.plan.plan import InputSpec, Plan, PlanOptions
-from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest, Schedules
+from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest
 from attnres_fx.partition.planner.search import find_partition
 from attnres_fx.partition.split.chained_model import (
     ChainedGraph,
@@ -79,7 +80,7 @@ class _Traced:
     def __init__(self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig):
         self.model, self.args, self.kwargs, self.config = model, args, kwargs, config
 
-    def rewritten(self, schedules: Schedules | None = None) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
+    def rewritten(self, schedules: BlockLayouts | None = None) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
         config = self.config
         if schedules:
             (blocks,) = schedules.values()
@@ -173,10 +174,10 @@ def plan(
         num_stages=num_stages,
         num_microbatches=microbatches,
         virtual_stages=virtual_stages,
-        schedule=schedule,
+        pipeline_schedule=schedule,
         device=device,
         variant=config.variant,
-        schedules=None if free else {s.name: schedules[s.name] for s in costs.streams},
+        block_layouts=None if free else {s.name: schedules[s.name] for s in costs.streams},
         num_blocks=_counts(num_blocks, config) if free else None,
         starts=tuple(starts) if starts is not None else None,
         align=align,
@@ -186,7 +187,7 @@ def plan(
         cache=cache,
     )
     partition = find_partition(request)
-    chosen = dict(partition.schedules)
+    chosen = dict(partition.block_layouts)
     if original is not None and free:
         (blocks,) = chosen.values()
         config = replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
@@ -237,7 +238,7 @@ def build_stages(
     chained = next(iter(chains_of(converted).values()))
     plan.check_model(fingerprint(_name_of(converted), chained))
     blocks = {s.stream.name: s.schedule for s in converted.report.streams}
-    for name, planned in plan.schedules.items():
+    for name, planned in plan.block_layouts.items():
         if blocks[name].starts != planned.starts:
             raise PlanError(
                 f"the plan's blocks of {name!r} begin at {planned.starts} and the model's at {blocks[name].starts}: "

@@ -15,12 +15,6 @@ def block_sizes(count: int, blocks: int) -> tuple[int, int]:
     return max(1, size - slack), size + slack
 
 
-def even_blocks(count: int, blocks: int) -> tuple[int, ...]:
-    """Starts of blocks whose sizes differ by one at most, the longer first."""
-    size, longer = divmod(count, blocks)
-    return tuple(k * size + min(k, longer) for k in range(blocks))
-
-
 def all_blocks(count: int, blocks: int) -> Iterator[tuple[int, ...]]:
     """Starts of every allowed choice."""
     low, high = block_sizes(count, blocks)

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnres_fx.partition.planner.cut_bytes import crossing_bytes, crossing_values
-from attnres_fx.partition.planner.objective import Numbers, hop_time, is_aligned, numbers_of, resident
-from attnres_fx.partition.planner.request import PlanRequest, Schedules
+from attnres_fx.partition.costs.cut_bytes import BlockLayouts, crossing_values, cut_bytes
+from attnres_fx.partition.costs.stage_costs import hop_picoseconds, resident_bytes
+from attnres_fx.partition.costs.unit_costs import UnitCosts
+from attnres_fx.partition.planner.objective import is_aligned, units_of
+from attnres_fx.partition.planner.request import PlanRequest
 
 #: More than any time or number of bytes; twice that still fits.
 NEVER = 2**61
@@ -84,34 +86,39 @@ class CutSearch:
     """
 
     def __init__(
-        self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None, *, aligned: bool = False
+        self,
+        request: PlanRequest,
+        block_layouts: BlockLayouts,
+        units: UnitCosts | None = None,
+        *,
+        aligned: bool = False,
     ) -> None:
         """aligned: only stages that begin with blocks, or, where blocks are fewer, that end where the next begins."""
-        self.request, self.schedules = request, schedules
-        self.numbers = numbers or numbers_of(request, schedules)
+        self.request, self.block_layouts = request, block_layouts
+        self.units = units or units_of(request, block_layouts)
         self.count = request.num_virtual
         self.length = request.num_sublayers
-        self.aligned = [is_aligned(request.costs, schedules, p) for p in range(self.length)]
+        self.aligned = [is_aligned(request.costs, block_layouts, p) for p in range(self.length)]
         at_blocks = request.align == "require" or (aligned and sum(self.aligned) >= self.count)
         self.whole = aligned and not at_blocks
         places: Sequence[int] = range(self.length) if request.starts is None else request.starts
         places = [p for p in places if p == 0 or not at_blocks or self.aligned[p]]
         self.places = torch.tensor([*places, self.length])
-        self.values = crossing_values(request.costs, schedules)
+        self.values = crossing_values(request.costs, block_layouts)
         self.everything = self.hop_costs(0)
         self._build(4 * len(places) // self.count + 1)
 
     def _build(self, width: int) -> None:
         """The bands, up to so many places wide."""
-        costs, numbers, count = self.request.costs, self.numbers, len(self.places)
+        costs, units, count = self.request.costs, self.units, len(self.places)
         self.width = min(width, count - 1)
         self.inside = torch.arange(count)[:, None] + torch.arange(self.width)[None, :] + 1 < count
-        self.work = self.between([f + b for f, b in zip(numbers.forward, numbers.backward, strict=True)])
+        self.work = self.between([f + b for f, b in zip(units.forward, units.backward, strict=True)])
         allowed = self.inside & ~self._holds_begin() if self.whole else self.inside
         self.work = torch.where(allowed, self.work, NEVER)
         self.parameters = self.between([s.parameter_bytes for s in costs.sublayers])
         # Per microbatch: activations and the sources made here.
-        self.kept = self.between([s + m for s, m in zip(numbers.saved, numbers.made, strict=True)])
+        self.kept = self.between([s + m for s, m in zip(units.saved, units.made, strict=True)])
         self.again = self._recomputed() if self.request.recompute else torch.zeros_like(self.kept)
         self._fixed: dict[tuple[bool, bool], Tensor] = {}
 
@@ -137,15 +144,24 @@ class CutSearch:
     def hop_costs(self, since: int) -> "HopCosts":
         """Hops that carry all that crosses their cut and was made by the sublayer `since` or later ones."""
         travels = self.request.num_stages > 1
-        forward, backward = crossing_bytes(self.values if travels else [], self.length, since)
+        forward, backward = cut_bytes(self.values if travels else [], self.length, since)
         pairs = list(zip(forward, backward, strict=True))[1 : self.length]
-        known = {pair: hop_time(self.request, *pair) for pair in set(pairs)}
+        known = {pair: self.hop_time(*pair) for pair in set(pairs)}
         times = [0, *(known[pair] for pair in pairs)]
         weights = [0]
         for (f, b), aligned in zip(pairs, self.aligned[1:], strict=True):
             weights.append((f + b) * (self.count + 1) + (not aligned))
         columns = ([*times, 0], [*weights, 0], forward, backward)
         return HopCosts(*(torch.tensor(column)[self.places] for column in columns))
+
+    def hop_time(self, forward: int, backward: int) -> int:
+        """Picoseconds of a hop of so many bytes, there and back."""
+        ranks, device = self.request.num_stages, self.request.device
+        return hop_picoseconds(forward, ranks, device) + hop_picoseconds(backward, ranks, device)
+
+    def resident(self, parameter_bytes: Tensor) -> Tensor:
+        """Bytes of parameters with their gradients and optimizer state."""
+        return resident_bytes(parameter_bytes, self.request.optimizer_factor)
 
     def hop(self, stage: int) -> "HopCosts":
         """The hop that leaves a stage."""
@@ -169,7 +185,7 @@ class CutSearch:
 
     def time(self, stage: int) -> Tensor:
         """Picoseconds of a stage and the hop that leaves it; NEVER or more where it would be empty."""
-        ends = self.ends(stage, *(n[0] + n[1] for n in (self.numbers.before, self.numbers.after)))
+        ends = self.ends(stage, *(end.work for end in (self.units.before, self.units.after)))
         return self.work + at_ends(self.hop(stage).time + ends, self.width)
 
     def memory(self, stage: int) -> Tensor:
@@ -180,8 +196,8 @@ class CutSearch:
     def _memory(self, stage: int, in_flight: int) -> Tensor:
         which = stage == 0, stage == self.count - 1
         if which not in self._fixed:
-            self._fixed[which] = resident(self.request, self._parameters(stage)) + self.again
-        kept = self.kept + self.ends(stage, self.numbers.before[2], self.numbers.after[2])
+            self._fixed[which] = self.resident(self._parameters(stage)) + self.again
+        kept = self.kept + self.ends(stage, self.units.before.saved, self.units.after.saved)
         return self._fixed[which] + in_flight * (kept + self._arriving(stage))
 
     def _arriving(self, stage: int) -> Tensor:
@@ -227,7 +243,7 @@ class CutSearch:
 
         while True:
             found = least_maximum(memory, self.count, len(self.places))
-            if self.holds(found, torch.where(self.inside, resident(self.request, self.parameters) + self.kept, NEVER)):
+            if self.holds(found, torch.where(self.inside, self.resident(self.parameters) + self.kept, NEVER)):
                 return found
 
     def cuts(self, slowest: int, limit: int | None) -> tuple[tuple[int, int], tuple[int, ...]]:

@@ -1,9 +1,10 @@
 """Stages for given blocks with several virtual stages a rank (V > 1): good ones, and how far from the best at most.
 
 What a hop carries then depends on what its rank has seen P stages before, and a rank's memory on all its stages, so
-stages no longer stand for themselves. The search (1) plans with what each hop would carry if the other stages stayed
-where they are, until nothing changes; (2) moves single cuts while that helps; (3) where ranks do not fit the memory
-limit, caps what one stage may take and lowers the cap until they do, and at last looks for the least memory alone.
+stages no longer stand for themselves. The search is (1) a fixed-point iteration: it plans with what each hop would
+carry if the other stages stayed where they are, until nothing changes; (2) where ranks do not fit the memory limit, the
+same with a limit on what one stage may take, lowered until they do, and at last with the least memory alone; (3) a
+local search that moves single cuts while that helps.
 
 The bound: every hop carries at least the sources its own stage makes, and memory is no limit.
 """
@@ -15,28 +16,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnres_fx.partition.planner.cut_bytes import crossing_sources
+from attnres_fx.partition.costs.cut_bytes import BlockLayouts, crossing_sources
+from attnres_fx.partition.costs.unit_costs import UnitCosts
 from attnres_fx.partition.planner.cut_search import NEVER, CutSearch, HopCosts, at_ends, least_maximum, least_sum
-from attnres_fx.partition.planner.objective import Numbers, Partition, are_aligned, evaluate, hop_time
-from attnres_fx.partition.planner.request import PlanRequest, Schedules
+from attnres_fx.partition.planner.objective import Partition, are_aligned, evaluate
+from attnres_fx.partition.planner.request import PlanRequest
 
+#: Rounds of the fixed-point iteration.
 ROUNDS = 6
-CAPS = 16
+#: How often the limits of stages are lowered.
+LIMIT_ROUNDS = 16
 #: Moves of single cuts tried, times what judging one takes (sublayers, and values that cross cuts).
 MOVES = 200_000
 
 
-class LoopedSearch(CutSearch):
-    """Costs of stages that know each other through the last plan alone (`follow`)."""
+class InterleavedSearch(CutSearch):
+    """Costs of stages that know each other through the last plan alone (`set_neighbours`)."""
 
     def __init__(
-        self, request: PlanRequest, schedules: Schedules, numbers: Numbers | None = None, *, aligned: bool = False
+        self,
+        request: PlanRequest,
+        block_layouts: BlockLayouts,
+        units: UnitCosts | None = None,
+        *,
+        aligned: bool = False,
     ) -> None:
-        super().__init__(request, schedules, numbers, aligned=aligned)
+        super().__init__(request, block_layouts, units, aligned=aligned)
         self._known = {0: self.everything}
-        self.follow(None)
+        self.set_neighbours(None)
 
-    def follow(self, starts: tuple[int, ...] | None) -> None:
+    def set_neighbours(self, starts: tuple[int, ...] | None) -> None:
         """Let hops carry what they would beside these stages; None: all that crosses."""
         self._since = []
         for stage in range(self.count):
@@ -50,7 +59,7 @@ class LoopedSearch(CutSearch):
     def hop(self, stage: int) -> HopCosts:
         return self._known[self._since[max(stage, 0)]]
 
-    def share(self, stage: int) -> Tensor:
+    def memory_share(self, stage: int) -> Tensor:
         """About what a stage takes of its rank's memory."""
         rank, chunk = stage % self.request.num_stages, stage // self.request.num_stages
         most = max(counts[chunk] for counts in self.request.moments[rank])
@@ -66,23 +75,27 @@ class LoopedSearch(CutSearch):
     def _bound(self) -> int:
         # Every hop carries the sources its stage makes. (Values that only some stages use need not take it.)
         corners = torch.zeros(self.length + 2, self.length + 2, dtype=torch.long)
-        for value in crossing_sources(self.request.costs.streams, self.schedules):
+        for value in crossing_sources(self.request.costs.streams, self.block_layouts):
             for row, sign in ((0, 1), (value.made + 1, -1)):
                 corners[row, value.made + 1] += sign * value.bytes
                 corners[row, value.last + 1] -= sign * value.bytes
         rows, columns = self.places[:, None], at_ends(self.places, self.width)
         sizes, which = corners.cumsum(0).cumsum(1)[rows, columns].unique(return_inverse=True)
-        hops = torch.tensor([hop_time(self.request, int(s), int(s)) for s in sizes])[which]
+        hops = torch.tensor([self.hop_time(int(s), int(s)) for s in sizes])[which]
         least = self.work + torch.where(columns < self.length, hops, 0)
-        ends = [n[0] + n[1] for n in (self.numbers.before, self.numbers.after)]
+        ends = [end.work for end in (self.units.before, self.units.after)]
         return least_maximum(lambda stage: least + self.ends(stage, *ends), self.count, len(self.places))
 
-    def plan(self, caps: Sequence[int]) -> tuple[int, ...] | None:
-        """The best stages as far as this search sees, none taking more of its rank's memory than its cap."""
+    def plan(self, share_limits: Sequence[int]) -> tuple[int, ...] | None:
+        """The best stages as far as this search sees, none taking more of its rank's memory than its limit."""
 
         def times(stage: int) -> Tensor:
             time = self.time(stage)
-            return time if caps[stage] >= NEVER else torch.where(self.share(stage) <= caps[stage], time, NEVER)
+            return (
+                time
+                if share_limits[stage] >= NEVER
+                else torch.where(self.memory_share(stage) <= share_limits[stage], time, NEVER)
+            )
 
         while True:
             slowest = least_maximum(times, self.count, len(self.places))
@@ -95,18 +108,18 @@ class LoopedSearch(CutSearch):
         )
         return tuple(int(self.places[c]) for c in cuts)
 
-    def shares(self, starts: Sequence[int]) -> list[int]:
-        """`share` of every stage of a plan."""
+    def memory_shares(self, starts: Sequence[int]) -> list[int]:
+        """`memory_share` of every stage of a plan."""
         at = torch.searchsorted(self.places, torch.tensor([*starts, self.length])).tolist()
-        return [int(self.share(c)[at[c], at[c + 1] - at[c] - 1]) for c in range(self.count)]
+        return [int(self.memory_share(c)[at[c], at[c + 1] - at[c] - 1]) for c in range(self.count)]
 
-    def least_share(self) -> int:
-        """The smallest cap for all stages that leaves a plan."""
+    def least_memory_share(self) -> int:
+        """The smallest limit for all stages that leaves a plan."""
         self._build(len(self.places))
-        return least_maximum(self.share, self.count, len(self.places))
+        return least_maximum(self.memory_share, self.count, len(self.places))
 
 
-class Found(NamedTuple):
+class InterleavedResult(NamedTuple):
     """best: of the plans that fit, None where none does. bound: picoseconds the slowest stage takes at least.
     least_memory: where none fits, a limit with which one is found."""
 
@@ -115,31 +128,36 @@ class Found(NamedTuple):
     least_memory: int
 
 
-def find_looped(request: PlanRequest, schedules: Schedules, *, aligned: bool = False) -> Found:
+def search_interleaved(
+    request: PlanRequest, block_layouts: BlockLayouts, *, aligned: bool = False
+) -> InterleavedResult:
     """Good stages for given blocks, with any number of virtual stages. aligned: as for `CutSearch`."""
-    search = LoopedSearch(request, schedules, aligned=aligned)
-    tried = _Tried(request, search)
-    if not tried.settle([NEVER] * search.count) and not tried.tighten():
-        tried.settle([search.least_share()] * search.count)
-    tried.move_cuts()
-    if tried.best() is None:  # a search that the limit does not lead, so that its least is found under that limit
-        tried = _Tried(request, search, least=True)
-        tried.settle([NEVER] * search.count)
-        tried.settle([search.least_share()] * search.count)
-        tried.move_cuts()
-    return Found(tried.best(), search.bound(), tried.least_memory())
+    search = InterleavedSearch(request, block_layouts, aligned=aligned)
+    plans = _PlanSearch(request, search)
+    if not plans.iterate_to_fixed_point([NEVER] * search.count) and not plans.lower_share_limits():
+        plans.iterate_to_fixed_point([search.least_memory_share()] * search.count)
+    plans.search_locally()
+    if plans.best() is None:  # a search that the limit does not lead, so that its least is found under that limit
+        plans = _PlanSearch(request, search, least=True)
+        plans.iterate_to_fixed_point([NEVER] * search.count)
+        plans.iterate_to_fixed_point([search.least_memory_share()] * search.count)
+        plans.search_locally()
+    return InterleavedResult(plans.best(), search.bound(), plans.least_memory())
 
 
-class _Tried:
-    """Plans that have been judged. least: by their memory first, whatever the limit."""
+class _PlanSearch:
+    """Plans found by fixed-point iteration, then by local search.
 
-    def __init__(self, request: PlanRequest, search: LoopedSearch, *, least: bool = False) -> None:
+    least: whether they are compared by memory first, whatever the limit.
+    """
+
+    def __init__(self, request: PlanRequest, search: InterleavedSearch, *, least: bool = False) -> None:
         self.request, self.search, self.least = request, search, least
         self.plans: dict[tuple[int, ...], Partition] = {}
 
-    def judge(self, starts: tuple[int, ...]) -> Partition:
+    def evaluated(self, starts: tuple[int, ...]) -> Partition:
         if starts not in self.plans:
-            self.plans[starts] = evaluate(self.request, starts, self.search.schedules, self.search.numbers)
+            self.plans[starts] = evaluate(self.request, starts, self.search.block_layouts, self.search.units)
         return self.plans[starts]
 
     def fits(self, plan: Partition) -> bool:
@@ -158,39 +176,39 @@ class _Tried:
     def least_memory(self) -> int:
         return min((max(p.memory_bytes) for p in self.plans.values()), default=NEVER)
 
-    def settle(self, caps: Sequence[int]) -> bool:
-        """Plan until stages stay; whether one of the plans fits the memory."""
-        self.search.follow(None)
+    def iterate_to_fixed_point(self, share_limits: Sequence[int]) -> bool:
+        """Plan with the hops of the last plan until stages stay; whether one of the plans fits the memory."""
+        self.search.set_neighbours(None)
         seen: list[tuple[int, ...]] = []
-        while len(seen) < ROUNDS and (starts := self.search.plan(caps)) is not None and starts not in seen:
+        while len(seen) < ROUNDS and (starts := self.search.plan(share_limits)) is not None and starts not in seen:
             seen.append(starts)
-            self.judge(starts)
-            self.search.follow(starts)
-        return any(self.fits(self.judge(starts)) for starts in seen)
+            self.evaluated(starts)
+            self.search.set_neighbours(starts)
+        return any(self.fits(self.evaluated(starts)) for starts in seen)
 
-    def tighten(self) -> bool:
-        """Cap the largest stages of ranks that do not fit below what they take, until all fit or no plan is left."""
+    def lower_share_limits(self) -> bool:
+        """Limit the largest stages of ranks that do not fit to less than they take, until all fit or none is left."""
         limit, ranks = self.request.memory_limit or 0, self.request.num_stages
-        caps = [NEVER] * self.search.count
-        for _ in range(CAPS):
-            if (starts := self.search.plan(caps)) is None:
+        share_limits = [NEVER] * self.search.count
+        for _ in range(LIMIT_ROUNDS):
+            if (starts := self.search.plan(share_limits)) is None:
                 return False
-            plan = self.judge(starts)
+            plan = self.evaluated(starts)
             if self.fits(plan):
                 return True
-            shares = self.search.shares(starts)
+            shares = self.search.memory_shares(starts)
             widths = [b - a for a, b in pairwise((*starts, self.search.length))]
             for rank, memory in enumerate(plan.memory_bytes):
                 excess = float(memory - limit)
-                for stage in sorted(range(rank, len(caps), ranks), key=lambda c: -shares[c]):
+                for stage in sorted(range(rank, len(share_limits), ranks), key=lambda c: -shares[c]):
                     if excess > 0:
-                        caps[stage] = min(caps[stage], shares[stage] - 1)
+                        share_limits[stage] = min(share_limits[stage], shares[stage] - 1)
                         excess -= shares[stage] / widths[stage]  # about what one sublayer takes
-            self.search.follow(starts)
+            self.search.set_neighbours(starts)
         return False
 
-    def move_cuts(self) -> None:
-        """Move single cuts by one place while the plan gets better, or nearer to fitting."""
+    def search_locally(self) -> None:
+        """Local search: move single cuts by one place while the plan gets better, or nearer to fitting."""
         crossing = sum(v.last - v.made for v in self.search.values) * self.search.count // self.search.length
         left = MOVES // (self.search.length + crossing)
         found = min(self.plans.values(), key=self._key, default=None)
@@ -200,7 +218,7 @@ class _Tried:
                 if not known and left == 0:
                     return
                 left -= not known
-                moved = self.judge(candidate)
+                moved = self.evaluated(candidate)
                 if self._key(moved) < self._key(found):
                     found = moved
                     break
@@ -223,4 +241,4 @@ class _Tried:
                     yield moved
 
     def _whole(self, starts: Sequence[int]) -> bool:
-        return are_aligned(self.request.costs, self.search.schedules, starts)
+        return are_aligned(self.request.costs, self.search.block_layouts, starts)

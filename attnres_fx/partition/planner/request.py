@@ -1,6 +1,5 @@
 """What a plan is asked for, and whether it can be asked for at all."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import get_args
@@ -8,6 +7,7 @@ from typing import get_args
 from attnres_fx.config import Variant
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.checked_values import checked_amount, checked_choice, checked_flag
+from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.in_flight import in_flight
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.costs.traffic import check_starts
@@ -19,17 +19,15 @@ OPTIMIZER_FACTOR = 3.0
 #: Times in picoseconds, and bytes, must fit machine integers when they are added up and weighed against each other.
 _LARGEST = 2**60
 
-Schedules = Mapping[str, DepthSchedule]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
     """What is to be planned.
 
-    costs: per microbatch. num_stages: ranks P. virtual_stages: V; C = P * V. schedule: as PyTorch names it.
+    costs: per microbatch. num_stages: ranks P. virtual_stages: V; C = P * V. pipeline_schedule: as PyTorch names it.
     num_microbatches: M. variant: which sources a read sees.
-    schedules: blocks of each stream by its name, where they are given; None chooses them (one stream), or takes each
-        stream's only ones (`full`). num_blocks: with free blocks, how many, or (fewest, most).
+    block_layouts: blocks of each stream by its name, where they are given; None chooses them (one stream), or takes
+        each stream's only ones (`full`). num_blocks: with free blocks, how many, or (fewest, most).
     starts: first sublayer of each virtual stage, where they are given.
     align: "prefer" lets blocks span stages where that is faster; "require" cuts at the ends of blocks alone.
     memory_limit: bytes a rank. optimizer_factor: bytes of gradient and optimizer state per byte of parameter; 3.0 is a
@@ -42,10 +40,10 @@ class PlanRequest:
     num_stages: int
     num_microbatches: int
     virtual_stages: int = 1
-    schedule: str = "1F1B"
+    pipeline_schedule: str = "1F1B"
     device: DeviceSpeed = field(default_factory=DeviceSpeed)
     variant: Variant = "block"
-    schedules: Schedules | None = None
+    block_layouts: BlockLayouts | None = None
     num_blocks: int | tuple[int, int] | None = None
     starts: tuple[int, ...] | None = None
     align: str = "prefer"
@@ -67,16 +65,16 @@ class PlanRequest:
     def moments(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Per rank, the microbatches it keeps at its fullest moments (`in_flight`)."""
         return tuple(
-            in_flight(self.schedule, self.num_stages, self.virtual_stages, self.num_microbatches, rank)
+            in_flight(self.pipeline_schedule, self.num_stages, self.virtual_stages, self.num_microbatches, rank)
             for rank in range(self.num_stages)
         )
 
     @cached_property
-    def known_schedules(self) -> Schedules | None:
+    def known_layouts(self) -> BlockLayouts | None:
         """Blocks of every stream where there is no choice, else None."""
         if self.variant == "full":
             return {s.name: DepthSchedule("full", tuple(range(s.count)), s.count) for s in self.costs.streams}
-        return self.schedules
+        return self.block_layouts
 
     @cached_property
     def block_counts(self) -> range:
@@ -92,7 +90,7 @@ class PlanRequest:
 def check_request(request: PlanRequest) -> None:
     """Raises PlanError for what no plan can be made of, saying what to change and to what."""
     check_schedule(
-        request.schedule,
+        request.pipeline_schedule,
         num_stages=request.num_stages,
         virtual_stages=request.virtual_stages,
         num_microbatches=request.num_microbatches,
@@ -163,9 +161,9 @@ def _check_starts(request: PlanRequest) -> None:
 
 def _check_blocks(request: PlanRequest) -> None:
     streams = request.costs.streams
-    if request.schedules is not None and request.variant != "full":
+    if request.block_layouts is not None and request.variant != "full":
         for stream in streams:
-            schedule = request.schedules.get(stream.name)
+            schedule = request.block_layouts.get(stream.name)
             if schedule is None or (schedule.variant, schedule.num_sublayers) != (request.variant, stream.count):
                 raise PlanError(
                     f"the stream {stream.name!r} needs blocks of variant {request.variant!r} over its {stream.count} "
@@ -173,7 +171,7 @@ def _check_blocks(request: PlanRequest) -> None:
                 )
         if request.num_blocks is not None:
             raise PlanError("the blocks are given, so num_blocks means nothing: leave one of the two out.")
-    if request.known_schedules is not None:
+    if request.known_layouts is not None:
         return
     if len(streams) != 1:
         raise PlanError(

@@ -1,9 +1,9 @@
 """Where to cut: stages, and blocks where they are free.
 
 For given blocks and V = 1 the stages are the best there are, by dynamic programming (`cut_search`); for V > 1 they are
-good ones, with a bound (`looped`). Free blocks are all tried where they are few. Where they are many, even blocks are,
-the latest that are allowed (in `block` a read sees one source more for each block begun before it, so nothing is faster
-than those), and blocks moved to where the stages of either begin.
+good ones, with a bound (`interleaved_search`). Free blocks are all tried where they are few. Where they are many, even
+blocks are, the latest that are allowed (in `block` a read sees one source more for each block begun before it, so
+nothing is faster than those), and blocks moved to where the stages of either begin.
 
 Blocks that end where stages do keep a stage's work whole and its checkpoints readable, and even blocks are what the
 model was designed with; neither shows in seconds. So among plans whose slowest stage is within `TOLERANCE` of the
@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from attnres_fx.errors import PlanError
+from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.traffic import size
-from attnres_fx.partition.planner.block_choices import all_blocks, block_sizes, count_blocks, even_blocks, latest_blocks
+from attnres_fx.partition.planner.block_choices import all_blocks, block_sizes, count_blocks, latest_blocks
 from attnres_fx.partition.planner.cut_search import NEVER, CutSearch
-from attnres_fx.partition.planner.interleaved_search import LoopedSearch, find_looped
-from attnres_fx.partition.planner.objective import Partition, evaluate, numbers_of
-from attnres_fx.partition.planner.request import PlanRequest, Schedules, check_request
-from attnres_fx.passes.schedule import DepthSchedule
+from attnres_fx.partition.planner.interleaved_search import InterleavedSearch, search_interleaved
+from attnres_fx.partition.planner.objective import Partition, evaluate, units_of
+from attnres_fx.partition.planner.request import PlanRequest, check_request
+from attnres_fx.passes.schedule import DepthSchedule, even_starts
 
 #: How much slower than the fastest plan one may be that is aligned, or has more even blocks: a share.
 TOLERANCE = 0.02
@@ -29,7 +30,7 @@ ENUMERATED = 60_000
 
 
 @dataclass(frozen=True)
-class _Found:
+class _SearchResult:
     """best: of what fits, or None. bound: picoseconds the slowest stage takes at least. least_memory: a limit that is
     met by some plan; the smallest such for V = 1."""
 
@@ -54,17 +55,17 @@ def find_partition(request: PlanRequest) -> Partition:
     return replace(best, gap=max(0.0, best.slowest / max(fastest if exact else bound, 1) - 1))
 
 
-def _search(request: PlanRequest) -> tuple[list[_Found], bool]:
+def _search(request: PlanRequest) -> tuple[list[_SearchResult], bool]:
     """What was found for each choice of blocks, and whether the best of it is the best there is."""
     exact = request.virtual_stages == 1
-    if request.known_schedules is not None:
-        return _both(request, request.known_schedules), exact
+    if request.known_layouts is not None:
+        return _both(request, request.known_layouts), exact
     if _is_small(request):
         return [f for s in _all_choices(request) for f in _both(request, s)], exact
     return list(_some_choices(request)), False
 
 
-def _least_memory(found: Iterable[_Found]) -> int:
+def _least_memory(found: Iterable[_SearchResult]) -> int:
     return min((f.least_memory for f in found), default=NEVER)
 
 
@@ -87,7 +88,7 @@ def preferred(plans: Iterable[Partition]) -> Partition:
 
 def unevenness(plan: Partition) -> int:
     """How much the longest block of a stream is longer than its shortest, where sizes differ by more than one."""
-    sizes = [[len(b) for b in s.blocks] for _, s in plan.schedules if s.variant != "full"]
+    sizes = [[len(b) for b in s.blocks] for _, s in plan.block_layouts if s.variant != "full"]
     return max((max(max(each) - min(each) - 1, 0) for each in sizes), default=0)
 
 
@@ -97,29 +98,29 @@ def _is_small(request: PlanRequest) -> bool:
     return choices * work <= ENUMERATED
 
 
-def _all_choices(request: PlanRequest) -> Iterator[Schedules]:
+def _all_choices(request: PlanRequest) -> Iterator[BlockLayouts]:
     for blocks in request.block_counts:
         for starts in all_blocks(request.num_sublayers, blocks):
-            yield _schedules(request, starts)
+            yield _layouts(request, starts)
 
 
-def _schedules(request: PlanRequest, starts: tuple[int, ...]) -> Schedules:
+def _layouts(request: PlanRequest, starts: tuple[int, ...]) -> BlockLayouts:
     (stream,) = request.costs.streams
     return {stream.name: DepthSchedule(request.variant, starts, stream.count)}
 
 
-def _some_choices(request: PlanRequest) -> Iterator[_Found]:
+def _some_choices(request: PlanRequest) -> Iterator[_SearchResult]:
     """Even blocks, the latest, and those that begin where stages of either do."""
     for blocks in request.block_counts:
         count = request.num_sublayers
-        yield _Found(None, _bound(request, blocks), NEVER)
-        layouts: list[tuple[int, ...] | None] = [even_blocks(count, blocks), latest_blocks(count, blocks, {}, {})]
+        yield _SearchResult(None, _bound(request, blocks), NEVER)
+        layouts: list[tuple[int, ...] | None] = [even_starts(count, blocks), latest_blocks(count, blocks, {}, {})]
         tried: set[tuple[int, ...]] = set()
         for layout in layouts:
             starts = layout
             while starts is not None and starts not in tried:
                 tried.add(starts)
-                found = _both(request, _schedules(request, starts))
+                found = _both(request, _layouts(request, starts))
                 yield from found
                 best = next((f.best for f in found if f.best is not None), None)
                 starts = at_stages(best.starts, count, blocks) if best is not None else None
@@ -137,19 +138,19 @@ def _bound(request: PlanRequest, blocks: int) -> int:
     anywhere = replace(request, align="prefer", memory_limit=None)
     if request.variant != "local":
         latest = latest_blocks(count, blocks, {}, {})
-        return _least(anywhere, _schedules(request, latest)) if latest is not None else NEVER
-    even = _schedules(request, even_blocks(count, blocks))
-    numbers = numbers_of(request, even)
-    work = sum(map(sum, (numbers.forward, numbers.backward, numbers.before[:2], numbers.after[:2])))
+        return _least(anywhere, _layouts(request, latest)) if latest is not None else NEVER
+    even = _layouts(request, even_starts(count, blocks))
+    units = units_of(request, even)
+    work = sum(units.forward) + sum(units.backward) + units.before.work + units.after.work
     streams = tuple(replace(s, value_bytes=0) for s in request.costs.streams)
     unread = replace(anywhere, costs=replace(request.costs, streams=streams))
     return max(-(-work // request.num_virtual), _least(unread, even))
 
 
-def _least(request: PlanRequest, schedules: Schedules) -> int:
+def _least(request: PlanRequest, block_layouts: BlockLayouts) -> int:
     if request.virtual_stages > 1:
-        return LoopedSearch(request, schedules).bound()
-    return CutSearch(request, schedules).slowest(None)
+        return InterleavedSearch(request, block_layouts).bound()
+    return CutSearch(request, block_layouts).slowest(None)
 
 
 def at_stages(stages: Sequence[int], count: int, blocks: int) -> tuple[int, ...] | None:
@@ -158,7 +159,7 @@ def at_stages(stages: Sequence[int], count: int, blocks: int) -> tuple[int, ...]
     Where blocks are fewer than stages all begin with one; else each stage begins with one.
     """
     low, high = block_sizes(count, blocks)
-    even = even_blocks(count, blocks)
+    even = even_starts(count, blocks)
     forced = set(stages) if blocks >= len(stages) else set()
     places = sorted({*stages} if not forced else range(count))
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, (0,))}
@@ -175,24 +176,24 @@ def at_stages(stages: Sequence[int], count: int, blocks: int) -> tuple[int, ...]
     return min(ends)[1] if ends else None
 
 
-def _both(request: PlanRequest, schedules: Schedules) -> list[_Found]:
+def _both(request: PlanRequest, block_layouts: BlockLayouts) -> list[_SearchResult]:
     """The best stages of all, and the best aligned ones."""
-    free = _best_cuts(request, schedules, aligned=False)
+    free = _best_cuts(request, block_layouts, aligned=False)
     if request.align == "require":
         return [free]
-    return [free, _best_cuts(request, schedules, aligned=True)]
+    return [free, _best_cuts(request, block_layouts, aligned=True)]
 
 
-def _best_cuts(request: PlanRequest, schedules: Schedules, *, aligned: bool) -> _Found:
+def _best_cuts(request: PlanRequest, block_layouts: BlockLayouts, *, aligned: bool) -> _SearchResult:
     if request.virtual_stages > 1:
-        looped = find_looped(request, schedules, aligned=aligned)
-        return _Found(looped.best, looped.bound, looped.least_memory)
-    search = CutSearch(request, schedules, aligned=aligned)
+        interleaved = search_interleaved(request, block_layouts, aligned=aligned)
+        return _SearchResult(interleaved.best, interleaved.bound, interleaved.least_memory)
+    search = CutSearch(request, block_layouts, aligned=aligned)
     slowest = search.slowest(request.memory_limit)
     if slowest >= NEVER:
-        return _Found(None, NEVER, search.least_memory())
+        return _SearchResult(None, NEVER, search.least_memory())
     _, starts = search.cuts(slowest, request.memory_limit)
-    return _Found(evaluate(request, starts, schedules, search.numbers), slowest, NEVER)
+    return _SearchResult(evaluate(request, starts, block_layouts, search.units), slowest, NEVER)
 
 
 def _infeasible(request: PlanRequest, least_memory: int) -> PlanError:
@@ -203,8 +204,8 @@ def _infeasible(request: PlanRequest, least_memory: int) -> PlanError:
             f"{least_memory} ({size(least_memory)}), {size(more)} more. Raise memory_limit by that, or choose more "
             f"num_stages, recompute=True, or a smaller microbatch."
         )
-    blocks = max(request.block_counts, default=0) if request.known_schedules is None else 0
-    given = sum(s.num_blocks for s in (request.known_schedules or {}).values())
+    blocks = max(request.block_counts, default=0) if request.known_layouts is None else 0
+    given = sum(s.num_blocks for s in (request.known_layouts or {}).values())
     return PlanError(
         f"no plan has all {request.num_virtual} stages begin with a block: there are {blocks or given} blocks"
         + (f", and stages begin at {request.starts}" if request.starts is not None else "")

@@ -8,8 +8,10 @@ The model:
   nothing; between each pair of ranks there is one link in each direction, which carries one message at a time, in the
   order in which they are sent. Where two ranks are neighbours both ways round, forwards and gradients share a link;
 - activations stay from the start of a stage's forward to the end of its backward (of the weights, where it is in two
-  parts). A value kept for later stages stays from its arrival, or the end of the forward that makes it, to the end of
-  the same stage's backward: gradients walk the way back, so that is its last use on this rank.
+  parts). With recomputation that is what sublayers keep, and while a backward (of the inputs) runs, the activations of
+  the largest sublayer that it runs again are there besides. A value kept for later stages stays from its arrival, or
+  the end of the forward that makes it, to the end of the same stage's backward: gradients walk the way back, so that is
+  its last use on this rank.
 
 Not in it: gradient reduction, the optimizer, the buffers that PyTorch's stages hold to receive every microbatch into
 (`Traffic.receive_buffer_bytes`), and that PyTorch's 1F1B loop waits for a send in the pair of messages it posts
@@ -193,7 +195,10 @@ def _peak_activations(rank: Sequence[TimedAction], loads: Sequence[StageLoad]) -
         if timed.action.kind == "F":
             held += size
             peak = max(peak, held)
-        elif timed.action.kind in "BW":
+            continue
+        if timed.action.kind in "BI":
+            peak = max(peak, held + loads[timed.action.stage].recomputed_bytes)
+        if timed.action.kind in "BW":
             held -= size
     return peak
 

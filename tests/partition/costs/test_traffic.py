@@ -275,8 +275,7 @@ SPEED = DeviceSpeed(flops=100.0, memory_bandwidth=6.0, link_bandwidth=2.0, link_
 def test_loads_are_operations_reads_and_hops_at_the_devices_speed():
     costs = small_costs()
     schedules = {"main": plan_schedule(4, AttnResConfig(block_size=2))}
-    traffic = count_traffic(stage_values(costs.streams, schedules, (0, 2)), num_stages=2)
-    first, second = stage_loads(costs, (0, 2), schedules, traffic, device=SPEED)
+    first, second = stage_loads(costs, (0, 2), schedules, num_stages=2, device=SPEED)
     # Reads: position 1 in the first stage; 2, 3 and the last, 4, in the second; 2, 2, 3 and 3 sources.
     assert first.forward == pytest.approx(2.08 + 3)
     assert second.forward == pytest.approx(2.4 + 3 + 4 + 4)
@@ -293,21 +292,17 @@ def test_loads_are_operations_reads_and_hops_at_the_devices_speed():
 def test_in_local_the_read_at_a_blocks_end_is_paid_by_the_stage_before():
     costs = small_costs()
     schedules = {"main": plan_schedule(4, AttnResConfig(variant="local", block_size=2))}
-    traffic = count_traffic(stage_values(costs.streams, schedules, (0, 2)), num_stages=2)
-    first, second = stage_loads(costs, (0, 2), schedules, traffic, device=SPEED)
+    first, second = stage_loads(costs, (0, 2), schedules, num_stages=2, device=SPEED)
     assert first.forward == pytest.approx(2.08 + 3 + 4)
     assert second.forward == pytest.approx(2.4 + 3 + 4)
 
 
 def test_the_plain_residual_has_no_reads_and_without_a_cache_hops_carry_all():
     costs = small_costs()
-    traffic = count_traffic(stage_values(costs.streams, None, (0, 2)), num_stages=2)
-    assert stage_loads(costs, (0, 2), None, traffic, device=SPEED)[0].forward == pytest.approx(2.08)
+    assert stage_loads(costs, (0, 2), None, num_stages=2, device=SPEED)[0].forward == pytest.approx(2.08)
     schedules = {"main": plan_schedule(4, AttnResConfig(variant="full"))}
-    values = stage_values(costs.streams, schedules, (0, 1, 2, 3))
-    traffic = count_traffic(values, num_stages=2, virtual_stages=2)
-    loads = stage_loads(costs, (0, 1, 2, 3), schedules, traffic, device=SPEED, cache=False)
+    loads = stage_loads(costs, (0, 1, 2, 3), schedules, num_stages=2, device=SPEED, cache=False)
     assert [n.received_bytes for n in loads] == [0, 12, 18, 24]
-    cached = stage_loads(costs, (0, 1, 2, 3), schedules, traffic, device=SPEED)
+    cached = stage_loads(costs, (0, 1, 2, 3), schedules, num_stages=2, device=SPEED)
     assert [n.received_bytes for n in cached] == [0, 12, 6, 6]
     assert loads[0] == cached[0]

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.costs.in_flight import in_flight
 from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition.costs.unit_costs import PICOSECONDS
 from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.planner import search as planner
-from attnres_fx.partition.planner.block_choices import all_blocks, count_blocks, even_blocks, latest_blocks
-from attnres_fx.partition.planner.objective import PICOSECONDS, evaluate
+from attnres_fx.partition.planner.block_choices import all_blocks, count_blocks, latest_blocks
+from attnres_fx.partition.planner.objective import evaluate
 from attnres_fx.partition.planner.request import PlanRequest
 from attnres_fx.partition.planner.search import at_stages, find_partition
-from attnres_fx.passes.schedule import DepthSchedule
+from attnres_fx.passes.schedule import DepthSchedule, even_starts
 from tests.support.slow_plans import allowed_blocks, best_of, count_cost, every_plan, every_schedule, fits, moments
 
 SINGLE = tuple(s.value for s in PipelineSchedule if s.single_stage)
@@ -96,10 +97,10 @@ def requests(draw, most_sublayers=12, most_stages=4, rounds=(1,)):
         num_stages=ranks,
         virtual_stages=virtual,
         num_microbatches=ranks * draw(st.integers(1, 3)),
-        schedule=schedule,
+        pipeline_schedule=schedule,
         device=device,
         variant=variant,
-        schedules=None if free else pinned(draw, costs, variant),
+        block_layouts=None if free else pinned(draw, costs, variant),
         num_blocks=blocks,
         starts=starts,
         align=draw(st.sampled_from(["prefer", "prefer", "require"])),
@@ -119,7 +120,7 @@ def all_plans(request):
 
 
 def same(found, best):
-    assert (found.starts, found.schedules) == (best.starts, best.schedules)
+    assert (found.starts, found.block_layouts) == (best.starts, best.block_layouts)
     assert replace(found, gap=0.0) == replace(best, gap=0.0)
 
 
@@ -248,7 +249,7 @@ def test_blocks_to_choose_from_are_those_near_an_even_size(count):
         allowed = list(allowed_blocks(count, blocks))
         assert sorted(all_blocks(count, blocks)) == allowed
         assert count_blocks(count, blocks, 10**6) == len(allowed)
-        assert even_blocks(count, blocks) in allowed
+        assert even_starts(count, blocks) in allowed
         latest = latest_blocks(count, blocks, {}, {})
         assert latest in allowed
         assert all(a <= b for starts in allowed for a, b in zip(starts, latest, strict=True))
@@ -263,7 +264,7 @@ def test_blocks_at_stages_are_allowed_and_nearest_to_even(case):
     def fit(starts):
         return set(starts) >= set(stages) if blocks >= len(stages) else set(starts) <= set(stages)
 
-    even = even_blocks(count, blocks)
+    even = even_starts(count, blocks)
     fitting = [s for s in allowed_blocks(count, blocks) if fit(s)]
     best = min(fitting, key=lambda s: (sum(abs(a - b) for a, b in zip(s, even, strict=True)), s), default=None)
     assert at_stages(stages, count, blocks) == best
@@ -280,7 +281,7 @@ def test_microbatches_in_flight_are_those_of_the_order_pytorch_works_in(schedule
                     num_stages=ranks,
                     virtual_stages=rounds,
                     num_microbatches=microbatches,
-                    schedule=schedule,
+                    pipeline_schedule=schedule,
                 )
                 for rank in range(ranks):
                     seen = {tuple(moment.values()) for moment in moments(request, rank)}
@@ -310,14 +311,14 @@ def large(variant, virtual, **options):
         num_stages=64 // virtual,
         virtual_stages=virtual,
         num_microbatches=128 // virtual,
-        schedule="1F1B" if virtual == 1 else "Interleaved1F1B",
+        pipeline_schedule="1F1B" if virtual == 1 else "Interleaved1F1B",
         variant=variant,
         **options,
     )
 
 
 @pytest.mark.parametrize(("work", "starts"), [([3, 1, 1, 1], (0, 1)), ([0, 0, 0, 0], (0, 2))])
-def test_of_plans_as_fast_stages_at_blocks_come_first_and_even_blocks_next(work, starts):
+def test_of_plans_as_fast_stages_at_blocks_come_first_and_even_starts_next(work, starts):
     chain = tuple(SublayerCost(str(i), flops, 0, 0, 0) for i, flops in enumerate(work))
     ends = SublayerCost("before", 0, 0, 0, 0), SublayerCost("after", 0, 0, 0, 0)
     request = PlanRequest(
@@ -375,11 +376,11 @@ def small(**options):
         ({"memory_limit": 1}, "no stages fit memory_limit=1 .1 B.: a rank needs"),
         ({"align": "never"}, "align must be one of prefer, require"),
         ({"variant": "other"}, "variant must be one of"),
-        ({"schedule": "2F2B"}, "schedule='2F2B' is none of"),
+        ({"pipeline_schedule": "2F2B"}, "schedule='2F2B' is none of"),
         ({"virtual_stages": 2}, "choose virtual_stages=1 or"),
         ({"optimizer_factor": -1.0}, "optimizer_factor"),
         ({"device": DeviceSpeed(flops=1e-9)}, "give DeviceSpeed in operations a second"),
-        ({"schedules": {}}, "the stream 'main' needs blocks of variant 'block' over its 8"),
+        ({"block_layouts": {}}, "the stream 'main' needs blocks of variant 'block' over its 8"),
     ],
 )
 def test_what_cannot_be_planned_is_said_with_what_to_change(options, message):

@@ -1,11 +1,14 @@
 """What crosses a cut at each position of the chain, without looking at stages: each value from where it is made to the
 last cut that a later read sees it across."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from attnres_fx.partition.costs.model_costs import ModelCosts, StreamCost
-from attnres_fx.partition.planner.request import Schedules
+from attnres_fx.passes.schedule import DepthSchedule
+
+#: The blocks of each stream, by its name.
+BlockLayouts = Mapping[str, DepthSchedule]
 
 
 class CrossingValue(NamedTuple):
@@ -17,40 +20,36 @@ class CrossingValue(NamedTuple):
     differentiable: bool = True
 
 
-def crossing_values(costs: ModelCosts, schedules: Schedules) -> list[CrossingValue]:
+def crossing_values(costs: ModelCosts, block_layouts: BlockLayouts) -> list[CrossingValue]:
     """Everything that crosses some cut: sources of every stream, and values carried besides."""
     last = len(costs.sublayers) - 1
-    found = [
+    carried = [
         CrossingValue(max(v.produced, 0), min(max(v.used), last), v.bytes, v.differentiable)
         for v in costs.carried
         if v.used
     ]
-    return found + crossing_sources(costs.streams, schedules)
+    return carried + crossing_sources(costs.streams, block_layouts)
 
 
-def crossing_sources(streams: Sequence[StreamCost], schedules: Schedules) -> list[CrossingValue]:
-    """The sources of every stream that cross some cut; each stage that begins at one of these cuts takes it."""
-    found: list[CrossingValue] = []
-    for stream in streams:
-        schedule, end = schedules[stream.name], stream.count - 1
-        spans: list[tuple[int, int]] = [(0, end)]
-        if schedule.variant == "full":
-            spans += ((i, end) for i in range(end))
-        elif schedule.variant == "block":
-            spans += ((b.stop - 1, end) for b in schedule.blocks)
-            spans += ((i, i + 1) for b in schedule.blocks for i in b[:-1])
-        else:
-            spans = [(max(b.start - 1, 0), b.stop - 1) for b in schedule.blocks]
-            spans += ((i, b.stop - 1) for b in schedule.blocks for i in b[:-1])
-        found += (
-            CrossingValue(stream.first + made, stream.first + last, stream.value_bytes)
-            for made, last in spans
-            if last > made
-        )
-    return found
+def crossing_sources(streams: Sequence[StreamCost], block_layouts: BlockLayouts | None) -> list[CrossingValue]:
+    """The sources of every stream that cross some cut; each stage that begins at one of these cuts takes it.
+
+    block_layouts: None for the plain residual, whose state is the one thing that crosses a cut.
+    """
+    return [
+        CrossingValue(stream.first + made, stream.first + last, stream.value_bytes)
+        for stream in streams
+        for made, last in _spans(stream, block_layouts)
+    ]
 
 
-def crossing_bytes(values: Sequence[CrossingValue], count: int, since: int = 0) -> tuple[list[int], list[int]]:
+def _spans(stream: StreamCost, block_layouts: BlockLayouts | None) -> list[tuple[int, int]]:
+    if block_layouts is None:
+        return [(i, i + 1) for i in range(stream.count - 1)]
+    return [(span.made, span.last) for span in block_layouts[stream.name].spans]
+
+
+def cut_bytes(values: Sequence[CrossingValue], count: int, since: int = 0) -> tuple[list[int], list[int]]:
     """Bytes that cross a cut at each position 0 to `count`, and of their gradients on the way back.
 
     since: values that earlier sublayers made are left out.

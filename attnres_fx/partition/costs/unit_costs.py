@@ -1,0 +1,118 @@
+"""Times and bytes of every sublayer with the depth reads it runs.
+
+Times are whole picoseconds, so that sums do not depend on their order and equal plans compare equal.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attnres_fx.partition.costs.cut_bytes import BlockLayouts, crossing_sources
+from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts, SublayerCost
+from attnres_fx.passes.schedule import backward_passes, forward_passes
+
+PICOSECONDS = 10**12
+
+
+@dataclass(frozen=True)
+class EndCosts:
+    """What precedes the chain or follows it: picoseconds forward and backward, and bytes saved for backward."""
+
+    forward: int
+    backward: int
+    saved: int
+
+    @property
+    def work(self) -> int:
+        """Picoseconds, both ways."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """Per sublayer, with the depth reads it runs, for one microbatch.
+
+    forward, backward: picoseconds; backward has the recomputation in it. sublayer_backward: picoseconds of the
+    sublayer's own backward, without reads and recomputation. saved: bytes of activations kept for backward. made: bytes
+    of the sources it makes. recomputed: bytes of activations that exist while it is run again, 0 where it is not.
+    before, after: of what precedes the chain and follows it, which is never run again.
+    crossing: of every source that crosses a cut, the sublayer that makes it, the last cut and the bytes: [3, N].
+    """
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    sublayer_backward: tuple[int, ...]
+    saved: tuple[int, ...]
+    made: tuple[int, ...]
+    recomputed: tuple[int, ...]
+    before: EndCosts
+    after: EndCosts
+    crossing: Tensor
+
+
+def unit_costs(
+    costs: ModelCosts, block_layouts: BlockLayouts | None, *, device: DeviceSpeed, recompute: bool = False
+) -> UnitCosts:
+    """Times and bytes of every sublayer with the reads it runs.
+
+    block_layouts: None for the plain residual, which reads nothing. recompute: sublayers keep one value of their stream
+    and run forward once more in backward.
+    """
+    own = [picoseconds(s.backward_flops, device.flops) for s in costs.sublayers]
+    forward = [picoseconds(s.forward_flops, device.flops) for s in costs.sublayers]
+    backward = [_backward_with_recompute(s, device) for s in costs.sublayers] if recompute else list(own)
+    saved = [s.activation_bytes for s in costs.sublayers]
+    made = [0] * len(saved)
+    for stream in costs.streams:
+        # One number a value, so that times are linear in the number of sources.
+        value = picoseconds(stream.value_bytes, device.memory_bandwidth)
+        made[stream.first] += stream.value_bytes  # the root
+        for sublayer in range(stream.first, stream.first + stream.count):
+            # Every sublayer makes one source: its output, or the sum of its block so far.
+            made[sublayer] += stream.value_bytes
+            if recompute:
+                saved[sublayer] = stream.value_bytes
+        if block_layouts is None:
+            continue
+        layout = block_layouts[stream.name]
+        for position in range(1, stream.count + 1):
+            sources, reader = layout.num_sources(position), stream.first + layout.reader_of(position)
+            forward[reader] += forward_passes(sources) * value
+            backward[reader] += backward_passes(sources) * value
+            if layout.ends_block(position):
+                made[reader] += stream.value_bytes  # the summary
+    for carried in costs.carried:
+        made[max(carried.produced, 0)] += carried.bytes
+    spans = [(v.made, v.last, v.bytes) for v in crossing_sources(costs.streams, block_layouts)]
+    return UnitCosts(
+        forward=tuple(forward),
+        backward=tuple(backward),
+        sublayer_backward=tuple(own),
+        saved=tuple(saved),
+        made=tuple(made),
+        recomputed=tuple(s.activation_bytes if recompute else 0 for s in costs.sublayers),
+        before=_end_costs(costs.before, device),
+        after=_end_costs(costs.after, device),
+        crossing=torch.tensor(spans, dtype=torch.long).reshape(-1, 3).T,
+    )
+
+
+def _backward_with_recompute(part: SublayerCost, device: DeviceSpeed) -> int:
+    return picoseconds(part.backward_flops + part.forward_flops, device.flops)
+
+
+def _end_costs(part: SublayerCost, device: DeviceSpeed) -> EndCosts:
+    return EndCosts(
+        picoseconds(part.forward_flops, device.flops),
+        picoseconds(part.backward_flops, device.flops),
+        part.activation_bytes,
+    )
+
+
+@lru_cache(maxsize=1 << 16)
+def picoseconds(count: float, per_second: float) -> int:
+    """Time of so many operations or bytes at a speed."""
+    return round(Fraction(count) / Fraction(per_second) * PICOSECONDS)
