@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # Output of the demo; any writable folder.
 OUT ?= demo-output
 
-.PHONY: install demo test check wheel clean
+.PHONY: install demo test test-quick check wheel clean
 
 install: $(STAMP)
 
@@ -22,6 +22,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The core of every folder, in at most 90 seconds.
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,9 +1,23 @@
 """One thread a test process: on small machines more of them wait on each other."""
 
 import os
+from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`slow_after(n)`: all parameter sets of a test but its first n are slow. So is what starts several processes."""
+    seen = Counter()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        seen[name] += 1
+        after = item.get_closest_marker("slow_after")
+        if "worlds" in item.fixturenames or (after and seen[name] > after.args[0]):
+            item.add_marker(pytest.mark.slow)

@@ -76,6 +76,7 @@ def assert_same_training(model, converted, kwargs, tolerance=1e-5):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mixtral", "bert", "t5", "vit", "encoder, norm last"])
+@pytest.mark.slow_after(1)
 def test_a_compiled_model_is_the_converted_one(name, variant):
     model, kwargs = built(name)
     converted = with_random_queries(ax.convert(copy.deepcopy(model), kwargs=kwargs, config=VARIANTS[variant]))
@@ -87,6 +88,7 @@ def test_a_compiled_model_is_the_converted_one(name, variant):
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.slow
 def test_inner_compilers_compute_the_same(name, inner):
     model, kwargs = built(name)
     model = model.double()  # some gradients are zero but for rounding
@@ -104,6 +106,7 @@ def generated(model, **options):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.slow
 def test_generate_at_zero_queries_gives_the_tokens_of_the_original(name):
     model, kwargs = built(name)
     expected = generated(copy.deepcopy(model), use_cache=True)
@@ -112,6 +115,7 @@ def test_generate_at_zero_queries_gives_the_tokens_of_the_original(name):
     assert torch.equal(generated(model, use_cache=False), expected)
 
 
+@pytest.mark.slow
 def test_generate_with_random_queries_gives_the_same_tokens_with_any_cache():
     model, _ = attached()
     expected = generated(model, use_cache=False)
@@ -121,6 +125,7 @@ def test_generate_with_random_queries_gives_the_same_tokens_with_any_cache():
         assert not torch.equal(generated(model, use_cache=False), expected)
 
 
+@pytest.mark.slow
 def test_lengths_and_batches_cause_one_compilation_a_mode():
     model, _ = attached()
     for train in (False, True):
@@ -137,6 +142,7 @@ def test_lengths_and_batches_cause_one_compilation_a_mode():
     assert len(ax.explain(model).graphs) - before <= 1
 
 
+@pytest.mark.slow
 def test_two_instances_side_by_side_each_use_their_own_queries():
     one, kwargs = attached(seed=1)
     other, _ = attached(seed=2)
@@ -146,6 +152,7 @@ def test_two_instances_side_by_side_each_use_their_own_queries():
     torch.testing.assert_close(other(**kwargs).logits, first, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_replaced_and_loaded_parameters_are_seen():
     model, kwargs = attached(seed=1)
     other, _ = attached(seed=2)
@@ -157,6 +164,7 @@ def test_replaced_and_loaded_parameters_are_seen():
     torch.testing.assert_close(model(**kwargs).logits, wanted)
 
 
+@pytest.mark.slow
 def test_functional_call_computes_with_the_parameters_it_is_given():
     model, kwargs = attached(seed=1)
     other, _ = attached(seed=2)
@@ -179,6 +187,7 @@ def test_a_deepcopy_has_its_own_queries_and_must_be_compiled_itself():
     torch.testing.assert_close(model(**kwargs).logits, wanted)
 
 
+@pytest.mark.slow
 def test_a_model_saved_and_attached_afresh_computes_the_same(tmp_path):
     from safetensors.torch import load_file
 
@@ -198,6 +207,7 @@ def test_the_checkpoint_of_the_original_lacks_nothing_but_the_queries():
     assert not unexpected and missing and all(n.startswith("attnres.") for n in missing)
 
 
+@pytest.mark.slow
 def test_only_the_queries_train_when_the_rest_is_frozen():
     model, kwargs = attached(inner="aot_eager")
     for name, parameter in model.named_parameters():
@@ -207,6 +217,7 @@ def test_only_the_queries_train_when_the_rest_is_frozen():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_half_precision_models_compile_as_they_convert(dtype):
     model, kwargs = built()
     model = model.to(dtype)
@@ -217,6 +228,7 @@ def test_half_precision_models_compile_as_they_convert(dtype):
     assert model.attnres.reads[0].query.dtype == dtype
 
 
+@pytest.mark.slow
 def test_autocast_computes_what_the_converted_model_computes_under_it():
     model, kwargs = built()
     converted = with_random_queries(ax.convert(copy.deepcopy(model), kwargs=kwargs, config=VARIANTS["full"]))
@@ -228,6 +240,7 @@ def test_autocast_computes_what_the_converted_model_computes_under_it():
     assert (found - wanted).abs().max() <= 2e-2 * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_train_the_same_and_keep_their_tags():
     model, kwargs = attached(inner="aot_eager")
     other, _ = built()
@@ -241,6 +254,7 @@ def test_checkpointed_layers_train_the_same_and_keep_their_tags():
         assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp_min(1e-3), name
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_one_parameter():
     model, kwargs = attached("gpt2", inner="aot_eager")
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -340,6 +354,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.slow_after(1)
 def test_options_that_mean_nothing(name):
     options, words = BAD[name]
     model, kwargs = built()
@@ -386,6 +401,7 @@ def test_explain_says_what_was_compiled():
     assert "eager" in str(told) and "LlamaForCausalLM" in str(told)
 
 
+@pytest.mark.slow
 def test_an_attachment_survives_its_text():
     model, _ = attached()
     about = model.attnres.about
@@ -446,6 +462,7 @@ def test_a_checkpoint_brings_its_config_and_the_graph_follows():
     torch.testing.assert_close(other(x), one(x))
 
 
+@pytest.mark.slow
 def test_lora_adapters_go_onto_a_compiled_base_model():
     from peft import LoraConfig, get_peft_model
 
@@ -465,6 +482,7 @@ def test_lora_adapters_go_onto_a_compiled_base_model():
     assert (found - plain).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_copy_that_is_rewritten_keeps_what_dynamo_knows_of_its_inputs(monkeypatch):
     backend, seen = sys.modules["attnres_fx.backend.compile"], []
 

@@ -45,6 +45,7 @@ def losses_of(model, count=20):
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.slow
 def test_twenty_steps_follow_the_losses_of_the_converted_model(inner):
     model = small_gpt()
     ids = (batches(1)[0][:, :-1],)
@@ -70,6 +71,7 @@ def test_dropout_is_on_in_train_and_off_in_eval():
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(mode, tmp_path):
     command = [sys.executable, "-m", "tests.support.distributed_training", mode]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -141,6 +141,7 @@ def by_hand(parts, reads, variant, output, size):
     [(llama, llama_sublayers), (gpt2, gpt2_sublayers), (gpt_neox, gpt_neox_sublayers)],
     ids=["llama", "gpt2", "gpt_neox"],
 )
+@pytest.mark.slow_after(1)
 def test_a_conversion_is_the_papers_forward_written_by_hand(family, variant, output):
     build, parts = family
     model = build().double()
@@ -165,6 +166,7 @@ def test_a_conversion_is_the_papers_forward_written_by_hand(family, variant, out
             assert (x - y).abs().max() <= 1e-9 * y.abs().max(), name
 
 
+@pytest.mark.slow
 def test_a_converted_model_shares_weights_copies_saves_loads_and_exports(tmp_path):
     model = llama()
     converted = ax.convert(model, kwargs={"input_ids": IDS})
@@ -216,6 +218,7 @@ def test_train_and_eval_are_different_programs_over_one_set_of_weights():
 # --- what a user does with a converted model ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_pickled_as_it_is_saved():
     converted = ax.convert(llama(), kwargs={"input_ids": IDS})
     copied = pickle.loads(pickle.dumps(converted))
@@ -223,6 +226,7 @@ def test_a_converted_model_is_pickled_as_it_is_saved():
     assert str(copied.report) == str(converted.report)
 
 
+@pytest.mark.slow
 def test_other_sizes_compile_with_fullgraph():
     converted = ax.convert(llama(), kwargs={"input_ids": IDS})
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ from tests.support.families import FAMILIES
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow_after(1)
 def test_a_family_converts_with_all_its_reads_and_computes_the_same_whole_and_in_stages(name):
     model, kwargs, reads = FAMILIES[name]()
     converted = ax.convert(model, kwargs=kwargs)
@@ -33,6 +34,7 @@ def test_a_family_converts_with_all_its_reads_and_computes_the_same_whole_and_in
 
 @pytest.mark.parametrize("variant", ["full", "local"])
 @pytest.mark.parametrize("name", ["opt", "mamba", "bert", "swin", "carry", "in place"])
+@pytest.mark.slow_after(1)
 def test_other_variants_keep_the_function_too(name, variant):
     model, kwargs, reads = FAMILIES[name]()
     converted = ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(variant=variant))

@@ -25,6 +25,7 @@ def loss(model, parameters, ids):
     return functional_call(model, parameters, (ids,)).logits.square().mean()
 
 
+@pytest.mark.slow
 def test_functional_call_and_grad_give_what_backward_gives(converted):
     found = grad(lambda p: loss(converted, p, IDS))(queries_of(converted))
     converted.zero_grad()

@@ -94,6 +94,7 @@ def test_trained_queries_mean_the_same_in_all_spellings(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow_after(1)
 def test_one_conversion_runs_at_other_sizes(variant):
     model = small_gpt()
     converted = ax.convert(model, (IDS,), config=VARIANTS[variant])

@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 ENVIRONMENT = {"benchmark", "date", "device", "device_name", "torch", "python", "cuda", "versions", "commit"}
 
 
+@pytest.mark.slow
 def test_kernels_times_what_is_right_and_names_what_is_not_here(tmp_path, capsys):
     output = tmp_path / "kernels.json"
     arguments = ["--device", "cpu", "--smoke", "--skip", "definition, torch.compile", "--output", str(output)]
@@ -125,6 +126,7 @@ def test_the_oracle_in_chunks_of_rows_adds_up_to_the_whole(monkeypatch):
     assert max(found.out, found.sources, found.query, found.key_weight) < 1e-14
 
 
+@pytest.mark.slow
 def test_training_step_runs_every_model_from_the_same_loss(tmp_path):
     output = tmp_path / "step.json"
     arguments = ["--device", "cpu", "--smoke", "--precision", "float32", "--output", str(output)]

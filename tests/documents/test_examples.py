@@ -10,18 +10,21 @@ from tests.support.paths import EXAMPLES
 
 
 @pytest.mark.parametrize("name", ["convert_symbolic_trace", "convert_huggingface", "train_converted", "deploy_aot"])
+@pytest.mark.slow
 def test_an_example_runs(name):
     done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "v_0" in done.stdout or "agree" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_agrees_and_writes_its_files(tmp_path, capsys):
     assert main(["demo", "--size", "tiny", "--steps", "3", "--more-steps", "2", "--output", str(tmp_path)]) == 0
     assert "They agree to 1e-05 relative." in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} >= {"losses.json", "block.pt", "depth_weights.png"}
 
 
+@pytest.mark.slow
 def test_an_error_is_one_paragraph_and_exit_code_two(capsys):
     assert main(["inspect", "no_such_module"]) == 2
     assert "module.path:factory" in capsys.readouterr().err

@@ -65,6 +65,7 @@ def trained(tmp_path_factory):
     return folder, plan, found
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others_and_a_restart_goes_on_as_if_nothing_had_been(trained, tmp_path):
     _, plan, wanted = trained
     options = ("--checkpoint", tmp_path / "saved", "--every", 2)
@@ -87,6 +88,7 @@ def test_a_lost_process_ends_the_others_and_a_restart_goes_on_as_if_nothing_had_
         assert loss == pytest.approx(wanted[step], abs=2e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_stages_goes_on_with_four(trained, tmp_path):
     folder, _, wanted = trained
     (folder / "saved" / "step-000006" / ".metadata").rename(folder / "saved" / "step-000006" / "kept")

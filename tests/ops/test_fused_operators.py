@@ -60,6 +60,7 @@ def compiled(function, backend="aot_eager"):
 @pytest.mark.parametrize("with_delta", [False, True], ids=["", "delta"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(3, 2, 5, 48), (1, 4, 33), (9, 7, 200), (2, 0, 16)], ids=str)
+@pytest.mark.slow_after(1)
 def test_the_fused_read_matches_the_definition(shape, norm, with_delta, dtype, how):
     count, *rest = shape
     sources, delta, *weights = fused_inputs(tuple(rest), [dtype] * count)
@@ -106,6 +107,7 @@ def two_phase_exact(query, key_weight, other_query, other_key, w, b, delta, part
 @pytest.mark.parametrize("how", ["eager", "traced"])
 @pytest.mark.parametrize("dtype", [f32, bf16, f64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 4, 33), (3, 2, 5, 48), (9, 7, 200), (2, 0, 16)], ids=str)
+@pytest.mark.slow_after(1)
 def test_two_phases_match_the_definition(shape, dtype, how):
     count, *rest = shape
     sources, delta, query, key_weight, w, b = fused_inputs(tuple(rest), [dtype] * (count + 1))
@@ -115,6 +117,7 @@ def test_two_phases_match_the_definition(shape, dtype, how):
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+@pytest.mark.slow
 def test_inductor_compiles_both_forms(dtype):
     sources, delta, query, key_weight, w, b = fused_inputs((4, 6, 40), [dtype] * 3)
     other = [t.detach().flip(0).clone().requires_grad_() for t in (query, key_weight)]

@@ -37,6 +37,7 @@ def run(*command: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("names", CHECKS)
+@pytest.mark.slow
 def test_kernels_in_the_interpreter(names):
     told = run("tests/support/kernel_checks.py", *names.split(), TRITON_INTERPRET="1")
     assert told.count(": ok") == len(names.split())
@@ -66,6 +67,7 @@ def test_without_a_triton_that_can_the_definition_runs_and_says_why(monkeypatch,
         availability.why_not.cache_clear()
 
 
+@pytest.mark.slow
 def test_six_configurations_compile_for_a_gpu_that_is_not_here(tmp_path):
     """16-byte loads and stores of contiguous bf16 rows, at most 64 bytes of stack."""
     cases = ["forward S=9 D=7168 bf16", "backward S=9 D=7168 bf16", "forward S=5 D=4096 bf16"]

@@ -71,15 +71,18 @@ def check_against_oracle(leaves: list[Tensor], function=read, definition=oracle,
     ],
     ids=str,
 )
+@pytest.mark.slow_after(1)
 def test_forward_and_every_gradient_match_the_definition(shape, sources, weights):
     check_against_oracle(random_inputs(shape, sources, weights))
 
 
+@pytest.mark.slow
 def test_sizes_may_be_dynamic():
     check_against_oracle(random_inputs((3, 5, 40), [f32] * 4), dynamic=True)
 
 
 @pytest.mark.parametrize("wanted", range(5), ids=["v_0", "v_1", "v_2", "query", "key_weight"])
+@pytest.mark.slow
 def test_frozen_inputs_get_no_gradient_and_do_not_disturb_the_others(wanted):
     leaves = random_inputs((6, 32), [f32] * 3)
     for i, leaf in enumerate(leaves):
@@ -107,6 +110,7 @@ def test_one_source_is_only_scaled_and_its_query_gets_a_gradient_of_exactly_zero
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize(("dtype", "huge"), [(f16, 6e4), (bf16, 1e15)], ids=str)
+@pytest.mark.slow_after(1)
 def test_logits_beyond_half_precision_stay_finite(dtype, huge, compiled):
     leaves = random_inputs((6, 64), [dtype] * 3)
     leaves = [t.detach().sign().mul(huge).requires_grad_() for t in leaves[:-1]]
@@ -134,6 +138,7 @@ def loops(code: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("count", [2, 5, 8])
+@pytest.mark.slow_after(1)
 def test_few_loops_over_the_sources_forward_and_backward(count):
     _, (forward, backward) = compiled_step(random_inputs((256, WIDTH), [f32] * count), dynamic=False)
     # Along rows: the row sums and the mixture; <grad, v_i>, all gradients, one sum over tokens for the query's.
@@ -142,6 +147,7 @@ def test_few_loops_over_the_sources_forward_and_backward(count):
     assert loops(backward)[0] == 3 and loops(backward)[1] <= 3
 
 
+@pytest.mark.slow
 def test_no_buffer_of_the_generated_code_holds_all_sources():
     rows, width, count = 256, WIDTH, 5
     _, codes = compiled_step(random_inputs((rows, width), [bf16] * count, f32), dynamic=False)

@@ -274,6 +274,7 @@ def test_aot_eager_computes_the_same():
     check_compiled("aot_eager")
 
 
+@pytest.mark.slow
 def test_inductor_computes_the_same():
     check_compiled("inductor")
 

@@ -102,6 +102,7 @@ def counted(function, given):
 @pytest.mark.parametrize(
     ("build", "parts"), [(gpt, gpt_parts), (llama, decoder_parts), (mixtral, decoder_parts)], ids=lambda f: f.__name__
 )
+@pytest.mark.slow_after(1)
 def test_flops_of_every_unit_are_those_of_a_real_run(build, parts):
     model = build()
     costs = measured(model, IDS) if build is gpt else measured(model, input_ids=IDS, use_cache=False)
@@ -275,6 +276,7 @@ def kept_in_a_run(function, elsewhere, given):
 
 
 @pytest.mark.parametrize(("build", "parts"), [(gpt, gpt_parts), (llama, decoder_parts)], ids=["gpt", "llama"])
+@pytest.mark.slow
 def test_activations_are_what_a_partitioned_sublayer_saves_when_it_runs(build, parts):
     model = build()
     costs = measured(model, IDS) if build is gpt else measured(model, input_ids=IDS, use_cache=False)
@@ -287,6 +289,7 @@ def test_activations_are_what_a_partitioned_sublayer_saves_when_it_runs(build, p
         assert kept > 0 and source > 0
 
 
+@pytest.mark.slow
 def test_a_model_without_weights_costs_what_it_costs_with_them():
     with_weights = measured(llama(), input_ids=IDS, use_cache=False)
     with torch.device("meta"):
@@ -410,6 +413,7 @@ DEEPSEEK = {
 }
 
 
+@pytest.mark.slow
 def test_experts_of_a_trillion_weights_are_measured_without_them():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     config = transformers.DeepseekV3Config(**DEEPSEEK, dtype=torch.bfloat16)

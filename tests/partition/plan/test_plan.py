@@ -46,6 +46,7 @@ def t5():
 
 
 @pytest.mark.parametrize("variant", ["full", "block", "local"])
+@pytest.mark.slow_after(1)
 def test_what_the_planner_counted_is_what_the_graph_sends(variant):
     found = planned(config=ax.AttnResConfig(variant=variant))
     assert found.partition.hop_forward_bytes == (*found.traffic.exact.forward, 0)
@@ -60,6 +61,7 @@ def test_what_the_planner_counted_is_what_the_graph_sends(variant):
     assert stages.values == found.values
 
 
+@pytest.mark.slow
 def test_an_encoder_and_a_decoder_are_one_chain():
     model, kwargs = t5()
     found = planned(model, kwargs=kwargs, config=ax.AttnResConfig(num_blocks=2))
@@ -71,12 +73,14 @@ def test_an_encoder_and_a_decoder_are_one_chain():
     assert torch.allclose(stages.run(**kwargs).logits, model(**kwargs).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stages_compute_what_the_model_did(plan):
     model = gpt()
     ids = {"ids": torch.randint(0, 40, (2, 8))}
     assert torch.allclose(ax.build_stages(model, plan).run(**ids), model(**ids), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_converted_model_keeps_its_blocks():
     converted = ax.convert(gpt(), kwargs=IDS, config=ax.AttnResConfig(boundaries=(3, 4)))
     found = planned(converted)
@@ -89,6 +93,7 @@ def test_a_converted_model_keeps_its_blocks():
         planned(converted, config=ax.AttnResConfig(variant="full"))
 
 
+@pytest.mark.slow
 def test_blocks_end_where_stages_do_where_the_numbers_allow():
     quick = DeviceSpeed(flops=50e9, memory_bandwidth=1e12, link_bandwidth=1e12, link_latency=0.0)
     found = planned(config=ax.AttnResConfig(num_blocks=4), device=quick)
@@ -103,6 +108,7 @@ def test_blocks_end_where_stages_do_where_the_numbers_allow():
         planned(num_stages=3, num_microbatches=6, align="require", config=ax.AttnResConfig(num_blocks=2))
 
 
+@pytest.mark.slow
 def test_a_model_on_meta_is_planned_and_cut_like_a_real_one(plan):
     with torch.device("meta"):
         model = gpt()
@@ -154,6 +160,7 @@ def test_files_that_are_no_whole_plan_are_refused(plan, tmp_path):
         ax.load_plan(tmp_path / "missing.json")
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_by_its_first_difference(plan):
     with pytest.raises(PlanError, match=r"8 sublayers and this model has 10"):
         ax.build_stages(gpt(layers=5), plan)
@@ -191,11 +198,13 @@ def test_another_conversion_is_refused(plan):
         ({"optimizer_factor": math.nan}, "optimizer_factor"),
     ],
 )
+@pytest.mark.slow_after(1)
 def test_what_no_plan_can_be_made_of_is_refused(options, said):
     with pytest.raises(PlanError, match=said):
         planned(**options)
 
 
+@pytest.mark.slow
 def test_the_memory_that_the_message_asks_for_is_enough():
     with pytest.raises(PlanError, match="memory_limit") as refused:
         planned(virtual_stages=1, memory_limit=1000)
@@ -224,6 +233,7 @@ def test_sublayers_are_named_and_chained_in_order(plan):
     assert chain.names[:2] == ("blocks.0.attention_norm", "blocks.0.mlp_norm")
 
 
+@pytest.mark.slow
 def test_the_command_plans_saves_and_draws(tmp_path, capsys):
     saved, drawn = tmp_path / "plan.json", tmp_path / "plan.png"
     command = ["plan", "examples.pipeline_train:model", "--stages", "2", "--microbatches", "4", "--flops", "50e9"]
@@ -235,6 +245,7 @@ def test_the_command_plans_saves_and_draws(tmp_path, capsys):
     assert "memory_limit" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_symbolic_trace_is_planned_as_its_module_is(plan):
     traced = planned(torch.fx.symbolic_trace(gpt()))
     assert traced.starts == plan.starts

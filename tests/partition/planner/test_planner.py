@@ -130,6 +130,7 @@ def needed(error):
 
 @settings(SLOW, max_examples=250)
 @given(requests(rounds=(1, 1, 2, 3), most_sublayers=10, most_stages=3), st.data())
+@pytest.mark.slow
 def test_what_a_plan_costs_follows_from_the_rules(request, data):
     schedules = data.draw(st.sampled_from(every_schedule(request)))
     count = request.num_virtual - 1
@@ -351,6 +352,7 @@ def test_where_blocks_are_too_many_to_try_cuts_at_blocks_alone_leave_a_gap(monke
 
 
 @pytest.mark.parametrize("virtual", [1, 2, 4])
+@pytest.mark.slow_after(1)
 def test_a_thousand_sublayers_on_64_stages_can_be_planned(virtual):
     found = find_partition(large("block", virtual))
     assert len(found.starts) == 64

@@ -16,6 +16,7 @@ from tests.support.families import FAMILIES
 
 @pytest.mark.parametrize("variant", ["full", "local"])
 @pytest.mark.parametrize("name", ["opt", "mamba", "bert", "carry", "in place", "t5", "albert"])
+@pytest.mark.slow_after(1)
 def test_other_variants_too(name, variant):
     model, kwargs, _ = FAMILIES[name]()
     blocks = {} if variant == "full" else {"num_blocks": 2}
@@ -33,6 +34,7 @@ IDS = {"ids": torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_se
 
 
 @pytest.mark.parametrize("variant", ["full", "block", "local"])
+@pytest.mark.slow_after(1)
 def test_what_crosses_a_cut_is_what_the_schedule_says(variant):
     blocks = {} if variant == "full" else {"boundaries": (2, 5)}
     converted = ax.convert(gpt(), kwargs=IDS, config=ax.AttnResConfig(variant=variant, **blocks))
@@ -180,6 +182,7 @@ def test_a_stage_without_its_unsaved_buffers_gives_no_numbers():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "opt"])
+@pytest.mark.slow_after(1)
 def test_stages_that_recompute_keep_less_and_compute_the_same(name):
     model, kwargs, _ = FAMILIES[name]()
     converted = spread(ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(num_blocks=2))).eval()

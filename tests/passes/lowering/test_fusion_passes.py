@@ -158,6 +158,7 @@ def outcome(gm: GraphModule, module: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("style", FUSED)
+@pytest.mark.slow_after(1)
 def test_a_norm_is_folded_in_whatever_its_spelling(style, spelling):
     kind, program = FUSED[style]
     module = Read(program)
@@ -172,6 +173,7 @@ def test_a_norm_is_folded_in_whatever_its_spelling(style, spelling):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("style", FUSED)
+@pytest.mark.slow_after(1)
 def test_the_result_keeps_the_dtype_the_graph_had(style, dtype):
     module = Read(FUSED[style][1], dtype)
     before, after = lowered(module, (example(dtype),), "export", NORMS_ONLY)
@@ -218,6 +220,7 @@ UNFUSED = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("miss", UNFUSED)
+@pytest.mark.slow_after(1)
 def test_what_is_not_quite_a_norm_stays(miss, spelling):
     module = Read(UNFUSED[miss])
     gm = copy.deepcopy(captured(module, (example(),), spelling))
@@ -348,6 +351,7 @@ MODELS = {
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.slow
 def test_every_read_that_feeds_one_norm_is_fused(kind, mode):
     model, kwargs, reads = MODELS[kind]()
     converted = with_queries(ax.convert(model, (), kwargs, lowering=Lowering(two_phase=False)))
@@ -368,6 +372,7 @@ def test_the_example_is_fused_from_its_other_spellings(spelling):
     assert_same(*run_both(converted, {"ids": ids}))
 
 
+@pytest.mark.slow
 def test_post_norm_streams_fuse_only_without_gates():
     model, kwargs, reads = FAMILIES["bert"]()
     gated = ax.convert(model, (), kwargs)
@@ -404,6 +409,7 @@ def test_inserted_nodes_carry_values_and_where_they_come_from():
 # --- the converted model stays what it was -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parameters_state_and_reports_do_not_know_of_the_lowering():
     model, ids = example_gpt(), TEXT["input_ids"]
     plain = ax.convert(model, (ids,), lowering=Lowering(fuse_norms=False, fuse_partial_sums=False, two_phase=False))
@@ -417,6 +423,7 @@ def test_parameters_state_and_reports_do_not_know_of_the_lowering():
     assert_same([fused(ids)], [plain(ids)])
 
 
+@pytest.mark.slow
 def test_copies_pickles_files_and_replaced_parameters_run_lowered(tmp_path):
     ids = TEXT["input_ids"]
     converted = with_queries(ax.convert(example_gpt(), (ids,), lowering=NORMS_ONLY))
@@ -472,6 +479,7 @@ def test_autocast_gives_the_dtype_it_gave(traced):
 # --- the backend -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_backend_fuses_and_explains():
     model, ids = example_gpt(), TEXT["input_ids"]
     converted = with_queries(ax.convert(model, (ids,)))
@@ -510,6 +518,7 @@ class WrittenStack(nn.Module):
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.slow
 def test_an_eps_that_dynamo_made_an_input_is_known_and_guarded(inner):
     torch._dynamo.reset()
     model = WrittenStack(1e-3)
@@ -524,6 +533,7 @@ def test_an_eps_that_dynamo_made_an_input_is_known_and_guarded(inner):
 
 
 @pytest.mark.parametrize("lowering", [{"fuse_norms": False, "two_phase": False}, Lowering(), None], ids=str)
+@pytest.mark.slow
 def test_options_of_the_backend_choose_the_passes(lowering):
     model, ids = example_gpt(), TEXT["input_ids"]
     torch._dynamo.reset()
@@ -534,6 +544,7 @@ def test_options_of_the_backend_choose_the_passes(lowering):
     assert ("fuse_norms_pass" in changed) == (not isinstance(lowering, dict))
 
 
+@pytest.mark.slow
 def test_a_converted_model_compiles_with_the_backend():
     ids = TEXT["input_ids"]
     plain = Lowering(fuse_norms=False, fuse_partial_sums=False, two_phase=False)

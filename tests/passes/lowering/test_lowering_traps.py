@@ -49,6 +49,7 @@ def a_norm_is_a_weight(a, b, c, d, *w):
 
 @pytest.mark.parametrize("lowering", [{}, {"two_phase": True}, {"thread_gradients": True}], ids=str)
 @pytest.mark.parametrize("program", [written_in_place, input_written, a_read_is_added, a_norm_is_a_weight])
+@pytest.mark.slow_after(1)
 def test_programs_with_reads_of_their_own_compute_the_same(program, lowering):
     torch.manual_seed(0)
     given = [torch.randn(2, 3, WIDTH) for _ in range(4)] + [torch.randn(WIDTH) for _ in range(6)]

@@ -23,6 +23,7 @@ VARIANTS = {
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["llama", "example"])  # no dropout: they are compared in train mode
+@pytest.mark.slow_after(1)
 def test_threaded_reads_compute_what_the_reads_do(kind, variant, lowering):
     model, kwargs = MODELS[kind]()
     model.train()
@@ -54,6 +55,7 @@ def test_on_a_cpu_and_in_eval_nothing_is_threaded_by_itself():
         assert not count(converted.graph_module(lowered=True), "depth_attention_threaded")
 
 
+@pytest.mark.slow
 def test_the_backend_threads_too():
     from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 

@@ -46,6 +46,7 @@ def assert_as_exact(found, expected, tolerance):
 @pytest.mark.parametrize("lowering", [PHASES, Lowering(two_phase=True)], ids=["alone", "with the fusions"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.slow_after(1)
 def test_two_phases_compute_what_the_reads_do(kind, layout, lowering):
     program, kwargs = exported(kind)
     converted = with_queries(ax.convert(program, (), kwargs, config=LAYOUTS[layout], lowering=lowering))
@@ -84,6 +85,7 @@ def exported_parallel():
 @pytest.mark.parametrize("variant", ["full", "local"])
 @pytest.mark.parametrize("choose", ["auto", True])
 @pytest.mark.parametrize("kind", ["example", "llama", "parallel"])
+@pytest.mark.slow_after(1)
 def test_other_variants_are_left_alone(kind, choose, variant):
     program, kwargs = exported_parallel() if kind == "parallel" else exported(kind)
     for blocks in ({}, {"num_blocks": 2}) if variant == "local" else ({},):

@@ -232,12 +232,14 @@ def check_writes(gm):
 
 @given(programs())
 @settings(SETTINGS, max_examples=200)
+@pytest.mark.slow
 def test_a_random_program_traced_symbolically_computes_the_same(steps):
     check(Program(steps), "symbolic")
 
 
 @given(programs(longest=7))
 @settings(SETTINGS, max_examples=60)
+@pytest.mark.slow
 def test_a_random_program_exported_computes_the_same(steps):
     check(Program(steps), "export")
 

@@ -89,6 +89,7 @@ def described(steps: tuple[Step, ...]) -> str:
 
 @given(steps=programs(), shape=st.sampled_from(SHAPES), seed=st.integers(0, 3))
 @settings(SETTINGS, max_examples=80)
+@pytest.mark.slow
 def test_traced_programs_compute_the_definition(steps, shape, seed):
     note(described(steps))
     program = PlainProgram(steps, seed)
@@ -100,6 +101,7 @@ def test_traced_programs_compute_the_definition(steps, shape, seed):
 
 @given(steps=programs(), shape=st.sampled_from(SHAPES), seed=st.integers(0, 3))
 @settings(SETTINGS, max_examples=15)
+@pytest.mark.slow
 def test_exported_programs_compute_the_definition(steps, shape, seed):
     note(described(steps))
     program = PlainProgram(steps, seed)
@@ -116,6 +118,7 @@ def test_the_brute_force_at_zero_queries_is_the_program(steps, seed):
 
 
 @pytest.mark.parametrize("capture", ["symbolic", "export"])
+@pytest.mark.slow
 def test_a_deep_program_of_every_step(capture):
     steps = (
         Step("start", 0, ("two embeddings",)),

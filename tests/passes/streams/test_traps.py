@@ -54,6 +54,7 @@ ADDITIONS = {
 
 
 @pytest.mark.parametrize("spelling", ADDITIONS)
+@pytest.mark.slow_after(1)
 def test_every_spelling_of_an_addition_extends_the_stream(spelling):
     check_trap(two_layers(ADDITIONS[spelling]), (tokens(),), TWO_LAYERS)
 
@@ -345,6 +346,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("norms", ["one norm", "two norms"])
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.slow_after(1)
 def test_parallel_attention_and_mlp_are_one_sublayer_in_any_order(order, norms):
     add = ORDERS[order]
 

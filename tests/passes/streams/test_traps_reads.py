@@ -298,6 +298,7 @@ def padding():
 
 
 @pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.slow_after(1)
 def test_what_does_not_depend_on_the_stream_maps_over_it(factor):
     scale = FACTORS[factor]
 
@@ -375,6 +376,7 @@ def test_a_fill_that_is_not_zero_is_a_read():
 
 
 @pytest.mark.parametrize("how", ["reshape", "view", "flatten"])
+@pytest.mark.slow_after(1)
 def test_rows_flattened_around_the_mlp_stay_on_the_stream(how):
     def flat(h):
         return {"reshape": h.reshape(-1, 8), "view": h.view(-1, 8), "flatten": h.flatten(0, 1)}[how]

@@ -74,6 +74,7 @@ LATER_WRITES = {
 
 
 @pytest.mark.parametrize("write", LATER_WRITES)
+@pytest.mark.slow_after(1)
 def test_a_source_written_to_later_keeps_the_value_it_had(write):
     def program(m, x):
         h = m.embed(x)
@@ -99,6 +100,7 @@ def test_a_root_written_to_later_keeps_the_value_it_had(write):
 
 
 @pytest.mark.parametrize("write", ["relu_", "fill_", "a slice", "a transpose"])
+@pytest.mark.slow_after(1)
 def test_a_state_written_to_by_anything_but_an_add_is_preserved(write):
     """Whether the chain stops there or goes on, what comes out is what the original computes."""
 

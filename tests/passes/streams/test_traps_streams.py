@@ -67,6 +67,7 @@ def test_a_residual_inside_a_sublayer_is_a_nested_stream():
 
 
 @pytest.mark.parametrize("source", ["symbolic", "module"])
+@pytest.mark.slow
 def test_streams_are_chosen_by_main_all_or_name(source):
     model = Adapted()
     graph = torch.fx.symbolic_trace(model) if source == "symbolic" else model
@@ -329,6 +330,7 @@ def test_a_stream_under_no_grad_is_found(spelling):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow_after(1)
 def test_what_was_frozen_by_no_grad_stays_frozen(variant):
     model = toy(under_no_grad)
     converted = ax.convert(model, (tokens(),), config=VARIANTS[variant], check=False)
