@@ -13,12 +13,12 @@ from tabulate import tabulate
 
 from attnres_fx._version import __version__
 from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.plain_data import from_plain, to_plain
 from attnres_fx.errors import ConfigError, PlanError
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.costs.stage_loads import stage_loads
 from attnres_fx.partition.costs.traffic import Traffic, count_traffic, size, stage_values
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, check_same_model
-from attnres_fx.partition.plan.plain_data import from_plain, to_plain
 from attnres_fx.partition.planner.objective import Partition
 from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
@@ -163,7 +163,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, for `attnres_fx.load_plan`."""
-        content = {f.name: to_plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        content = {f.name: to_plain(getattr(self, f.name), error=PlanError) for f in dataclasses.fields(self)}
         content["config"] = dataclasses.asdict(self.config)
         head = {"format": FORMAT, "version": __version__, "checksum": _checksum(content)}
         try:
@@ -282,7 +282,7 @@ def _from_content(content: Mapping[str, Any]) -> Plan:
         "inputs": tuple[InputSpec, ...],
         "notes": tuple[str, ...],
     }
-    return Plan(config=config, **{n: from_plain(k, content[n], f"plan.{n}") for n, k in kinds.items()})
+    return Plan(config=config, **{n: from_plain(k, content[n], f"plan.{n}", error=PlanError) for n, k in kinds.items()})
 
 
 def _checksum(content: Any) -> str:
