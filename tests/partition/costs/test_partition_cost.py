@@ -16,14 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnres_fx as ax
+from attnres_fx.conversion.plain_data import from_plain, to_plain
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
+from attnres_fx.errors import PlanError
 from attnres_fx.partition.costs import measure as cost
 from attnres_fx.partition.costs.activations import saved_bytes
 from attnres_fx.partition.costs.flops import Flops, count_flops
 from attnres_fx.partition.costs.measure import measure_costs
 from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.costs.unit_graph import extract_body, graph_facts
-from attnres_fx.partition.plan.plain_data import from_plain, to_plain
 from attnres_fx.partition.split.chained_model import chains_of
 from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 
@@ -451,10 +452,13 @@ def given():
 
 def test_costs_survive_json():
     for one in (measured(gpt(), IDS), given()):
-        assert from_plain(ModelCosts, json.loads(json.dumps(to_plain(one))), "costs") == one
-    plain = to_plain(given())
+        assert (
+            from_plain(ModelCosts, json.loads(json.dumps(to_plain(one, error=PlanError))), "costs", error=PlanError)
+            == one
+        )
+    plain = to_plain(given(), error=PlanError)
     del plain["carried"], plain["tied"]
-    assert from_plain(ModelCosts, plain, "costs") == dataclasses.replace(given(), carried=(), tied=())
+    assert from_plain(ModelCosts, plain, "costs", error=PlanError) == dataclasses.replace(given(), carried=(), tied=())
 
 
 NOT_COUNTS = [-2, -2.0, 1.5, math.nan, math.inf, -math.inf, 10**400, "12", True, None, [1], (1,), 1j]
@@ -489,7 +493,7 @@ def test_numbers_of_numpy_and_whole_floats_are_taken_as_plain_ones():
     unit = SublayerCost("layers.0", np.float32(2.0), 3, np.int64(1000), 5e2)
     assert unit == SublayerCost("layers.0", 2.0, 3.0, 1000, 500)
     assert [type(v) for v in dataclasses.astuple(unit)] == [str, float, float, int, int]
-    assert json.dumps(to_plain(DeviceSpeed(flops=np.float64(1e12), link_bandwidth=10**9)))
+    assert json.dumps(to_plain(DeviceSpeed(flops=np.float64(1e12), link_bandwidth=10**9), error=PlanError))
     carried = CarriedValue("keys", np.int32(12), np.int64(0), [np.int64(1), 2])
     assert carried == CarriedValue("keys", 12, 0, (1, 2))
 
@@ -535,14 +539,14 @@ def test_names_of_costs_are_texts():
 
 
 def test_entries_of_costs_that_are_missing_or_unknown_are_named():
-    costs = to_plain(given())
+    costs = to_plain(given(), error=PlanError)
     del costs["sublayers"][2]["parameter_bytes"]
     with pytest.raises(ax.errors.AttnResError, match=r"sublayers\[2\].*parameter_bytes"):
-        from_plain(ModelCosts, costs, "costs")
-    costs = to_plain(given())
+        from_plain(ModelCosts, costs, "costs", error=PlanError)
+    costs = to_plain(given(), error=PlanError)
     costs["sublayers"][0]["speed"] = 3
     with pytest.raises(ax.errors.AttnResError, match="unknown entry 'speed'"):
-        from_plain(ModelCosts, costs, "costs")
+        from_plain(ModelCosts, costs, "costs", error=PlanError)
     for wrong in ({}, []):
         with pytest.raises(ax.errors.AttnResError, match="costs"):
-            from_plain(ModelCosts, wrong, "costs")
+            from_plain(ModelCosts, wrong, "costs", error=PlanError)
