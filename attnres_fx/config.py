@@ -14,21 +14,24 @@ Output = Literal["sum", "mean"]
 
 @dataclass(frozen=True, kw_only=True)
 class AttnResConfig:
-    """How residual streams are rewritten.
+    """How residual streams are rewritten, as one frozen value.
 
-    variant: which sources a read sees. `"full"`: the root and every sublayer output; `"block"`: the
-        root, the sums of completed blocks and the current partial sum (the paper's Block AttnRes);
-        `"local"`: one incoming summary and this block's sublayer outputs.
-    num_blocks, block_size, boundaries: how sublayers are grouped; at most one of them. `num_blocks`
-        makes blocks whose sizes differ by at most one, the longer first; `block_size` counts sublayers,
-        the last block may be shorter; `boundaries` are the sublayer indices, from 0, at which the
-        blocks after the first begin. With none of them a block has ceil(L / 8) sublayers.
-    output: `"sum"` multiplies a read by its number of sources, so that a fresh conversion computes what
-        the original computed; `"mean"` is the paper's literal form.
-    eps: added to the mean square of a source before its root is taken.
-    streams: `"main"` (streams not nested in another's sublayer), `"all"`, or stream names.
+    Args:
+        variant: which sources a read sees. `"full"`: the root and every sublayer output; `"block"`: the root, the sums
+            of completed blocks and the current partial sum (the paper's Block AttnRes); `"local"`: one incoming
+            summary and this block's sublayer outputs.
+        num_blocks: number of blocks, of sizes that differ by at most one, the longer first.
+        block_size: sublayers in a block; the last block may be shorter.
+        boundaries: the sublayer indices, from 0, at which the blocks after the first begin. At most one of these three
+            is given; with none of them a block has ceil(L / 8) of the stream's L sublayers.
+        output: `"sum"` multiplies a read by its number of sources, so that a fresh conversion computes what the
+            original computed; `"mean"` is the paper's literal form.
+        eps: added to the mean square of a source before its root is taken.
+        streams: `"main"` (streams not nested in another's sublayer), `"all"`, or stream names.
 
-    Raises ConfigError for a value, or a combination, that means nothing.
+    Raises:
+        ConfigError: for a value, or a combination of values, that means nothing.
+
     Source: arXiv 2603.15031, sections 3.1 and 3.2.
     """
 
