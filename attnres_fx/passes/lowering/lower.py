@@ -1,6 +1,6 @@
 """The passes that lower depth attention to fused and batched operators, their switches and their order."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from attnres_fx.errors import ConfigError
 from attnres_fx.passes.graph.result import PassResult, run_pass
 from attnres_fx.passes.lowering.fuse_norms import fuse_norms_pass
 from attnres_fx.passes.lowering.fuse_partial_sums import fuse_partial_sums_pass
-from attnres_fx.passes.lowering.thread_gradients import thread_gradients_pass
+from attnres_fx.passes.lowering.thread_gradients import AUTO_DEVICE, thread_gradients_pass
 from attnres_fx.passes.lowering.two_phase import two_phase_pass
 from attnres_fx.passes.normalize.normalization import set_attribute_values_
 
@@ -19,11 +19,14 @@ from attnres_fx.passes.normalize.normalization import set_attribute_values_
 class Lowering:
     """Which of the lowering passes run.
 
-    fuse_norms: fold the norm after a read into it. fuse_partial_sums: fold in the addition before it.
-    two_phase: `"auto"` (a block at a time, where fewer bytes move), True (every block) or False.
-    thread_gradients: let backward add up a source's gradients inside the reads; `"auto"` on a CUDA device.
+    Args:
+        fuse_norms: fold the norm after a read into it.
+        fuse_partial_sums: fold in the addition before it.
+        two_phase: `"auto"` (a block at a time, where fewer bytes move), True (every block) or False.
+        thread_gradients: let backward add up a source's gradients inside the reads; `"auto"` on a CUDA device.
 
-    Raises ConfigError for other values.
+    Raises:
+        ConfigError: a field has another value.
     """
 
     fuse_norms: bool = True
@@ -42,7 +45,14 @@ class Lowering:
 
 
 def checked_lowering(given: Any) -> Lowering:
-    """Lowering() for None, and what a dict of its fields says. Raises ConfigError for anything else."""
+    """A `Lowering` from what a user wrote.
+
+    Args:
+        given: a `Lowering`, a mapping of its fields, or None for the defaults.
+
+    Raises:
+        ConfigError: it is anything else, or a field is unknown or has a value it cannot have.
+    """
     if given is None or isinstance(given, Lowering):
         return given or Lowering()
     names = [f.name for f in fields(Lowering)]
@@ -53,27 +63,83 @@ def checked_lowering(given: Any) -> Lowering:
     return Lowering(**given)
 
 
-def lower_(gm: GraphModule, lowering: Lowering | None = None, *, training: bool = True) -> tuple[PassResult, ...]:
-    """Lower the reads of a graph, in place; results are what they were to rounding. Run again it changes nothing.
+@dataclass(frozen=True, kw_only=True)
+class LoweringPass:
+    """A pass in its place among the others.
 
-    gm: a graph that holds depth attention, with values on its nodes. lowering: Lowering(). training: whether
-    gradients will be taken, which decides what is cheaper.
+    run: `(gm, *, ...) -> PassResult`. switch: the field of `Lowering` that turns it on and off. reason: why it stands
+    where it stands. takes: which of the options `choose` (the switch's value) and `training` it is called with.
+    training_only: it runs only where gradients will be taken. auto_device: under `"auto"` it changes reads on this
+    type of device alone, None for any.
+    """
+
+    run: Callable[..., PassResult]
+    switch: str
+    reason: str
+    takes: tuple[Literal["choose", "training"], ...] = ()
+    training_only: bool = False
+    auto_device: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+    @property
+    def default(self) -> bool | Literal["auto"]:
+        """What its switch says when nobody sets it."""
+        value: bool | Literal["auto"] = getattr(Lowering, self.switch)
+        return value
+
+
+#: The passes that lower a graph, in the order they run in.
+LOWERING_PASSES = (
+    LoweringPass(
+        run=two_phase_pass,
+        switch="two_phase",
+        reason="it looks for equal sources, which the others fold away",
+        takes=("choose", "training"),
+    ),
+    LoweringPass(
+        run=fuse_partial_sums_pass,
+        switch="fuse_partial_sums",
+        reason="before the norms: a read that holds its norm is left alone",
+    ),
+    LoweringPass(
+        run=fuse_norms_pass,
+        switch="fuse_norms",
+        reason="whatever form the read has by then",
+    ),
+    LoweringPass(
+        run=thread_gradients_pass,
+        switch="thread_gradients",
+        reason="the others look for reads that hand nothing on",
+        takes=("choose",),
+        training_only=True,
+        auto_device=AUTO_DEVICE,
+    ),
+)
+
+
+def lower_(gm: GraphModule, lowering: Lowering | None = None, *, training: bool = True) -> tuple[PassResult, ...]:
+    """Lower the reads of a graph, in place, by `LOWERING_PASSES`; run again it changes nothing.
+
+    Args:
+        gm: a graph that holds depth attention, with values on its nodes.
+        lowering: which passes run; None for `Lowering()`.
+        training: whether gradients will be taken, which decides what is cheaper.
+
+    Returns:
+        What each pass that ran did, in order. The graph's results are what they were, to rounding.
     """
     lowering = lowering or Lowering()
     set_attribute_values_(gm)
     results = []
-    if lowering.two_phase is not False:
-        # First: it looks for reads with the same sources, which the others fold into something else.
-        results.append(run_pass(two_phase_pass, gm, choose=lowering.two_phase, training=training))
-    if lowering.fuse_partial_sums:
-        # Before the norms: an addition is folded only where nothing sees the sum before the read does, and a read
-        # that holds its norm already is left alone.
-        results.append(run_pass(fuse_partial_sums_pass, gm))
-    if lowering.fuse_norms:
-        results.append(run_pass(fuse_norms_pass, gm))  # last: whatever form the read has by now
-    if lowering.thread_gradients is not False and training:
-        # After all that folds into reads, which look for reads that hand nothing on.
-        results.append(run_pass(thread_gradients_pass, gm, choose=lowering.thread_gradients))
+    for step in LOWERING_PASSES:
+        choose = getattr(lowering, step.switch)
+        if choose is False or (step.training_only and not training):
+            continue
+        options = {"choose": choose, "training": training}
+        results.append(run_pass(step.run, gm, **{name: options[name] for name in step.takes}))
     if any(r.modified for r in results):
         gm.recompile()
     return tuple(results)

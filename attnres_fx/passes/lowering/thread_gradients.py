@@ -31,6 +31,9 @@ from attnres_fx.passes.lowering.read_calls import (
     writes_in_place,
 )
 
+#: Under `"auto"` only reads on such a device are threaded: its kernels add the gradients.
+AUTO_DEVICE = "cuda"
+
 
 @dataclass(frozen=True)
 class Thread:
@@ -72,7 +75,7 @@ def plan_threads(gm: GraphModule, choose: bool | Literal["auto"]) -> tuple[Threa
         # Under recomputation a view handed out of the region would run the read twice.
         if call is None or node in frozen or "recompute" in node.meta or call.output is None:
             continue
-        if choose == "auto" and known(sources[0]).device.type != "cuda":
+        if choose == "auto" and known(sources[0]).device.type != AUTO_DEVICE:
             continue
         later = {s for _, taken in reads[place + 1 :] for s in taken}
         again = sources[:-1] if call.delta is not None else sources
