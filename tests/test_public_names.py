@@ -1,0 +1,32 @@
+"""The names at the top of the package: each is there, comes from where it says, and costs nothing until it is used."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import attnres_fx
+from tests.support.paths import ROOT
+
+NAMES = sorted(set(attnres_fx.__all__) - {"__version__", "errors", "ops"})
+HEAVY = ("transformers", "triton", "torch._inductor.compile_fx", "matplotlib", "attnres_fx.partition")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_is_the_object_of_its_home_module(name):
+    value = getattr(attnres_fx, name)
+    assert getattr(importlib.import_module(value.__module__), name) is value
+    assert value.__module__.startswith("attnres_fx."), "made here, not handed on"
+
+
+def test_dir_lists_every_public_name_and_no_other_is_made_up():
+    assert set(attnres_fx.__all__) <= set(dir(attnres_fx))
+    with pytest.raises(AttributeError, match="no attribute 'converts'"):
+        _ = attnres_fx.converts
+
+
+def test_importing_the_package_alone_is_light():
+    program = f"import sys, attnres_fx; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
