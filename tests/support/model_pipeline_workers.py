@@ -178,7 +178,7 @@ def compared(pipeline, converted, kwargs, target):
     return {
         "loss": difference(loss, wanted.detach()),
         "gradients": gradient_error(pipeline, converted),
-        "held": pipeline.held,
+        "held": pipeline.num_retained,
     }
 
 
@@ -269,7 +269,7 @@ def evaluation():
     """Eval graphs have other nodes than train graphs; their values travel under their own names."""
     converted, kwargs, target = convert("t5", num_blocks=2)
     pipeline, _ = pipeline_of(converted, "Interleaved1F1B", 2)
-    found = pipeline.eval(**kwargs, target=target)
+    found = pipeline.evaluate(**kwargs, target=target)
     converted.eval()
     with torch.no_grad():
         wanted = converted(**kwargs)

@@ -87,7 +87,11 @@ def reference_step(reference, *batches):
 def compared(pipeline, reference, ids, target):
     wanted = reference_step(reference, (ids, target))
     found = pipeline.step(ids, target=target)
-    return {"loss": difference(found, wanted), "gradients": gradient_error(pipeline, reference), "held": pipeline.held}
+    return {
+        "loss": difference(found, wanted),
+        "gradients": gradient_error(pipeline, reference),
+        "held": pipeline.num_retained,
+    }
 
 
 def refusal(call):
@@ -106,11 +110,11 @@ def equals_one_process(schedule, virtual, cache):
     model = whole()
     pipeline = build(model, schedule, virtual, cache=cache)
     found = compared(pipeline, model, *batch(8))
-    values = {v.name: v for v in pipeline._contract.values}
+    values = {v.name: v for v in pipeline.runner.model_stages.values}
     wanted = {}
     for stage in pipeline.stages:
-        forward = sum(values[n].bytes for n in stage.terms.route.sent) * 4
-        backward = sum(values[n].bytes for n in stage.terms.route.received if values[n].differentiable) * 4
+        forward = sum(values[n].bytes for n in stage.spec.route.sent) * 4
+        backward = sum(values[n].bytes for n in stage.spec.route.received if values[n].differentiable) * 4
         wanted.setdefault(stage.stage_index, [0, 0])[0] += forward
         wanted.setdefault(stage.stage_index - 1, [0, 0])[1] += backward
     sent = {hop: [b.forward, b.backward] for hop, b in pipeline.bytes_sent.items()}
@@ -169,7 +173,7 @@ def changing_sizes():
         pipeline.zero_grad()
         found = compared(pipeline, model, *batch(rows, tokens=tokens))
         worst = max(worst, found["loss"], found["gradients"])
-    return {"worst": worst, "sizes": len(pipeline._shapes)}
+    return {"worst": worst, "sizes": len(pipeline.runner.shapes)}
 
 
 @case("two")
@@ -231,7 +235,7 @@ def tied_weights_and_accumulated_steps(schedule, virtual):
     plan = HandPlan(2, virtual, schedule, 4)
     pipeline = build_pipeline(stages, plan, loss_fn=loss_fn, compile=False)
     found = [compared(pipeline, model, *batch(8, seed=step)) for step in range(3)]
-    evaluated = pipeline.eval(batch(8)[0], target=batch(8)[1])
+    evaluated = pipeline.evaluate(batch(8)[0], target=batch(8)[1])
     after = compared(pipeline, model, *batch(8, seed=9))
     infinite = torch.stack([p.grad.abs().max() for p in model.parameters() if p.grad is not None]).max()
     return {
@@ -246,9 +250,9 @@ def evaluation_between_steps(schedule, virtual):
     model = whole()
     pipeline = build(model, schedule, virtual)
     ids, target = batch(8)
-    plain = pipeline.eval(ids, scale=0.5)
+    plain = pipeline.evaluate(ids, scale=0.5)
     first = compared(pipeline, model, ids, target)
-    found = pipeline.eval(ids, target=target)
+    found = pipeline.evaluate(ids, target=target)
     second = compared(pipeline, model, *batch(4, seed=5))
     outputs = [plain.outputs, found.outputs]
     right = outputs == [None, None]
@@ -258,7 +262,7 @@ def evaluation_between_steps(schedule, virtual):
         "steps": max(first["gradients"], second["gradients"]),
         "loss": difference(found.loss, loss_fn(model(ids), target).detach()),
         "outputs": right and plain.loss is None and not getattr(found.outputs, "requires_grad", False),
-        "held": pipeline.held,
+        "held": pipeline.num_retained,
         "training": all(m.training for m in pipeline.modules.values()),
     }
 
@@ -276,13 +280,13 @@ def failure_in_the_middle_of_a_step(schedule, virtual):
             calls = iter(range(100))
             pipeline.modules[max(pipeline.modules)].fail_at = lambda calls=calls: next(calls) == 2
         found["errors"].append(refusal(lambda: pipeline.step(ids, target=target)))
-        found["held"] += pipeline.held
+        found["held"] += pipeline.num_retained
         for module in pipeline.modules.values():
             module.fail_at = None
-    original = pipeline._loss.loss_fn
-    pipeline._loss.loss_fn = lambda outputs, target: outputs.no_such_thing
+    original = pipeline.runner.loss.loss_fn
+    pipeline.runner.loss.loss_fn = lambda outputs, target: outputs.no_such_thing
     found["errors"].append(refusal(lambda: pipeline.step(ids, target=target)))
-    pipeline._loss.loss_fn = original
+    pipeline.runner.loss.loss_fn = original
     if dist.get_rank() == 1:
         handle = pipeline.modules[max(pipeline.modules)].norm.weight.register_hook(lambda g: g.no_such_thing)
     found["errors"].append(refusal(lambda: pipeline.step(ids, target=target)))
@@ -356,8 +360,8 @@ def what_the_cache_holds(schedule, virtual):
     for what, run in (("step", pipeline.step), ("eval", pipeline.eval)):
         pipeline.stages[0].cache.peak_bytes = 0
         run(ids, target=target)
-        route = pipeline.stages[0].terms.route
-        stages = pipeline._contract
+        route = pipeline.stages[0].spec.route
+        stages = pipeline.runner.model_stages
         stages.train(what == "step")
         held = sum(v.bytes for v in stages.values if v.name in (*route.received, *route.produced))
         stages.train(True)
@@ -414,11 +418,11 @@ def data_parallel(kind, schedule, virtual, *, ranks=2, steps=3, **options):
             before = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             found["norm"] = difference(pipeline.clip_grad_norm_(0.5), before)
             everything = loss_fn(torch.cat([model(i) for i, _ in batches]), torch.cat([t for _, t in batches]))
-            found["evaluated"] = difference(pipeline.eval(ids, target=target).loss, everything.detach())
+            found["evaluated"] = difference(pipeline.evaluate(ids, target=target).loss, everything.detach())
             for optimizer in (ours, theirs):
                 optimizer.step()
                 optimizer.zero_grad()
-    found["held"] = pipeline.held
+    found["held"] = pipeline.num_retained
     found["sharded"] = all(hasattr(p, "full_tensor") for p in pipeline.parameters()) == (kind == "fsdp2")
     return found
 
@@ -535,7 +539,7 @@ def lost(pipeline):
     error = refusal(lambda: pipeline.step(ids, target=target))
     seconds = time.time() - start
     again = refusal(lambda: pipeline.step(ids, target=target))
-    return {"error": error, "again": again, "seconds": seconds, "held": pipeline.held}
+    return {"error": error, "again": again, "seconds": seconds, "held": pipeline.num_retained}
 
 
 @case("four")

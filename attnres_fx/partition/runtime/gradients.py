@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -18,13 +19,20 @@ def local(tensor: Tensor) -> Tensor:
 class TiedGroup:
     """One parameter of the model that several stages hold.
 
-    ranks: of the pipeline, that hold it, the owner's first. here: this rank's parameters of the group, which are one
-    object unless data parallelism wraps each stage on its own. owns: whether this rank counts it in norms.
+    Attributes:
+        ranks: The ranks of the pipeline that hold it, the owner's first.
+        local: This rank's parameters of the group: one object, unless data parallelism wraps each stage on its own.
+        is_owner: Whether this rank counts it in norms.
     """
 
     ranks: tuple[int, ...]
-    here: tuple[nn.Parameter, ...]
-    owns: bool
+    local: tuple[nn.Parameter, ...]
+    is_owner: bool
+
+    @property
+    def copies(self) -> tuple[nn.Parameter, ...]:
+        """This rank's parameters that a norm over all ranks must not count again."""
+        return self.local[1:] if self.is_owner else self.local
 
 
 def _exchange(tensor: Tensor, ranks: Sequence[int], group: dist.ProcessGroup, *, add: bool) -> None:
@@ -45,53 +53,54 @@ def _exchange(tensor: Tensor, ranks: Sequence[int], group: dist.ProcessGroup, *,
 
 
 class TiedGradients:
-    """Keeps tied parameters in step: equal at the start, and given the sum of their gradients after every step."""
+    """Keeps tied parameters equal: the owner's values at the start, the sum of all gradients after every step."""
 
     def __init__(self, groups: Sequence[TiedGroup], process_group: dist.ProcessGroup) -> None:
-        self.groups = tuple(g for g in groups if g.here)
+        self.groups = tuple(g for g in groups if g.local)
         self.process_group = process_group
-        self._before: dict[int, Tensor | None] = {}
+        self._accumulated: dict[int, Tensor | None] = {}
 
     def broadcast(self) -> None:
         """The owner's values everywhere."""
         with torch.no_grad():
             for group in self.groups:
-                value = local(group.here[0]).detach().clone().contiguous()
+                value = local_shard(group.local[0]).detach().clone().contiguous()
                 _exchange(value, group.ranks, self.process_group, add=False)
-                for parameter in group.here:
-                    local(parameter).copy_(value)
+                for parameter in group.local:
+                    local_shard(parameter).copy_(value)
 
     def start(self) -> None:
-        """Put aside what earlier steps have accumulated: only this step's gradients are to be added up."""
+        """Put the gradients of earlier steps aside: only this step's are summed over the ranks."""
         for parameter in self._parameters():
-            self._before[id(parameter)] = parameter.grad
+            self._accumulated[id(parameter)] = parameter.grad
             parameter.grad = None
 
     def finish(self, *, add: bool) -> None:
-        """Sum this step's gradients, unless it failed, and put back the accumulated ones."""
+        """Put the gradients of earlier steps back; with `add`, after a step that succeeded, plus the sum of its own."""
         with torch.no_grad():
             for group in self.groups if add else ():
                 self._sum(group)
             for parameter in self._parameters():
-                before = self._before.pop(id(parameter), None)
-                if before is not None:
-                    parameter.grad = before if not add or parameter.grad is None else before + parameter.grad
+                accumulated = self._accumulated.pop(id(parameter), None)
+                if accumulated is not None:
+                    new = parameter.grad if add else None
+                    parameter.grad = accumulated if new is None else accumulated + new
 
     def _sum(self, group: TiedGroup) -> None:
-        if not group.here[0].requires_grad or (len(group.ranks) == 1 and len(group.here) == 1):
+        if not group.local[0].requires_grad or (len(group.ranks) == 1 and len(group.local) == 1):
             return
-        total = torch.zeros_like(local(group.here[0])).contiguous()
-        for parameter in group.here:
+        total = torch.zeros_like(local_shard(group.local[0])).contiguous()
+        for parameter in group.local:
             if parameter.grad is not None:
-                total += local(parameter.grad)
+                total += local_shard(parameter.grad)
         _exchange(total, group.ranks, self.process_group, add=True)
-        for parameter in group.here:
+        for parameter in group.local:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            local(parameter.grad).copy_(total)
+            local_shard(parameter.grad).copy_(total)
 
     def _parameters(self) -> list[nn.Parameter]:
-        return list({id(p): p for group in self.groups for p in group.here}.values())
+        return list({id(p): p for group in self.groups for p in group.local}.values())
 
 
 def total_norm(
@@ -99,39 +108,53 @@ def total_norm(
     *,
     norm_type: float,
     pipeline: dist.ProcessGroup,
-    shards: dist.ProcessGroup | None,
+    replicas: dist.ProcessGroup | None,
     device: torch.device,
 ) -> Tensor:
-    """Norm of the gradients of all ranks' parameters together, in float64; the same number on every rank.
+    """Norm of the gradients of all ranks' parameters together.
 
-    parameters: this rank's, each to be counted once over all ranks of the pipeline. shards: over which sharded
-    gradients are spread.
+    Args:
+        parameters: This rank's, each of which is counted once over all ranks of the pipeline.
+        norm_type: The p of the norm, or infinity.
+        pipeline: The ranks that hold one copy of the model.
+        replicas: The ranks over which sharded gradients are spread, if any are.
+        device: Where the result is.
+
+    Returns:
+        A float64 scalar, the same number on every rank.
     """
-    biggest = norm_type == float("inf")
+    gradients = [p.grad for p in parameters if p.grad is not None]
 
-    def measure(sharded: bool) -> Tensor:
-        gradients = [p.grad for p in parameters if p.grad is not None and isinstance(p.grad, DTensor) is sharded]
-        norms = [torch.linalg.vector_norm(local(g), norm_type, dtype=_wide(g)) for g in gradients if local(g).numel()]
-        parts = torch.stack([torch.zeros((), dtype=torch.float64, device=device), *(n.double() for n in norms)])
-        return parts.max() if biggest else parts.pow(norm_type).sum()
+    def local_norm(*, sharded: bool) -> Tensor:
+        shards = [local_shard(g) for g in gradients if isinstance(g, DTensor) is sharded]
+        # get_total_norm alone would work in the gradients' own dtype, bfloat16 too.
+        norms = [torch.linalg.vector_norm(s, norm_type, dtype=_at_least_float32(s)) for s in shards if s.numel()]
+        return get_total_norm([n.to(device, torch.float64) for n in norms], norm_type).to(device, torch.float64)
 
-    operation = dist.ReduceOp.MAX if biggest else dist.ReduceOp.SUM
-    spread, whole = measure(True), measure(False)
-    if shards is not None:
-        dist.all_reduce(spread, operation, group=shards)
-    norm = torch.maximum(spread, whole) if biggest else spread + whole
-    dist.all_reduce(norm, operation, group=pipeline)
-    return norm if biggest else norm.pow(1 / norm_type)
+    sharded = local_norm(sharded=True)
+    if replicas is not None:
+        sharded = _norm_over_ranks(sharded, norm_type, replicas)
+    return _norm_over_ranks(get_total_norm([sharded, local_norm(sharded=False)], norm_type), norm_type, pipeline)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def _norm_over_ranks(norm: Tensor, norm_type: float, group: dist.ProcessGroup) -> Tensor:
+    """The norm of every rank's numbers together, from the norm of each rank's."""
+    if norm_type == float("inf"):
+        dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)
+        return norm
+    power = norm.pow(norm_type)
+    dist.all_reduce(power, dist.ReduceOp.SUM, group=group)
+    return power.pow(1 / norm_type)
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def scale_gradients(parameters: Sequence[nn.Parameter], factor: Tensor) -> None:
-    """Multiply every gradient in place."""
+    """Multiply every gradient in place by a scalar, which is cast to the gradient's dtype first."""
     with torch.no_grad():
         for parameter in parameters:
             if parameter.grad is not None:
-                gradient = local(parameter.grad)
-                gradient.mul_(factor.to(gradient.dtype))
+                shard = local_shard(parameter.grad)
+                shard.mul_(factor.to(shard.dtype))

@@ -13,7 +13,13 @@ from attnres_fx.errors import PipelineError
 
 @dataclass(frozen=True)
 class Microbatches:
-    """arguments: args and kwargs of each. targets: of each, or None. counts: target elements that are not ignored."""
+    """Microbatches of one batch.
+
+    Attributes:
+        arguments: args and kwargs of each.
+        targets: The target of each; None where no target was given.
+        counts: Target elements of each that are not ignored, float64 [number].
+    """
 
     arguments: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
     targets: tuple[Any, ...] | None
@@ -26,10 +32,21 @@ class Microbatches:
 def split_batch(
     args: Sequence[Any], kwargs: Mapping[str, Any], target: Any, number: int, *, ignore_index: int, device: torch.device
 ) -> Microbatches:
-    """A batch in `number` equal parts along dimension 0 of every tensor that has the batch there.
+    """A batch in `number` equal parts along dimension 0 of every tensor.
 
-    Tensors with one row or none, and what is no tensor, go whole to every part. The batch is as long as the first
-    tensor that has more than one row. Raises PipelineError where it cannot be divided, or another tensor differs.
+    Tensors with one row or no dimension, and arguments that are no tensors, go whole to every part. The batch is as
+    long as the first tensor that has more than one row.
+
+    Args:
+        args: Positional arguments of the model for the whole batch.
+        kwargs: Keyword arguments.
+        target: A tensor, or any structure of tensors, or None.
+        number: Of microbatches.
+        ignore_index: Elements of an integer target that do not count.
+        device: Where all tensors go.
+
+    Raises:
+        PipelineError: The batch cannot be divided, or another tensor has another number of rows.
     """
     leaves, tree = pytree.tree_flatten((tuple(args), dict(kwargs), target))
     leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -56,12 +73,12 @@ def split_batch(
     return Microbatches(
         arguments=tuple((a, k) for a, k, _ in parts),
         targets=None if target is None else tuple(t for _, _, t in parts),
-        counts=torch.stack([_counted(t, ignore_index, device) for _, _, t in parts]),
+        counts=torch.stack([_num_targets(t, ignore_index, device) for _, _, t in parts]),
     )
 
 
-def _counted(target: Any, ignore_index: int, device: torch.device) -> Tensor:
-    """Elements of a target that its loss is the mean over; without a target every microbatch counts alike."""
+def _num_targets(target: Any, ignore_index: int, device: torch.device) -> Tensor:
+    """Elements that the loss of a target is the mean over; without a target every microbatch counts the same."""
     tensors = [t for t in pytree.tree_leaves(target) if isinstance(t, Tensor)]
     if not tensors:
         return torch.ones((), dtype=torch.float64, device=device)
@@ -72,41 +89,47 @@ def _counted(target: Any, ignore_index: int, device: torch.device) -> Tensor:
 
 
 class MeanLoss:
-    """Weighs each microbatch's mean loss by its share of all elements, so that their sum is the whole batch's mean.
+    """The loss of microbatches, each weighted by its share of all elements: their sum is the whole batch's mean.
 
-    loss_fn: (model output, target) -> mean over the elements of the target that are not ignored. replicas: over how
-    many the gradients will be averaged afterwards. A microbatch in which everything is ignored counts nothing.
+    A microbatch in which everything is ignored has no weight.
     """
 
     def __init__(
         self, loss_fn: Callable[[Any, Any], Tensor], unflatten: Callable[[Sequence[Any]], Any], replicas: int = 1
     ) -> None:
+        """A mean loss.
+
+        Args:
+            loss_fn: (model output, target) -> scalar, the mean over the elements of the target that are not ignored.
+            unflatten: The model's output structure from its flat outputs.
+            replicas: Over how many copies of the model the gradients are averaged afterwards.
+        """
         self.loss_fn, self.unflatten, self.replicas = loss_fn, unflatten, replicas
         self._targets: tuple[Any, ...] | None = None
         self._shares: list[float] = []
         self.value: Tensor | None = None
 
     def start(self, batches: Microbatches, total: Tensor) -> None:
-        """A new step. total: elements of the whole batch, over all replicas."""
+        """Begin a step. total: elements of the whole batch, over all replicas."""
         self._targets, self.value = batches.targets, None
         self._shares = (batches.counts / total.clamp(min=1)).tolist()
 
     def clear(self) -> None:
-        """Let go of the targets."""
+        """Release the targets."""
         self._targets, self.value = None, None
 
     def __call__(self, outputs: Sequence[Any], index: int) -> Tensor:
-        """Loss of one microbatch as backward wants it; `value` gathers what is reported."""
+        """Loss of one microbatch, scaled for backward; `value` sums up the loss that is reported."""
         share = self._shares[index]
         if share == 0:
-            return _nothing(outputs)
+            return _zero_loss(outputs)
         loss = self.loss_fn(self.unflatten(outputs), None if self._targets is None else self._targets[index])
         reported = loss.detach().double() * share
         self.value = reported if self.value is None else self.value + reported
         return loss * (share * self.replicas)
 
 
-def _nothing(outputs: Sequence[Any]) -> Tensor:
+def _zero_loss(outputs: Sequence[Any]) -> Tensor:
     """A loss whose gradients are zeros."""
     parts = [(o * 0).sum() for o in outputs if isinstance(o, Tensor) and o.requires_grad]
     return torch.stack([p.float() for p in parts]).sum() if parts else torch.zeros(())

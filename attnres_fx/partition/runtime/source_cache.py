@@ -1,8 +1,8 @@
-"""What one rank keeps of a microbatch: values by name, and the gradients that have come back for them so far.
+"""Source cache of one rank: values of a microbatch by name, and their gradients as far as they are known.
 
-A rank hands a value it has received or made to every later virtual stage of its own, which takes it as an input and
-so returns a gradient for it. Those gradients wait here until the stage that brought the value to this rank runs its
-backward: there they go on, into the stage that made the value or back over the hop it came by.
+A rank gives a value that it has received or made to each of its later virtual stages. Each of them takes it as an input
+and so returns a gradient for it. The sum of those gradients waits here until the stage that brought the value to this
+rank runs its backward: then it goes into the stage that made the value, or back to the rank that sent it.
 """
 
 from collections.abc import Iterable
@@ -13,25 +13,25 @@ from attnres_fx.errors import PipelineError
 
 
 class SourceCache:
-    """Values and banked gradients of the microbatches in flight on one rank. No communication, no autograd."""
+    """Values and gradients of the microbatches in flight on one rank. No communication, no autograd."""
 
     def __init__(self) -> None:
         self._values: dict[int, dict[str, Tensor]] = {}
-        self._gradients: dict[int, dict[str, Tensor]] = {}
+        self._grads: dict[int, dict[str, Tensor]] = {}
         self._bytes = 0
         self.peak_bytes = 0
 
     def __len__(self) -> int:
-        """Values and gradients held."""
-        return sum(len(held) for held in (*self._values.values(), *self._gradients.values()))
+        """Number of values and gradients."""
+        return sum(len(tensors) for tensors in (*self._values.values(), *self._grads.values()))
 
     @property
     def bytes(self) -> int:
-        """Bytes of the values held, each counted in full."""
+        """Bytes of the values, each counted in full."""
         return self._bytes
 
     def put(self, microbatch: int, name: str, value: Tensor) -> None:
-        """Keep a value, cut off from the graph that made it."""
+        """Store a value, detached from the graph that made it."""
         values = self._values.setdefault(microbatch, {})
         if name in values:
             raise PipelineError(
@@ -52,37 +52,38 @@ class SourceCache:
                 f"here, or its microbatch is done. Build the stages again from the plan."
             ) from None
 
-    def bank(self, microbatch: int, name: str, gradient: Tensor) -> None:
-        """Add to the gradient of a value; sums are made in the order of the calls and change no tensor given."""
+    def accumulate_grad(self, microbatch: int, name: str, grad: Tensor) -> None:
+        """Add to the gradient of a value; sums are made in the order of the calls and change no argument."""
         value = self.value(microbatch, name)
-        if gradient.shape != value.shape:
+        if grad.shape != value.shape:
             raise PipelineError(
-                f"the gradient of value {name!r} has shape {tuple(gradient.shape)}, its value {tuple(value.shape)}."
+                f"the gradient of value {name!r} has shape {tuple(grad.shape)}, its value {tuple(value.shape)}."
             )
-        gradients = self._gradients.setdefault(microbatch, {})
-        gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        grads = self._grads.setdefault(microbatch, {})
+        grads[name] = grads[name] + grad if name in grads else grad
 
-    def gradient(self, microbatch: int, name: str) -> Tensor | None:
-        """Sum of what was banked for a value; None where nothing was."""
-        return self._gradients.get(microbatch, {}).get(name)
+    def grad(self, microbatch: int, name: str) -> Tensor | None:
+        """The accumulated gradient of a value; None where there is none yet."""
+        return self._grads.get(microbatch, {}).get(name)
 
     def drop(self, microbatch: int, names: Iterable[str]) -> None:
-        """Let go of values and their gradients; what is not here is passed over."""
-        for held in (self._values, self._gradients):
-            kept = held.get(microbatch, {})
-            for name in tuple(names):
-                gone = kept.pop(name, None)
-                if held is self._values and gone is not None:
-                    self._bytes -= gone.nbytes
-            if not kept:
-                held.pop(microbatch, None)
+        """Release values and their gradients; names that are not here are ignored."""
+        names = tuple(names)
+        for store in (self._values, self._grads):
+            tensors = store.get(microbatch, {})
+            for name in names:
+                tensor = tensors.pop(name, None)
+                if store is self._values and tensor is not None:
+                    self._bytes -= tensor.nbytes
+            if not tensors:
+                store.pop(microbatch, None)
 
     def finish(self, microbatch: int) -> None:
-        """Let go of everything of a microbatch."""
-        self.drop(microbatch, (*self._values.get(microbatch, ()), *self._gradients.get(microbatch, ())))
+        """Release everything of a microbatch."""
+        self.drop(microbatch, (*self._values.get(microbatch, ()), *self._grads.get(microbatch, ())))
 
     def clear(self) -> None:
-        """Let go of everything, whatever state a step was left in."""
+        """Release everything, whatever state a step was left in."""
         self._values.clear()
-        self._gradients.clear()
+        self._grads.clear()
         self._bytes = 0

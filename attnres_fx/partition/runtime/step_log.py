@@ -1,4 +1,4 @@
-"""What one rank did in a step, and how it says that something went wrong."""
+"""Log of one step on one rank: actions, bytes, and what went wrong."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +17,13 @@ class HopBytes:
 
 @dataclass
 class StepLog:
-    """What one rank did in a step.
+    """Log of one step on one rank.
 
-    actions: in execution order, as the schedules print them (`"0F1"`: stage 0, forward, microbatch 1). sent: bytes
-    over each hop, named by the stage on its earlier side. waiting: receives that are posted and not yet used.
-    failure: the first exception of a stage's own work, with the action it happened in.
+    Attributes:
+        actions: In execution order, as the schedules print them (`"0F1"`: stage 0, forward, microbatch 1).
+        sent: Bytes over each hop, named by the stage on its earlier side.
+        waiting: Receives that are posted and not yet used: the action that needs it, and from whom it comes.
+        failure: The first exception of a stage's own work, with the action it happened in.
     """
 
     actions: list[str] = field(default_factory=list)
@@ -30,15 +32,15 @@ class StepLog:
     failure: tuple[str, Exception] | None = None
 
     @property
-    def told(self) -> str | None:
-        """The failure in words."""
+    def failure_text(self) -> str | None:
+        """The failure in words; None where there was none."""
         return None if self.failure is None else f"{self.failure[0]}: {cause_of(self.failure[1])}"
 
     def attempt(self, action: str, work: Callable[[], T]) -> T | None:
-        """Result of some work of this rank; None where it raised, or where an earlier one did.
+        """Result of `work()`; None where it raises, or where earlier work of this rank did.
 
-        A rank whose own work fails goes on handing zeros to its neighbours, so that the step comes to its end
-        everywhere and every rank can say what happened, instead of waiting for a timeout.
+        A rank whose own work fails goes on sending zeros to its neighbours, so that the step ends on every rank and
+        each can say what happened, instead of waiting for a timeout.
         """
         if self.failure is None:
             try:
@@ -47,11 +49,11 @@ class StepLog:
                 self.failure = (action, error)
         return None
 
-    def lost(self, error: BaseException, *, rank: int, stages: Sequence[int]) -> str:
-        """What to say when communication broke: where this rank stood and whom it was waiting for."""
+    def lost_neighbour(self, error: BaseException, *, rank: int, stages: Sequence[int]) -> str:
+        """The message after communication broke: what this rank did last and for whom it was waiting."""
         done = self.actions[-1] if self.actions else "nothing"
         waiting = ", ".join(f"{action} (from {source})" for action, source in self.waiting.items())
-        own = f" Its own work had failed before: {self.told}." if self.told else ""
+        own = f" Its own work had failed before: {self.failure_text}." if self.failure_text else ""
         return (
             f"rank {rank} (virtual stages {', '.join(map(str, stages))}) lost a neighbour after {done}, waiting for "
             f"{waiting or 'the end of the step'}: {cause_of(error)}.{own} A process has probably died or is stuck; "
@@ -60,7 +62,7 @@ class StepLog:
 
 
 def cause_of(error: BaseException) -> str:
-    """An exception in one line: what it was before others were raised from it."""
+    """An exception in one line: the first one, where others were raised from it."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()

@@ -207,7 +207,7 @@ SAID = {
     "missing": ["were not built"],
     "meta": ["meta", "to_empty"],
     "no backend": ["nonsense", "inductor"],
-    "no gradients": ["no_grad", "eval()"],
+    "no gradients": ["no_grad", "evaluate()"],
     "rows": ["6 rows", "num_microbatches=4"],
     "target": ["(4, 5)", "8 rows"],
 }
@@ -327,11 +327,11 @@ def test_a_cache_hands_out_values_cut_off_from_their_graph():
 def test_a_cache_sums_gradients_in_order_and_changes_none_of_them():
     cache = SourceCache()
     cache.put(3, "a", torch.zeros(1))
-    assert cache.gradient(3, "a") is None
+    assert cache.grad(3, "a") is None
     parts = [torch.tensor([x]) for x in (1e8, 1.0, -1e8)]
     for part in parts:
-        cache.bank(3, "a", part)
-    assert cache.gradient(3, "a") == (parts[0] + parts[1]) + parts[2]
+        cache.accumulate_grad(3, "a", part)
+    assert cache.grad(3, "a") == (parts[0] + parts[1]) + parts[2]
     assert parts[0] == 1e8
 
 
@@ -340,7 +340,7 @@ def test_a_cache_keeps_microbatches_apart_and_counts_its_bytes():
     for microbatch in (0, 1):
         for name in ("a", "b"):
             cache.put(microbatch, name, torch.full((4,), float(microbatch)))
-    cache.bank(1, "b", torch.ones(4))
+    cache.accumulate_grad(1, "b", torch.ones(4))
     assert cache.bytes == cache.peak_bytes == 64 and len(cache) == 5
     cache.drop(0, ["a", "unknown"])
     assert cache.bytes == 48 and cache.value(1, "a")[0] == 1
@@ -358,10 +358,10 @@ def test_a_cache_refuses_what_would_be_a_wrong_route():
     with pytest.raises(PipelineError, match="'b' of microbatch 0 is not on this rank"):
         cache.value(0, "b")
     with pytest.raises(PipelineError, match=r"gradient of value 'a' has shape \(3,\)"):
-        cache.bank(0, "a", torch.zeros(3))
+        cache.accumulate_grad(0, "a", torch.zeros(3))
     cache.finish(0)
     with pytest.raises(PipelineError, match="its microbatch is done"):
-        cache.bank(0, "a", torch.zeros(2))
+        cache.accumulate_grad(0, "a", torch.zeros(2))
 
 
 def split(*args, target=None, number=2, **kwargs):
@@ -419,7 +419,7 @@ def test_work_after_a_failure_is_left_out_and_the_first_one_told():
     assert log.attempt("0F0", lambda: 3) == 3
     assert log.attempt("0F1", lambda: 1 // 0) is None
     assert log.attempt("0F2", lambda: pytest.fail("was run")) is None
-    assert log.told == "0F1: ZeroDivisionError: integer division or modulo by zero"
+    assert log.failure_text == "0F1: ZeroDivisionError: integer division or modulo by zero"
 
 
 @pytest.mark.parametrize("version", ["2.12.1+cpu", "2.11.0a0+git1", "1.13"])
