@@ -9,7 +9,8 @@ from attnres_fx._version import __version__
 if TYPE_CHECKING:
     from attnres_fx.analysis.depth_weights import depth_weights
     from attnres_fx.backend.attach import attach, detach, plain
-    from attnres_fx.backend.compile import compile, explain
+    from attnres_fx.backend.compile import compile
+    from attnres_fx.backend.explain import explain
     from attnres_fx.config import AttnResConfig
     from attnres_fx.conversion.convert import convert, inspect
     from attnres_fx.conversion.converted_model import ConvertedModel
@@ -31,7 +32,7 @@ _HOMES = {
     "convert": "attnres_fx.conversion.convert",
     "depth_weights": "attnres_fx.analysis.depth_weights",
     "detach": "attnres_fx.backend.attach",
-    "explain": "attnres_fx.backend.compile",
+    "explain": "attnres_fx.backend.explain",
     "inspect": "attnres_fx.conversion.convert",
     "load": "attnres_fx.conversion.files",
     "load_plan": "attnres_fx.partition.plan.planning",

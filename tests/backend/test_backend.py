@@ -1,9 +1,11 @@
 """The compile backend computes what convert computes, for every graph of a model, and never anything else."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import attnres_fx as ax
-from attnres_fx.backend.attach import Attachment
+from attnres_fx.backend import dynamo_backend
+from attnres_fx.backend.attachment import Attachment
 from attnres_fx.errors import AttachError, BackendError, EagerCallError, NoStreamError
 from tests.support.families import FAMILIES, IDS
 
@@ -401,6 +404,20 @@ def test_explain_says_what_was_compiled():
     assert "eager" in str(told) and "LlamaForCausalLM" in str(told)
 
 
+def test_a_model_that_is_gone_releases_the_log_of_its_graphs():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.compile(model, (x,), config=VARIANTS["full"], inner="eager")
+    model(x)
+    copied, log = copy.deepcopy(model), weakref.ref(model.attnres.log)
+    assert len(ax.explain(model).graphs) == 1 and ax.explain(copied).graphs == ax.explain(model).graphs
+    del model
+    gc.collect()
+    assert log() is copied.attnres.log
+    del copied
+    gc.collect()
+    assert log() is None
+
+
 @pytest.mark.slow
 def test_an_attachment_survives_its_text():
     model, _ = attached()
@@ -484,7 +501,7 @@ def test_lora_adapters_go_onto_a_compiled_base_model():
 
 @pytest.mark.slow
 def test_the_copy_that_is_rewritten_keeps_what_dynamo_knows_of_its_inputs(monkeypatch):
-    backend, seen = sys.modules["attnres_fx.backend.compile"], []
+    seen = []
 
     def watched(options):
         def inner(gm, inputs):
@@ -494,7 +511,7 @@ def test_the_copy_that_is_rewritten_keeps_what_dynamo_knows_of_its_inputs(monkey
 
         return inner
 
-    monkeypatch.setattr(backend, "_inner", watched)
+    monkeypatch.setattr(dynamo_backend, "inner_compiler", watched)
     model, kwargs = attached()
     model(**kwargs)
     (nodes, meta), *_ = seen
