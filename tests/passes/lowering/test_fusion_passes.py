@@ -1,6 +1,7 @@
 """Norms and additions folded into reads: which ones, in every spelling, and that nothing else changes."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -349,17 +350,22 @@ MODELS = {
 }
 
 
+@functools.cache
+def fused_model(kind):
+    """Converted once for both of its modes."""
+    model, kwargs, reads = MODELS[kind]()
+    return with_queries(ax.convert(model, (), kwargs, lowering=Lowering(two_phase=False))), kwargs, reads
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.slow
 def test_every_read_that_feeds_one_norm_is_fused(kind, mode):
-    model, kwargs, reads = MODELS[kind]()
-    converted = with_queries(ax.convert(model, (), kwargs, lowering=Lowering(two_phase=False)))
-    for config in ("block",):
-        gm = converted.graph_module(mode, lowered=True)
-        assert count(gm, "depth_attention_fused") == reads, config
-        assert count(gm, "depth_attention") == 0
-        assert count(converted.graph_module(mode), "depth_attention") == reads
+    converted, kwargs, reads = fused_model(kind)
+    gm = converted.graph_module(mode, lowered=True)
+    assert count(gm, "depth_attention_fused") == reads
+    assert count(gm, "depth_attention") == 0
+    assert count(converted.graph_module(mode), "depth_attention") == reads
     assert_same(*run_both(converted.eval(), kwargs))
 
 
