@@ -33,13 +33,14 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The wheel must import where nothing of this checkout can be seen.
+# The wheel must import, and run the demo, where nothing of this checkout can be seen.
 wheel: $(STAMP)
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel-site dist/*.whl
 	mkdir -p build/empty
 	cd build/empty && PYTHONPATH=../wheel-site ../../$(BIN)/python -P -c "import attnres_fx, pathlib; where = pathlib.Path(attnres_fx.__file__).resolve(); assert 'wheel-site' in str(where), where; print('imported', attnres_fx.__version__, 'from the wheel')"
+	cd build/empty && PYTHONPATH=../wheel-site ../../$(BIN)/python -P -c "import sys; from attnres_fx.cli import main; sys.exit(main())" demo --size tiny --steps 3 --more-steps 2 --output demo-output
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,22 +1,9 @@
-"""The example GPT, and Block Attention Residuals written by hand on its submodules."""
+"""Block Attention Residuals written by hand on the submodules of the example GPT."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def load_gpt() -> Any:
-    path = Path(__file__).resolve().parent.parent / "examples" / "small_gpt.py"
-    spec = importlib.util.spec_from_file_location("small_gpt", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["small_gpt"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 class NaiveAttnRes(nn.Module):

@@ -17,11 +17,12 @@ from datetime import date
 
 import torch
 import torch._inductor.config
-from _gpt import NaiveAttnRes, load_gpt
+from _gpt import NaiveAttnRes
 from tabulate import tabulate
 from torch import Tensor, nn
 
 import attnres_fx as ax
+from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 
 
 def step_of(model: nn.Module, ids: Tensor) -> Callable[[], None]:
@@ -61,10 +62,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", nargs="*", help="names to run beside the original")
     options = parser.parse_args()
-    gpt = load_gpt()
     torch.manual_seed(0)
-    config = gpt.GPTConfig(layers=options.layers, heads=8, width=options.width, context=options.length)
-    original = gpt.SmallGPT(config)
+    config = GPTConfig(layers=options.layers, heads=8, width=options.width, context=options.length)
+    original = SmallGPT(config)
     ids = torch.randint(0, 256, (options.batch, options.length + 1))
     models: dict[str, nn.Module] = {"original, Inductor": copy.deepcopy(original)}
     for variant in ("full", "block", "local"):

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gpt import NaiveAttnRes, load_gpt
+from _gpt import NaiveAttnRes
 from _measure import default_output, environment, reason_of, summary, write_json
 from tabulate import tabulate
 from torch import Tensor, nn
 
 import attnres_fx as ax
+from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 
 PLAIN = "plain residual"
 MODELS = (PLAIN, "naive AttnRes, block", "naive AttnRes, full", "ours, block", "ours, full")
@@ -140,11 +141,10 @@ def main(arguments: list[str] | None = None) -> Path:
     options = parse(arguments)
     device = torch.device(options.device)
     output = options.output or default_output("training_step", device, options.smoke)
-    gpt = load_gpt()
     torch.manual_seed(0)
-    sizes = gpt.GPTConfig(options.vocabulary, options.layers, options.heads, options.width, options.length)
+    sizes = GPTConfig(options.vocabulary, options.layers, options.heads, options.width, options.length)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    original = gpt.SmallGPT(sizes).to(device, dtype)
+    original = SmallGPT(sizes).to(device, dtype)
     ids = torch.randint(0, options.vocabulary, (options.batch, options.length + 1), device=device)
     names = [n for n in MODELS if n == PLAIN or not options.only or n.startswith(tuple(options.only))]
     settings = {k: v for k, v in vars(options).items() if k not in ("output", "device", "only")}

@@ -7,14 +7,13 @@ attnres_fx cannot be imported, load the package and compute the same numbers.
 """
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
+from small_gpt import GPTConfig, SmallGPT
 from torch.export import Dim
 
 import attnres_fx as ax
@@ -26,19 +25,10 @@ import torch
 
 package, data = sys.argv[1:]
 ids, expected = torch.load(data, weights_only=True)
-found = torch._inductor.aoti_load_package(package)(ids)
-print(f"largest difference {(found - expected).abs().max().item():.1e}")
-assert torch.allclose(found, expected, atol=1e-5)
+outputs = torch._inductor.aoti_load_package(package)(ids)
+print(f"largest difference {(outputs - expected).abs().max().item():.1e}")
+assert torch.allclose(outputs, expected, atol=1e-5)
 """
-
-
-def load_gpt() -> Any:
-    spec = importlib.util.spec_from_file_location("small_gpt", Path(__file__).parent / "small_gpt.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["small_gpt"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def main() -> None:
@@ -46,9 +36,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--output", type=Path, help="where the package goes; nowhere by default")
     options = parser.parse_args()
-    gpt = load_gpt()
     torch.manual_seed(0)
-    model = gpt.SmallGPT(gpt.GPTConfig(layers=options.layers, width=32, context=64)).eval()
+    model = SmallGPT(GPTConfig(layers=options.layers, width=32, context=64)).eval()
     ids = torch.randint(0, 256, (2, 16))
     converted = ax.convert(model, (ids,), config=ax.AttnResConfig(variant="block", num_blocks=2))
     for read in converted.attnres.reads:  # as training would leave them
