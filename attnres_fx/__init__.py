@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from attnres_fx.backend.explain import explain
     from attnres_fx.config import AttnResConfig
     from attnres_fx.conversion.convert import convert, inspect
-    from attnres_fx.conversion.converted_model import ConvertedModel
-    from attnres_fx.conversion.files import load
+    from attnres_fx.conversion.converted_model import ConvertedModel, load
     from attnres_fx.conversion.verify import verify
     from attnres_fx.errors import AttnResError
     from attnres_fx.parameters import parameter_groups
@@ -34,7 +33,7 @@ _HOMES = {
     "detach": "attnres_fx.backend.attach",
     "explain": "attnres_fx.backend.explain",
     "inspect": "attnres_fx.conversion.convert",
-    "load": "attnres_fx.conversion.files",
+    "load": "attnres_fx.conversion.converted_model",
     "load_plan": "attnres_fx.partition.plan.planning",
     "parameter_groups": "attnres_fx.parameters",
     "plain": "attnres_fx.backend.attach",

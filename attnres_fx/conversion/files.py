@@ -9,7 +9,8 @@ import importlib
 import inspect
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,64 +22,70 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from attnres_fx._version import __version__
-from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.isolated_run import Mode, in_mode
 from attnres_fx.capture.programs import CapturedGraph
 from attnres_fx.capture.signature import CallSignature, InputShape
 from attnres_fx.capture.sizes import Guards, take_guards
-from attnres_fx.config import AttnResConfig
-from attnres_fx.conversion.converted_model import ConvertedModel, Program
-from attnres_fx.conversion.report import ConversionReport, ConvertedStream
+from attnres_fx.conversion.plain_data import from_plain, to_plain
+from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.errors import SaveError
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.parameters import AttnResParameters, DepthRead
 from attnres_fx.passes.graph.nodes import plain_size
 from attnres_fx.passes.lowering.lower import Lowering
-from attnres_fx.passes.rewrite.depth_attention import DepthReadPlan, Replacement
-from attnres_fx.passes.schedule import DepthSchedule
-from attnres_fx.passes.streams.finding import Read, Stream, Term
-from attnres_fx.passes.streams.refusals import Refusal
+from attnres_fx.passes.rewrite.depth_attention import Replacement
 
-FORMAT = 1
-_DATA = {
-    c.__name__: c
-    for c in (
-        AttnResConfig,
-        CallSignature,
-        ConversionReport,
-        ConvertedStream,
-        DepthReadPlan,
-        DepthSchedule,
-        InputShape,
-        Lowering,
-        Read,
-        Refusal,
-        Replacement,
-        Stream,
-        Term,
-    )
-}
+FORMAT = 2
 
 
-def save(converted: ConvertedModel, path: Any) -> None:
-    """Write programs of both modes, weights, config and report. Raises SaveError where something of the
-    model cannot be written."""
+@dataclass(frozen=True, eq=False)
+class ModelParts:
+    """What a converted model is made of, as a file holds it.
+
+    root: the modules that hold all tensors; when read, without the added parameters. attnres: the added parameters.
+    graphs: by mode, with the reads of each; modes may share one. failures: by mode, why there is no graph. in_spec:
+    pytree of (args, kwargs), None where the graph takes them as they are.
+    """
+
+    root: nn.Module
+    attnres: AttnResParameters
+    graphs: Mapping[Mode, tuple[CapturedGraph, tuple[Replacement, ...]]]
+    failures: Mapping[Mode, str]
+    signature: CallSignature
+    in_spec: Any
+    report: ConversionReport
+    lowering: Lowering
+    training: bool
+
+
+def save_parts(parts: ModelParts, path: Any) -> None:
+    """Write programs of both modes, weights, config and report.
+
+    Raises:
+        SaveError: something of the model cannot be written.
+    """
     programs: dict[int, str] = {}
     stored: dict[str, Any] = {}
-    for mode, program in converted.programs.items():
-        if id(program) not in programs:
-            programs[id(program)] = mode
-            stored[f"program.{mode}"] = _exported(converted, mode, program)
+    for mode, (graph, _) in parts.graphs.items():
+        if id(graph) not in programs:
+            programs[id(graph)] = mode
+            stored[f"program.{mode}"] = _exported(parts.root, mode, graph)
     try:
-        about = json.dumps(_about(converted, programs))
-    except (TypeError, NotImplementedError, ValueError) as error:
-        raise SaveError(f"the model's arguments or outputs cannot be written as data: {error}.") from error
-    torch.save({"about": about, "weights": _weights(converted), **stored}, path)
+        about = json.dumps(_about(parts, programs))
+    except (TypeError, NotImplementedError, ValueError, SaveError) as error:
+        raise SaveError(f"the model's arguments or outputs cannot be written as data: {error}") from error
+    torch.save({"about": about, "weights": _weights(parts.root), **stored}, path)
 
 
-def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
-    """Read a model that `ConvertedModel.save` wrote. map_location: as for `torch.load`.
+def load_parts(path: Any, *, map_location: Any = None) -> ModelParts:
+    """Read what `save_parts` wrote.
 
-    Raises SaveError for a file that is no such model, or one of another format.
+    Args:
+        path: a path, or a binary file to read from.
+        map_location: as for `torch.load`.
+
+    Raises:
+        SaveError: the file is no such model, or one of another format.
     """
     if not hasattr(path, "read") and not Path(path).is_file():
         raise SaveError(f"{path} is no file.")
@@ -93,40 +100,35 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
         )
     for module in about["imports"]:
         importlib.import_module(module)
-    return _rebuilt(about, stored)
-
-
-def from_bytes(data: bytes) -> ConvertedModel:
-    """The model of a pickle."""
-    return load(io.BytesIO(data))
+    return _parts_of(about, stored)
 
 
 # --- writing -----------------------------------------------------------------------------------------
 
 
-def _about(converted: ConvertedModel, programs: dict[int, str]) -> dict[str, Any]:
-    specs = [converted.in_spec, *(p.out_spec for p in converted.programs.values())]
+def _about(parts: ModelParts, programs: dict[int, str]) -> dict[str, Any]:
+    specs = [parts.in_spec, *(g.out_spec for g, _ in parts.graphs.values())]
     return {
         "format": FORMAT,
         "version": __version__,
-        "training": converted.training,
-        "failures": converted.failures,
-        "report": _encode(converted.report),
-        "signature": _encode(converted.signature),
-        "lowering": _encode(converted.lowering),
-        "in_spec": _dump_spec(converted.in_spec),
+        "training": parts.training,
+        "failures": dict(parts.failures),
+        "report": to_plain(parts.report, error=SaveError),
+        "signature": to_plain(parts.signature, error=SaveError),
+        "lowering": to_plain(parts.lowering, error=SaveError),
+        "in_spec": _dump_spec(parts.in_spec),
         "imports": sorted({t.__module__ for s in specs if s is not None for t in _types_in(s)}),
-        "reads": [[r.name, r.query.shape[0], r.gate is not None] for r in converted.attnres.reads],
-        "names": _names(converted),
+        "reads": [[r.name, r.query.shape[0], r.gate is not None] for r in parts.attnres.reads],
+        "names": _names(parts.root),
         "programs": {
             mode: {
-                "stored": programs[id(program)],
-                "out_spec": _dump_spec(program.out_spec),
-                "shapes": _encode(program.shapes),
-                "ranges": {name: list(bounds) for name, bounds in program.ranges.items()},
-                "replacements": _encode(_in_graph_order(program)),
+                "stored": programs[id(graph)],
+                "out_spec": _dump_spec(graph.out_spec),
+                "shapes": to_plain(graph.shapes, error=SaveError),
+                "ranges": {name: list(bounds) for name, bounds in graph.ranges.items()},
+                "replacements": to_plain(in_graph_order(graph.gm, replacements), error=SaveError),
             }
-            for mode, program in converted.programs.items()
+            for mode, (graph, replacements) in parts.graphs.items()
         },
     }
 
@@ -145,13 +147,13 @@ def _children(spec: Any) -> list[Any]:
     return list(children() if callable(children) else spec.children_specs)
 
 
-def _names(converted: ConvertedModel) -> list[list[Any]]:
+def _names(root: nn.Module) -> list[list[Any]]:
     """Every tensor of the tree: name, kind, and the name it shares its tensor with."""
     first: dict[int, str] = {}
     found = []
-    for name, parameter in converted.named_parameters(remove_duplicate=False):
+    for name, parameter in root.named_parameters(remove_duplicate=False):
         found.append([name, "parameter", first.setdefault(id(parameter), name), parameter.requires_grad])
-    for prefix, module in converted.named_modules(remove_duplicate=False):
+    for prefix, module in root.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
@@ -161,47 +163,44 @@ def _names(converted: ConvertedModel) -> list[list[Any]]:
     return found
 
 
-def _weights(converted: ConvertedModel) -> dict[str, Tensor]:
-    tensors = {n: p.detach() for n, p in converted.named_parameters(remove_duplicate=False)}
-    tensors |= dict(converted.named_buffers(remove_duplicate=False))
-    return {name: tensors[name] for name, _, shared, _ in _names(converted) if name == shared}
+def _weights(root: nn.Module) -> dict[str, Tensor]:
+    tensors = {n: p.detach() for n, p in root.named_parameters(remove_duplicate=False)}
+    tensors |= dict(root.named_buffers(remove_duplicate=False))
+    return {name: tensors[name] for name, _, shared, _ in _names(root) if name == shared}
 
 
-def _in_graph_order(program: Program) -> list[Replacement]:
-    order = {n.name: i for i, n in enumerate(program.graph.nodes)}
-    return sorted(program.replacements, key=lambda r: order[r.node])
+def in_graph_order(gm: GraphModule, replacements: Sequence[Replacement]) -> list[Replacement]:
+    """The reads of a graph in the order of their nodes."""
+    order = {n.name: i for i, n in enumerate(gm.graph.nodes)}
+    return sorted(replacements, key=lambda r: order[r.node])
 
 
 class _FlatModel(nn.Module):
-    """A program as a module: the converted model's tensors under their own names, flat inputs and outputs."""
+    """A graph as a module: the model's tensors under their own names, flat inputs and outputs."""
 
-    def __init__(self, converted: ConvertedModel, program: Program) -> None:
+    def __init__(self, root: nn.Module, captured: CapturedGraph) -> None:
         super().__init__()
         for store in ("_parameters", "_buffers", "_modules"):
-            getattr(self, store).update(getattr(converted, store))
-        self._non_persistent_buffers_set |= converted._non_persistent_buffers_set
-        self.training = converted.training
+            getattr(self, store).update(getattr(root, store))
+        self._non_persistent_buffers_set |= root._non_persistent_buffers_set
+        self.training = root.training
+        call, guards = type(captured.gm).forward, captured.guards
 
         def forward(*leaves: Any) -> Any:
-            if program.guards is not None:
-                program.guards(*leaves)
-            return program.call(self, *leaves)
+            if guards is not None:
+                guards(*leaves)
+            return call(self, *leaves)
 
         # Named, so that what the loaded graph says of its inputs can be understood.
-        names = [n.name for n, _ in _inputs(program)]
+        names = [n.name for n, _ in _inputs(captured)]
         ordered = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
         forward.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
         self.forward = forward
 
 
-def _exported(converted: ConvertedModel, mode: Mode, program: Program) -> Tensor:
-    flags = {m: m.training for m in converted.modules()}
-    try:
-        nn.Module.train(converted, mode == "train")
-        exported = export_flat(converted, program)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+def _exported(root: nn.Module, mode: Mode, captured: CapturedGraph) -> Tensor:
+    with in_mode(root, mode):
+        exported = export_flat(root, captured)
     for name, tensor in exported.state_dict.items():  # the weights are written once, beside the programs
         empty = torch.empty(0, dtype=tensor.dtype)
         exported.state_dict[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
@@ -213,10 +212,14 @@ def _exported(converted: ConvertedModel, mode: Mode, program: Program) -> Tensor
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
 
-def export_flat(converted: ConvertedModel, program: Program) -> torch.export.ExportedProgram:
-    """A program as `torch.export` traces it again, flat inputs and outputs, in aten operations."""
-    flat = _FlatModel(converted, program)
-    example, free = zip(*(_example(n, s) for n, s in _inputs(program)), strict=True)
+def export_flat(root: nn.Module, captured: CapturedGraph) -> torch.export.ExportedProgram:
+    """A graph as `torch.export` traces it again, flat inputs and outputs, in aten operations.
+
+    Raises:
+        SaveError: it cannot be traced.
+    """
+    flat = _FlatModel(root, captured)
+    example, free = zip(*(_example(n, s) for n, s in _inputs(captured)), strict=True)
     errors = []
     for shapes in (tuple(free), None):
         try:
@@ -226,9 +229,9 @@ def export_flat(converted: ConvertedModel, program: Program) -> torch.export.Exp
     raise SaveError(f"the converted graph could not be exported again: {errors[0]}") from errors[0]
 
 
-def _inputs(program: Program) -> list[tuple[Any, InputShape | None]]:
-    nodes = [n for n in program.graph.nodes if n.op == "placeholder"]
-    return list(zip(nodes, program.shapes, strict=True))
+def _inputs(captured: CapturedGraph) -> list[tuple[Any, InputShape | None]]:
+    nodes = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
+    return list(zip(nodes, captured.shapes, strict=True))
 
 
 def _example(node: Any, shape: InputShape | None) -> tuple[Any, Any]:
@@ -247,35 +250,34 @@ def _example(node: Any, shape: InputShape | None) -> tuple[Any, Any]:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def _rebuilt(about: dict[str, Any], stored: dict[str, Any]) -> ConvertedModel:
-    report = _decode(about["report"])
+def _parts_of(about: dict[str, Any], stored: dict[str, Any]) -> ModelParts:
+    report = from_plain(ConversionReport, about["report"], "report", error=SaveError)
     tensors = _tensors(about["names"], stored["weights"])
-    root = _tree(about["names"], tensors)
     attnres = AttnResParameters([DepthRead(n, width, gated=gated) for n, width, gated in about["reads"]], report.config)
     _put(attnres, {n.removeprefix("attnres."): t for n, t in tensors.items() if n.startswith("attnres.")})
     graphs: dict[str, CapturedGraph] = {}
-    result: dict[Mode, tuple[CapturedGraph, tuple[Replacement, ...]]] = {}
+    by_mode: dict[Mode, tuple[CapturedGraph, tuple[Replacement, ...]]] = {}
     for mode, program in about["programs"].items():
         name = program["stored"]
         if name not in graphs:
             gm, guards, out_spec = _loaded_graph(stored[f"program.{name}"], tensors)
-            shapes = tuple(_decode(program["shapes"]))
+            shapes = from_plain(tuple[InputShape | None, ...], program["shapes"], f"{mode}.shapes", error=SaveError)
             ranges = {n: (low, high) for n, (low, high) in program["ranges"].items()}
             # A symbolic trace returned its outputs in their structure; exported again, it returns them flat.
             graphs[name] = CapturedGraph(gm, _load_spec(program["out_spec"]) or out_spec, shapes, ranges, guards)
-        result[mode] = (graphs[name], renamed(graphs[name].gm, _decode(program["replacements"])))
-    converted = ConvertedModel(
-        root,
-        attnres,
-        result,
-        about["failures"],
-        _decode(about["signature"]),
-        _load_spec(about["in_spec"]),
-        report,
-        _decode(about.get("lowering")),
+        reads = from_plain(tuple[Replacement, ...], program["replacements"], f"{mode}.replacements", error=SaveError)
+        by_mode[mode] = (graphs[name], renamed(graphs[name].gm, reads))
+    return ModelParts(
+        root=_tree(about["names"], tensors),
+        attnres=attnres,
+        graphs=by_mode,
+        failures=about["failures"],
+        signature=from_plain(CallSignature, about["signature"], "signature", error=SaveError),
+        in_spec=_load_spec(about["in_spec"]),
+        report=report,
+        lowering=from_plain(Lowering, about["lowering"], "lowering", error=SaveError),
+        training=about["training"],
     )
-    nn.Module.train(converted, about["training"])
-    return converted
 
 
 def _load_spec(text: str | None) -> Any:
@@ -336,34 +338,3 @@ def renamed(gm: GraphModule, replacements: Sequence[Replacement]) -> tuple[Repla
         named = [(label, s.name) for (label, _), s in zip(placed.sources, node.args[0], strict=True)]
         renamed.append(dataclasses.replace(placed, node=node.name, sources=tuple(named)))
     return tuple(renamed)
-
-
-# --- data --------------------------------------------------------------------------------------------
-
-
-def _encode(value: Any) -> Any:
-    """Dataclasses, tuples and plain values as JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"data": type(value).__name__, "fields": fields}
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(v) for v in value]}
-    if isinstance(value, list):
-        return [_encode(v) for v in value]
-    if isinstance(value, dict):
-        return {"dict": [[_encode(k), _encode(v)] for k, v in value.items()]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{type(value).__name__} {value!r}")
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if "data" in value:
-        return _DATA[value["data"]](**{n: _decode(v) for n, v in value["fields"].items()})
-    if "tuple" in value:
-        return tuple(_decode(v) for v in value["tuple"])
-    return {_decode(k): _decode(v) for k, v in value["dict"]}

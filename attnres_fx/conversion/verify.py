@@ -81,7 +81,7 @@ class _AtZero(nn.Module):
     def __init__(self, converted: ConvertedModel) -> None:
         super().__init__()
         self.converted = converted
-        nn.Module.train(self, converted.training)
+        self.training = converted.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fresh = {
@@ -133,8 +133,7 @@ def check_conversion(model: nn.Module | ExportedProgram, converted: ConvertedMod
     differences = []
     for mode in captured.graphs:
         before = run_untouched(original, captured.args, captured.kwargs, mode)
-        with _temporarily(converted, mode):
-            report = _compare(before, _run_at_zero(converted, captured.args, captured.kwargs, mode), mode)
+        report = _compare(before, _run_at_zero(converted, captured.args, captured.kwargs, mode), mode)
         if converted.report.config.output == "sum" and not report.passed:
             raise CheckError(
                 f"the converted model does not compute what the original computes:\n{report}\n"
@@ -143,15 +142,3 @@ def check_conversion(model: nn.Module | ExportedProgram, converted: ConvertedMod
             )
         differences.append(report.worst)
     object.__setattr__(converted.report, "difference", max(differences))
-
-
-class _temporarily:
-    def __init__(self, converted: ConvertedModel, mode: Mode) -> None:
-        self.converted, self.mode = converted, mode
-        self.before = converted.training
-
-    def __enter__(self) -> None:
-        nn.Module.train(self.converted, self.mode == "train")
-
-    def __exit__(self, *_: object) -> None:
-        nn.Module.train(self.converted, self.before)

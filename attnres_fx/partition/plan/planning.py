@@ -235,7 +235,8 @@ def build_stages(
         raise PlanError(f"plan must be a Plan; it is a {type(plan).__name__}. Read a file with attnres_fx.load_plan.")
     converted = model if isinstance(model, ConvertedModel) else _convert(model, plan, args, kwargs, check, lowering)
     plan.check_config(converted.report.config)
-    chained = next(iter(chains_of(converted).values()))
+    chains = chains_of(converted)
+    chained = next(iter(chains.values()))
     plan.check_model(fingerprint(_name_of(converted), chained))
     blocks = {s.stream.name: s.schedule for s in converted.report.streams}
     for name, planned in plan.block_layouts.items():
@@ -252,6 +253,7 @@ def build_stages(
         cache=plan.options.cache,
         lowering=lowering,
         recompute=plan.options.recompute,
+        chains=chains,
     )
 
 

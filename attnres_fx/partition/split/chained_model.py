@@ -1,6 +1,5 @@
 """A converted model's graphs as chains of sublayers, and as stages."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +12,11 @@ from torch.utils import _pytree as pytree
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.capture.sizes import take_guards
-from attnres_fx.conversion.converted_model import ConvertedModel, Program, flat_arguments
-from attnres_fx.conversion.files import export_flat, renamed
+from attnres_fx.conversion.converted_model import CapturedProgram, ConvertedModel, flat_arguments
+from attnres_fx.conversion.files import export_flat, in_graph_order, renamed
 from attnres_fx.partition.split.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
 from attnres_fx.partition.split.input_sizes import ask_inputs_for_sizes_pass
-from attnres_fx.partition.split.stage_graphs import refuse_empty_stages, split_chain, stage_programs, sublayer_programs
+from attnres_fx.partition.split.stage_graphs import refuse_empty_stages, split_chain, stage_graphs, sublayer_graphs
 from attnres_fx.partition.split.stages import Stage, Stages
 from attnres_fx.passes import DepthSchedule, Replacement, Stream
 from attnres_fx.passes.graph.result import run_pass
@@ -101,7 +100,7 @@ def chains_of(converted: ConvertedModel) -> dict[Mode, ChainedGraph]:
     found: dict[Mode, ChainedGraph] = {}
     for mode, program in converted.programs.items():
         if id(program) not in made:
-            gm, replacements, out_spec = _in_aten(converted, program)
+            gm, replacements, out_spec = _in_aten(converted, mode)
             name_as_the_model_does(gm, converted)
             chained = chain_graph(gm, streams, schedules, replacements)
             made[id(program)] = replace(chained, out_spec=out_spec)
@@ -119,18 +118,19 @@ def name_as_the_model_does(gm: GraphModule, model: nn.Module) -> None:
             node.target = first.get(id(getattr_path(gm, str(node.target))), node.target)
 
 
-def _in_aten(converted: ConvertedModel, program: Program) -> tuple[GraphModule, tuple[Replacement, ...], Any]:
+def _in_aten(converted: ConvertedModel, mode: Mode) -> tuple[GraphModule, tuple[Replacement, ...], Any]:
     """A graph in aten operations, which say what they read and write, its reads, and its outputs' structure."""
+    program = converted.programs[mode]
     if converted.in_spec is not None:
-        return GraphModule(converted, copy.deepcopy(program.graph)), program.replacements, program.out_spec
-    order = {n.name: i for i, n in enumerate(program.graph.nodes)}
-    exported = export_flat(converted, program)
+        return converted.graph_module(mode), program.replacements, program.out_spec
+    captured = converted.captured(mode)
+    exported = export_flat(converted, captured)
     gm = exported.module()
     assert isinstance(gm, GraphModule)
     take_guards(gm)
     gm.graph.set_codegen(CodeGen())
     gm.recompile()
-    reads = renamed(gm, sorted(program.replacements, key=lambda r: order[r.node]))
+    reads = renamed(gm, in_graph_order(captured.gm, program.replacements))
     return gm, reads, exported.call_spec.out_spec
 
 
@@ -143,21 +143,28 @@ def stages_of(
     cache: bool,
     lowering: Lowering | None,
     recompute: bool = False,
+    chains: Mapping[Mode, ChainedGraph] | None = None,
 ) -> Stages:
-    """A converted model cut before the sublayers `starts`, which has one entry per virtual stage."""
-    chains = chains_of(converted)
-    splits = {m: split_chain(c.gm, c.chain, starts, c.labels) for m, c in chains.items()}
+    """A converted model cut before the sublayers `starts`, which has one entry per virtual stage.
+
+    chains: `chains_of(converted)`, where the caller has it.
+    """
+    chains = chains_of(converted) if chains is None else chains
+    # Modes that share one graph share its cut.
+    by_chain = {id(c): split_chain(c.gm, c.chain, starts, c.labels) for c in chains.values()}
+    splits = {m: by_chain[id(c)] for m, c in chains.items()}
     for split in splits.values():
         refuse_empty_stages(split)
-    programs = {m: stage_programs(s, num_ranks=num_stages, cache=cache) for m, s in splits.items()}
+    graphs = {m: stage_graphs(s, num_ranks=num_stages, cache=cache) for m, s in splits.items()}
+    parts = {m: sublayer_graphs(splits[m], g) for m, g in graphs.items()} if recompute else {}
     roots = [converted, *(c.gm for c in chains.values())]
     stages = [
         Stage(
             roots,
             i,
-            {m: p[i] for m, p in programs.items()},
+            {m: g[i] for m, g in graphs.items()},
             lowering or converted.lowering,
-            {m: sublayer_programs(splits[m], p[i]) for m, p in programs.items() if recompute},
+            {m: p[i] for m, p in parts.items()},
         )
         for i in range(len(starts))
     ]
@@ -180,7 +187,7 @@ class Call:
 
     signature: CallSignature
     in_spec: Any
-    programs: Mapping[Mode, Program]
+    programs: Mapping[Mode, CapturedProgram]
     out_specs: Mapping[Mode, Any]
 
     def flatten(self, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -179,7 +179,7 @@ def _takes_gradients(node: Node) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class StageProgram:
+class StageGraph:
     """One stage in one mode.
 
     graph: takes the values of `route.takes`, then the model's flat inputs numbered in `inputs`; returns the values of
@@ -191,14 +191,14 @@ class StageProgram:
     inputs: tuple[int, ...]
 
 
-def stage_programs(split: Split, *, num_ranks: int, cache: bool = True) -> tuple[StageProgram, ...]:
+def stage_graphs(split: Split, *, num_ranks: int, cache: bool = True) -> tuple[StageGraph, ...]:
     """Graphs of all virtual stages, in order."""
     virtual = split.num_stages // num_ranks
     routes = route_values(split.values, num_stages=num_ranks, virtual_stages=virtual, cache=cache)
-    return tuple(_program(split, route) for route in routes)
+    return tuple(_stage_graph(split, route) for route in routes)
 
 
-def _program(split: Split, route: StageRoute) -> StageProgram:
+def _stage_graph(split: Split, route: StageRoute) -> StageGraph:
     source = split.chain.graph
     is_last = route.stage == split.num_stages - 1
     output = next(n for n in source.nodes if n.op == "output")
@@ -229,28 +229,35 @@ def _program(split: Split, route: StageRoute) -> StageProgram:
     else:
         graph.output(tuple(_own_memory(graph, copies[n]) for n in produced))
     graph.lint()
-    return StageProgram(graph, route, inputs)
+    return StageGraph(graph, route, inputs)
 
 
-def sublayer_programs(split: Split, program: StageProgram) -> tuple[StageProgram, ...]:
-    """A stage's graph as one graph for each of its sublayers, which take values from those before them.
+def sublayer_graphs(split: Split, graphs: Sequence[StageGraph]) -> tuple[tuple[StageGraph, ...], ...]:
+    """Each stage's graph as one graph for each of its sublayers, which take values from those before them.
 
     The stage itself where that cannot be.
     """
-    chain, stage = split.chain, program.route.stage
+    chain = split.chain
     every = split_chain(split.gm, chain, range(chain.num_sublayers), {})
     every = replace(every, nodes={**every.nodes, **split.nodes})
     routes = route_values(every.values, num_stages=chain.num_sublayers)
-    stop = (*split.starts[1:], chain.num_sublayers)[stage]
-    found, known = [], set(program.route.takes)
+    return tuple(_sublayer_graphs_of(split, graph, every, routes) for graph in graphs)
+
+
+def _sublayer_graphs_of(
+    split: Split, graph: StageGraph, every: Split, routes: Sequence[StageRoute]
+) -> tuple[StageGraph, ...]:
+    stage = graph.route.stage
+    stop = (*split.starts[1:], split.chain.num_sublayers)[stage]
+    parts, known = [], set(graph.route.takes)
     for unit in range(split.starts[stage], stop):
         taken = [_known_base(every.nodes[name], known) for name in routes[unit].takes]
         if None in taken:
-            return (program,)
-        part = _program(every, replace(routes[unit], takes=tuple(dict.fromkeys(map(str, taken)))))
+            return (graph,)
+        part = _stage_graph(every, replace(routes[unit], takes=tuple(dict.fromkeys(map(str, taken)))))
         known |= set(part.route.produced)
-        found.append(part)
-    return tuple(found) if set(program.route.produced) <= known else (program,)
+        parts.append(part)
+    return tuple(parts) if set(graph.route.produced) <= known else (graph,)
 
 
 def _known_base(node: Node, known: set[str]) -> str | None:

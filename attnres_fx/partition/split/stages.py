@@ -1,40 +1,40 @@
 """A stage as a module, and all stages of a model together."""
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, overload
+from typing import Any, Self, overload
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from attnres_fx.errors import ModeError, PlanError
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.conversion.graph_runner import GraphRunner, P, Program
+from attnres_fx.errors import PlanError
 from attnres_fx.partition.split.input_sizes import concrete_shape, sizes_for
 from attnres_fx.partition.split.routes import StageRoute, StageValue
-from attnres_fx.partition.split.stage_graphs import Split, StageProgram
-from attnres_fx.passes.graph.nodes import on_device, tensor_of
-from attnres_fx.passes.lowering.lower import Lowering, lower_
+from attnres_fx.partition.split.stage_graphs import Split, StageGraph
+from attnres_fx.passes.graph.nodes import tensor_of
+from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.normalize.inline_regions import getattr_path
-
-Mode = Literal["train", "eval"]
 
 
 @dataclass(frozen=True, eq=False)
-class _Runnable:
-    """parts: the same as graphs of single sublayers, where these are run again in backward."""
+class StageProgram(Program):
+    """One mode's program of a stage, with what it takes and gives.
 
-    program: StageProgram
-    call: Callable[..., Any]
-    parts: tuple["_Runnable", ...] = ()
+    inputs: which of the model's flat inputs it takes. parts: the same as programs of single sublayers, where these
+    are run again in backward.
+    """
 
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self  # holds no tensors: attributes are found on the stage of the call
+    route: StageRoute
+    inputs: tuple[int, ...]
+    parts: tuple["StageProgram", ...] = ()
 
 
-class Stage(GraphModule):
+class Stage(GraphRunner, GraphModule):
     """One virtual stage: `stage(*values, *inputs)`, in the order of `route.takes` and of `inputs`.
 
     Returns the values of `route.produced` as a tuple; the last stage returns the model's flat outputs. Holds the
@@ -42,66 +42,51 @@ class Stage(GraphModule):
     """
 
     index: int
-    programs: dict[Mode, _Runnable]
+    programs: Mapping[Mode, StageProgram]
 
     def __init__(
         self,
         roots: Sequence[nn.Module],
         index: int,
-        programs: Mapping[Mode, StageProgram],
+        graphs: Mapping[Mode, StageGraph],
         lowering: Lowering | None = None,
-        parts: Mapping[Mode, Sequence[StageProgram]] | None = None,
+        parts: Mapping[Mode, Sequence[StageGraph]] | None = None,
     ) -> None:
-        """roots: where the graphs' attributes are found, in the first that has each.
+        """A stage of its graphs.
 
-        parts: graphs of single sublayers, where these keep only their inputs and run again in backward.
+        Args:
+            roots: where the graphs' attributes are found, in the first that has each.
+            index: which virtual stage it is, from 0.
+            graphs: by mode.
+            lowering: how the reads are lowered, Lowering() by default.
+            parts: graphs of single sublayers, where these keep only their inputs and run again in backward.
         """
-        graphs = {mode: p.graph for mode, p in programs.items()}
         first: Mode = "train" if "train" in graphs else "eval"
         super().__init__(nn.Module(), Graph(), class_name="Stage")
-        _take_attributes(self, roots, graphs.values())
+        _take_attributes(self, roots, [g.graph for g in graphs.values()])
         self.index = index
         self.lowering = lowering or Lowering()
-        self.graph = graphs[first]
-        self.programs = {
-            mode: self._runnable(p, mode, lowering or Lowering(), (parts or {}).get(mode, ()))
-            for mode, p in programs.items()
-        }
+        self.graph = graphs[first].graph
+        self.programs = {m: self._stage_program(g, m == "train", (parts or {}).get(m, ())) for m, g in graphs.items()}
         type(self).forward = _forward  # type: ignore[method-assign]
-        for graph in graphs.values():
-            _forget_real_values(graph)
         nn.Module.train(self, first == "train")
 
-    def _runnable(
-        self, program: StageProgram, mode: Mode, lowering: Lowering, parts: Sequence[StageProgram] = ()
-    ) -> _Runnable:
-        call = _lowered(self, program.graph, lowering, mode == "train")
-        return _Runnable(program, call, tuple(self._runnable(p, mode, lowering) for p in parts))
+    def _stage_program(self, graph: StageGraph, training: bool, parts: Sequence[StageGraph] = ()) -> StageProgram:
+        made = self._program(graph.graph, training)
+        sublayers = tuple(self._stage_program(p, training) for p in parts)
+        return StageProgram(made.graph, made.call, made.lowered, graph.route, graph.inputs, sublayers)
 
-    @property
-    def recomputes(self) -> bool:
-        """Whether its sublayers keep only their inputs in training and run again in backward."""
-        return any(p.parts for p in self.programs.values())
-
-    @property
-    def mode(self) -> Mode:
-        return "train" if self.training else "eval"
+    def _why_no_graph(self, mode: Mode) -> str:
+        return f"stage {self.index} has no {mode} graph: capture the model in {mode} mode too."
 
     @property
     def route(self) -> StageRoute:
-        return self.programs[self.mode].program.route
+        return self.programs[self.mode].route
 
     @property
     def inputs(self) -> tuple[int, ...]:
         """Which of the model's flat inputs it takes."""
-        return self.programs[self.mode].program.inputs
-
-    def train(self, mode: bool = True) -> Self:
-        """Choose the train or the eval graph. Raises ModeError where that one was not captured."""
-        wanted: Mode = "train" if mode else "eval"
-        if hasattr(self, "programs") and wanted not in self.programs:
-            raise ModeError(f"stage {self.index} has no {wanted} graph: capture the model in {wanted} mode too.")
-        return super().train(mode)
+        return self.programs[self.mode].inputs
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
         """Memory without values, as `nn.Module.to_empty`.
@@ -127,62 +112,36 @@ class Stage(GraphModule):
             )
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves its graphs along: what they make on the device they were captured on is made on the new one."""
-        before = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
-        super()._apply(fn, recurse)
-        after = fn(torch.empty(0, device=before)).device
-        if after != before:
-            self.programs = {mode: self._moved(p, mode, after) for mode, p in self.programs.items()}
-        return self
-
-    def _moved(self, runnable: _Runnable, mode: Mode, device: torch.device) -> _Runnable:
-        parts = tuple(self._moved(p, mode, device) for p in runnable.parts)
-        graph = on_device(runnable.program.graph, device)
-        if graph is None:
-            return replace(runnable, parts=parts)
-        graph.owning_module = None
-        program = replace(runnable.program, graph=graph)
-        return _Runnable(program, _lowered(self, graph, self.lowering, mode == "train"), parts)
-
-    def graph_module(self, mode: Mode | None = None) -> GraphModule:
-        """A mode's graph, with its reads as they were put in, as a module on this stage's own tensors."""
-        return GraphModule(self, copy.deepcopy(self.programs[mode or self.mode].program.graph))
+    def _moved(self, program: P, device: torch.device, training: bool) -> P:
+        moved = super()._moved(program, device, training)
+        assert isinstance(moved, StageProgram)
+        return replace(moved, parts=tuple(self._moved(p, device, training) for p in moved.parts))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied = super().__deepcopy__(memo)
         type(copied).forward = _forward  # type: ignore[method-assign]
         return copied
 
 
 def _forward(self: Stage, *args: Any) -> Any:
-    runnable = self.programs["train" if self.training else "eval"]
-    if runnable.parts and torch.is_grad_enabled():
-        return _recomputing(self, runnable, args)
-    return runnable.call(self, *args)
+    program = self.programs[self.mode]
+    if program.parts and torch.is_grad_enabled():
+        return _recomputing(self, program, args)
+    return program.run(self, *args)
 
 
-def _recomputing(stage: Stage, runnable: _Runnable, args: tuple[Any, ...]) -> Any:
+def _recomputing(stage: Stage, program: StageProgram, args: tuple[Any, ...]) -> Any:
     """Sublayer by sublayer, each keeping its inputs alone."""
-    program = runnable.program
     names = program.route.takes
-    held = dict(zip(names, args[: len(names)], strict=True))
+    values = dict(zip(names, args[: len(names)], strict=True))
     inputs = dict(zip(program.inputs, args[len(names) :], strict=True))
     outputs: Any = ()
-    for part in runnable.parts:
-        taken = [held[n] for n in part.program.route.takes] + [inputs[i] for i in part.program.inputs]
-        outputs = checkpoint(part.call, stage, *taken, use_reentrant=False)
-        if part is not runnable.parts[-1] or program.route.produced:
-            held.update(zip(part.program.route.produced, outputs, strict=False))
-    return tuple(held[n] for n in program.route.produced) if program.route.produced else outputs
-
-
-def _lowered(stage: Stage, graph: Graph, lowering: Lowering, training: bool) -> Callable[..., Any]:
-    gm = GraphModule(stage, copy.deepcopy(graph))
-    lower_(gm, lowering, training=training)
-    return type(gm).forward
+    for part in program.parts:
+        taken = [values[n] for n in part.route.takes] + [inputs[i] for i in part.inputs]
+        outputs = checkpoint(part.run, stage, *taken, use_reentrant=False)
+        if part is not program.parts[-1] or program.route.produced:
+            values.update(zip(part.route.produced, outputs, strict=False))
+    return tuple(values[n] for n in program.route.produced) if program.route.produced else outputs
 
 
 def _take_attributes(stage: nn.Module, roots: Sequence[nn.Module], graphs: Iterable[Graph]) -> None:
@@ -210,13 +169,6 @@ def _has(root: nn.Module, target: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _forget_real_values(graph: Graph) -> None:
-    graph.owning_module = None
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            node.meta.pop("val", None)
 
 
 class Stages(Sequence[Stage]):

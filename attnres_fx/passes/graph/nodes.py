@@ -201,6 +201,14 @@ def nodes_without_gradients(graph: Graph) -> frozenset[Node]:
     return frozenset(off)
 
 
+def copy_graph(graph: Graph) -> Graph:
+    """A copy with the same tracer and code generator; its nodes share the metadata's values."""
+    copied = Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
+    copied.set_codegen(copy.deepcopy(graph._codegen))
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
+
+
 def on_device(graph: Graph, device: torch.device) -> Graph | None:
     """A copy of a graph whose factory calls make their tensors on that device; None where none makes them elsewhere.
 
@@ -217,9 +225,7 @@ def on_device(graph: Graph, device: torch.device) -> Graph | None:
 
     if not any(changed(n) for n in graph.nodes):
         return None
-    copied = Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
-    copied.set_codegen(copy.deepcopy(graph._codegen))
-    copied.output(copied.graph_copy(graph, {}))
+    copied = copy_graph(graph)
     for node in copied.nodes:
         node.args = tuple(moved(a) for a in node.args)
         node.kwargs = {k: moved(v) for k, v in node.kwargs.items()}
