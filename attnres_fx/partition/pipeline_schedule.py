@@ -4,6 +4,9 @@ from enum import StrEnum
 
 from attnres_fx.errors import PlanError
 
+#: Forwards of all stages in one step, so that its order can be listed and simulated.
+MOST_FORWARDS = 10**6
+
 
 class PipelineSchedule(StrEnum):
     """A schedule of `torch.distributed.pipelining`; each equals the name that PyTorch gives it, as a string."""
@@ -58,6 +61,11 @@ def check_schedule(schedule: str, *, num_stages: int, virtual_stages: int, num_m
         raise PlanError(
             f"the schedule 1F1B needs as many microbatches as stages: num_microbatches={num_microbatches} is less "
             f"than num_stages={num_stages}; raise num_microbatches or choose schedule='GPipe'."
+        )
+    if num_stages * virtual_stages * num_microbatches > MOST_FORWARDS:
+        raise PlanError(
+            f"num_microbatches={num_microbatches} on num_stages={num_stages} times virtual_stages={virtual_stages} "
+            f"stages are more forwards than can be listed ({MOST_FORWARDS}): choose fewer microbatches a step."
         )
     rounds = max(1, num_microbatches // num_stages)
     if not known.single_stage and num_microbatches % rounds:

@@ -1,9 +1,6 @@
 """A plan: blocks, stages, what they cost and what travels, as data that a file can hold and a person can read."""
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,20 +8,21 @@ from typing import Any
 
 from tabulate import tabulate
 
-from attnres_fx._version import __version__
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.plain_data import from_plain, to_plain
 from attnres_fx.errors import ConfigError, PlanError
+from attnres_fx.partition.checked_values import checked_choice, checked_count, checked_flag, checked_index
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.costs.stage_loads import stage_loads
 from attnres_fx.partition.costs.traffic import Traffic, count_traffic, size, stage_values
+from attnres_fx.partition.pipeline_schedule import check_schedule
+from attnres_fx.partition.plan.consistency import check_consistency
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, check_same_model
+from attnres_fx.partition.plan.plan_file import read_content, write_content
 from attnres_fx.partition.planner.objective import Partition
 from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.passes.schedule import DepthSchedule
-
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,11 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What was asked for: see `attnres_fx.plan`."""
+    """What was asked for: see `attnres_fx.plan`.
+
+    Raises:
+        PlanError: An option is of another kind, or the schedule cannot run these numbers; the error names the option.
+    """
 
     num_stages: int
     virtual_stages: int
@@ -53,6 +55,22 @@ class PlanOptions:
     recompute: bool
     cache: bool
     memory_limit: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("num_stages", "virtual_stages", "num_microbatches"):
+            object.__setattr__(self, name, checked_index(name, getattr(self, name), least=1))
+        schedule = check_schedule(
+            self.schedule,
+            num_stages=self.num_stages,
+            virtual_stages=self.virtual_stages,
+            num_microbatches=self.num_microbatches,
+        )
+        object.__setattr__(self, "schedule", schedule.value)
+        checked_choice("align", self.align, ("prefer", "require"))
+        for name in ("recompute", "cache"):
+            checked_flag(name, getattr(self, name))
+        if self.memory_limit is not None:
+            object.__setattr__(self, "memory_limit", checked_count("memory_limit", self.memory_limit, least=1))
 
 
 @dataclass(frozen=True)
@@ -165,33 +183,12 @@ class Plan:
         """Write the plan as JSON, for `attnres_fx.load_plan`."""
         content = {f.name: to_plain(getattr(self, f.name), error=PlanError) for f in dataclasses.fields(self)}
         content["config"] = dataclasses.asdict(self.config)
-        head = {"format": FORMAT, "version": __version__, "checksum": _checksum(content)}
-        try:
-            Path(path).write_text(json.dumps({**head, "plan": content}, indent=1) + "\n")
-        except OSError as error:
-            raise PlanError(f"the plan cannot be written to {str(path)!r}: {error}.") from error
+        write_content(content, path)
 
     @staticmethod
     def load(path: str | Path) -> "Plan":
         """Read what `save` wrote. Raises PlanError for a file that is cut short, edited, or of another format."""
-        try:
-            found = json.loads(Path(path).read_text())
-            head = {name: found[name] for name in ("format", "version", "checksum", "plan")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PlanError(
-                f"{str(path)!r} is no plan ({type(error).__name__}: {error}): give a file that Plan.save wrote, whole."
-            ) from error
-        if head["format"] != FORMAT or _major(head["version"]) != _major(__version__):
-            raise PlanError(
-                f"{str(path)!r} has format {head['format']} of attnres_fx {head['version']}; this is {FORMAT} of "
-                f"{__version__}: plan again with this version."
-            )
-        if head["checksum"] != _checksum(head["plan"]):
-            raise PlanError(
-                f"{str(path)!r} was changed after it was written: its checksum does not fit. Plan again with other "
-                f"options (`starts=`, `config=`) instead of editing the file."
-            )
-        return _from_content(head["plan"])
+        return _from_content(read_content(path))
 
     # --- for people
 
@@ -267,11 +264,7 @@ class Plan:
 _ALIGN = ("right", "right", "left", "left", "left", *["right"] * 5)
 
 
-def _from_content(content: Mapping[str, Any]) -> Plan:
-    try:
-        config = AttnResConfig(**content["config"])
-    except (ConfigError, TypeError) as error:
-        raise PlanError(f"the plan's config cannot be read: {error}") from error
+def _from_content(content: Any) -> Plan:
     kinds = {
         "model": ModelFingerprint,
         "options": PlanOptions,
@@ -282,16 +275,15 @@ def _from_content(content: Mapping[str, Any]) -> Plan:
         "inputs": tuple[InputSpec, ...],
         "notes": tuple[str, ...],
     }
-    return Plan(config=config, **{n: from_plain(k, content[n], f"plan.{n}", error=PlanError) for n, k in kinds.items()})
-
-
-def _checksum(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _major(version: Any) -> str:
-    parts = str(version).split(".")
-    return ".".join(parts[:2]) if parts[0] == "0" else parts[0]
+    if not isinstance(content, dict) or content.keys() != {*kinds, "config"}:
+        raise PlanError(f"the plan in the file must have the entries config, {', '.join(kinds)}, and no others.")
+    try:
+        config = AttnResConfig(**content["config"])
+    except (ConfigError, TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"the plan's config cannot be read: {error}") from error
+    plan = Plan(config=config, **{n: from_plain(k, content[n], f"plan.{n}", error=PlanError) for n, k in kinds.items()})
+    check_consistency(plan)
+    return plan
 
 
 def _seconds(count: float) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.convert import Model, convert, refuse_converted, rewrite_
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import AttnResError, CaptureError, PlanError, ScheduleError
+from attnres_fx.partition.checked_values import checked_amount, checked_index, checked_items
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.measure import measure_costs
 from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts
-from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule, check_schedule
+from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, fingerprint_part
 from attnres_fx.partition.plan.plan import InputSpec, Plan, PlanOptions
 from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest
@@ -142,7 +144,7 @@ def plan(
     Raises PlanError where nothing fits, saying what to change, and whatever `convert` raises.
     Source: arXiv 2603.15031, section 4.1.
     """
-    _check_numbers(num_stages, virtual_stages, num_microbatches, memory_limit, link_bandwidth, starts, num_blocks)
+    _check_given(starts, num_blocks, optimizer_factor)
     for name, value, kind in (
         ("config", config, AttnResConfig),
         ("device", device, DeviceSpeed),
@@ -150,10 +152,21 @@ def plan(
     ):
         if value is not None and not isinstance(value, kind):
             raise PlanError(f"{name} must be of type {kind.__name__}; it is a {type(value).__name__}.")
+    checked_index("num_stages", num_stages, least=1)
+    options = PlanOptions(
+        num_stages=num_stages,
+        virtual_stages=virtual_stages,
+        schedule=("1F1B" if virtual_stages == 1 else "Interleaved1F1B") if schedule is None else schedule,
+        num_microbatches=4 * num_stages if num_microbatches is None else num_microbatches,
+        align=align,
+        recompute=recompute,
+        cache=cache,
+        memory_limit=memory_limit,
+    )
+    device = device or DeviceSpeed()
+    if link_bandwidth is not None:
+        device = replace(device, link_bandwidth=link_bandwidth)
     config, given = _config_of(model, config)
-    schedule = schedule or ("1F1B" if virtual_stages == 1 else "Interleaved1F1B")
-    microbatches = 4 * num_stages if num_microbatches is None else num_microbatches
-    check_schedule(schedule, num_stages=num_stages, virtual_stages=virtual_stages, num_microbatches=microbatches)
     original = None if isinstance(model, ConvertedModel) else _original(model, args, kwargs, config)
     chained, schedules = original.rewritten() if original else _converted_chain(model)
     if costs is None:
@@ -163,38 +176,35 @@ def plan(
             f"costs are given for {len(costs.sublayers)} sublayers and the model has {chained.chain.num_sublayers}: "
             f"give one each, as attnres_fx.inspect lists them."
         )
-    device = device or DeviceSpeed()
-    if link_bandwidth is not None:
-        device = replace(device, link_bandwidth=float(link_bandwidth))
     free = original is not None and not given and config.variant != "full" and len(costs.streams) == 1
     if num_blocks is not None and not free:
         raise PlanError(_why_pinned(original is not None, given, config, num_blocks))
     request = PlanRequest(
         costs=costs,
-        num_stages=num_stages,
-        num_microbatches=microbatches,
-        virtual_stages=virtual_stages,
-        pipeline_schedule=schedule,
+        num_stages=options.num_stages,
+        num_microbatches=options.num_microbatches,
+        virtual_stages=options.virtual_stages,
+        pipeline_schedule=options.schedule,
         device=device,
         variant=config.variant,
         block_layouts=None if free else {s.name: schedules[s.name] for s in costs.streams},
         num_blocks=_counts(num_blocks, config) if free else None,
-        starts=tuple(starts) if starts is not None else None,
-        align=align,
-        memory_limit=memory_limit,
-        optimizer_factor=optimizer_factor,
-        recompute=recompute,
-        cache=cache,
+        starts=None if starts is None else tuple(map(int, starts)),
+        align=options.align,
+        memory_limit=options.memory_limit,
+        optimizer_factor=float(optimizer_factor),
+        recompute=options.recompute,
+        cache=options.cache,
     )
     partition = find_partition(request)
     chosen = dict(partition.block_layouts)
     if original is not None and free:
         (blocks,) = chosen.values()
         config = replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
-        chained, _ = original.rewritten(chosen)
+        if chosen != schedules:
+            chained, _ = original.rewritten(chosen)
     split = split_chain(chained.gm, chained.chain, partition.starts, chained.labels)
     refuse_empty_stages(split)
-    options = PlanOptions(num_stages, virtual_stages, schedule, microbatches, align, recompute, cache, memory_limit)
     return Plan(
         model=fingerprint(_name_of(model), chained),
         config=config,
@@ -204,7 +214,7 @@ def plan(
         partition=partition,
         values=split.values,
         inputs=_input_specs(args, kwargs),
-        notes=_notes(schedule, costs, original is not None and not given, config),
+        notes=_notes(options.schedule, costs, original is not None and not given, config),
     )
 
 
@@ -283,26 +293,19 @@ def _convert(
         ) from error
 
 
-def _check_numbers(
-    num_stages: Any, virtual_stages: Any, microbatches: Any, memory: Any, bandwidth: Any, starts: Any, blocks: Any
-) -> None:
+def _check_given(starts: Any, num_blocks: Any, optimizer_factor: Any) -> None:
     """Raises PlanError for options of another kind than they must be."""
-    whole = {"num_stages": num_stages, "virtual_stages": virtual_stages, "num_microbatches": microbatches}
-    for name, value in {**whole, "memory_limit": memory}.items():
-        if not _is_whole(value) and not (value is None and name in ("num_microbatches", "memory_limit")):
-            raise PlanError(f"{name} must be a whole number of at least 1; it is {value!r}.")
-    if bandwidth is not None and (isinstance(bandwidth, bool) or not isinstance(bandwidth, int | float)):
-        raise PlanError(f"link_bandwidth must be a number of bytes a second; it is {bandwidth!r}.")
-    pair = isinstance(blocks, tuple | list) and len(blocks) == 2 and all(map(_is_whole, blocks))
-    if blocks is not None and not pair and not _is_whole(blocks):
-        raise PlanError(f"num_blocks must be a number or (fewest, most); it is {blocks!r}.")
-    is_list = isinstance(starts, tuple | list | range)
-    if starts is not None and not (is_list and all(isinstance(s, int) and not isinstance(s, bool) for s in starts)):
-        raise PlanError(f"starts must be the first sublayer of every virtual stage, as numbers; it is {starts!r}.")
+    checked_amount("optimizer_factor", optimizer_factor)
+    pair = isinstance(num_blocks, tuple | list) and len(num_blocks) == 2 and all(map(_is_whole, num_blocks))
+    if num_blocks is not None and not pair and not _is_whole(num_blocks):
+        raise PlanError(f"num_blocks must be a number or (fewest, most); it is {num_blocks!r:.80}.")
+    if starts is not None:
+        for i, start in enumerate(checked_items("starts (the first sublayer of every virtual stage)", starts)):
+            checked_index(f"starts[{i}]", start)
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _config_of(model: Model, config: AttnResConfig | None) -> tuple[AttnResConfig, bool]:
@@ -336,7 +339,9 @@ def _counts(num_blocks: int | tuple[int, int] | None, config: AttnResConfig) -> 
         raise PlanError(
             f"num_blocks={num_blocks} and config.num_blocks={config.num_blocks} are both given: leave one out."
         )
-    return num_blocks if num_blocks is not None else config.num_blocks
+    if isinstance(num_blocks, tuple | list):
+        return int(num_blocks[0]), int(num_blocks[1])
+    return config.num_blocks if num_blocks is None else int(num_blocks)
 
 
 def _original(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import get_args
 
 from attnres_fx.config import Variant
@@ -163,11 +164,18 @@ def _check_blocks(request: PlanRequest) -> None:
     streams = request.costs.streams
     if request.block_layouts is not None and request.variant != "full":
         for stream in streams:
-            schedule = request.block_layouts.get(stream.name)
-            if schedule is None or (schedule.variant, schedule.num_sublayers) != (request.variant, stream.count):
+            layout = request.block_layouts.get(stream.name)
+            if layout is None or (layout.variant, layout.num_sublayers) != (request.variant, stream.count):
                 raise PlanError(
                     f"the stream {stream.name!r} needs blocks of variant {request.variant!r} over its {stream.count} "
-                    f"sublayers; given is {schedule}."
+                    f"sublayers; given is {layout}."
+                )
+            begins = layout.starts
+            rising = all(a < b for a, b in pairwise((*begins, stream.count)))
+            if not begins or begins[0] != 0 or not rising:
+                raise PlanError(
+                    f"the blocks of {stream.name!r} begin at {begins!r:.80}: they must begin with 0, rise, and stay "
+                    f"below its {stream.count} sublayers."
                 )
         if request.num_blocks is not None:
             raise PlanError("the blocks are given, so num_blocks means nothing: leave one of the two out.")
