@@ -68,7 +68,10 @@ def from_plain(kind: Any, value: Any, at: str, *, error: type[AttnResError]) -> 
     if reader is not None:
         return reader(kind, value, at, error)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _mismatch(kind, value, at, error) from None
     if type(value) is kind:
         return value
     raise _mismatch(kind, value, at, error)

@@ -31,10 +31,10 @@ def checked_count(name: str, value: object, *, least: int = 0) -> int:
     Raises PlanError with the name and the value.
     """
     number = _as_float(value)
-    if not (least <= number <= LARGEST_COUNT) or number != math.floor(number):
-        raise PlanError(
-            f"{name} must be a whole number of at least {least}, and no more than 2**60; it is {value!r:.80}."
-        )
+    if not number >= least or not number.is_integer():
+        raise PlanError(f"{name} must be a whole number of at least {least}; it is {value!r:.80}.")
+    if number > LARGEST_COUNT:
+        raise PlanError(f"{name} must be no more than 2**60; it is {value!r:.80}.")
     return int(value)  # type: ignore[call-overload, no-any-return]
 
 

@@ -30,7 +30,7 @@ class Net(nn.Module):
         self.mixes = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
 
     def forward(self, x):
-        for norm, mix in zip(self.norms, self.mixes):
+        for norm, mix in zip(self.norms, self.mixes, strict=False):
             x = x + mix(norm(x))
         return self.norms[-1](x)
 
@@ -145,7 +145,9 @@ def split_models(draw):
         virtual_stages=virtual,
         num_microbatches=ranks * draw(st.integers(1, 2)),
         pipeline_schedule=schedule,
-        device=DeviceSpeed(flops=1e9, memory_bandwidth=1e9, link_bandwidth=1e9, link_latency=draw(st.sampled_from([0, 1e-3]))),
+        device=DeviceSpeed(
+            flops=1e9, memory_bandwidth=1e9, link_bandwidth=1e9, link_latency=draw(st.sampled_from([0, 1e-3]))
+        ),
         variant=variant,
         block_layouts={"main": layout},
         starts=starts,
