@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
+from attnres_fx.passes import Lowering
 from attnres_fx.passes.graph.operations import op_name
 from tests.support.families import GPT, GROUPED, IDS, TEXT
 
@@ -79,3 +80,11 @@ def exported(kind):
     kwargs = dict(kwargs) if kind == "example" else {**kwargs, "use_cache": False}
     free = {name: {0: Dim.AUTO, 1: Dim.AUTO} if isinstance(value, Tensor) else None for name, value in kwargs.items()}
     return torch.export.export(model, (), kwargs, dynamic_shapes=free, strict=False), kwargs
+
+
+D = 16
+NORMS_ONLY = Lowering(fuse_partial_sums=False, two_phase=False)
+
+
+def example(dtype=torch.float32):
+    return torch.randn(3, 5, D, generator=torch.Generator().manual_seed(0)).to(dtype)

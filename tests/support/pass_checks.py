@@ -4,9 +4,7 @@ import torch
 from torch import nn
 from torch.fx import Interpreter
 
-from attnres_fx.passes import (
-    propagate_values_,
-)
+from attnres_fx.passes import propagate_values_
 from attnres_fx.passes.graph.nodes import tensor_of
 from tests.support.stream_text import assert_near, captured, toy
 
