@@ -13,9 +13,13 @@ from attnres_fx.errors import ConfigError
 
 
 class DepthRead(nn.Module):
-    """Parameters of one read: query [D] (zero at first), key_weight [D] (one at first).
+    """Parameters of one read.
 
-    gate: a scalar (zero at first), only on reads of a post-norm stream in mode `"sum"`.
+    Attributes:
+        name: Of the read.
+        query: [D], zero at first.
+        key_weight: [D], one at first.
+        gate: A scalar, zero at first, on reads of a post-norm stream in mode `"sum"`; None on others.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class DepthReads(nn.Module):
 
 
 class AttnResParameters(nn.Module):
-    """What a conversion adds to a model, under `attnres`: the reads, and the config they were made for."""
+    """Module that a conversion adds to a model, as `attnres`: its reads, and the config they are for."""
 
     def __init__(self, reads: list[DepthRead], config: AttnResConfig) -> None:
         super().__init__()
@@ -102,10 +106,13 @@ def attribute_name(read: str) -> str:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two optimizer groups: the model's own parameters, and its queries, gains and gates without decay.
+    """Two optimizer groups: the model's own parameters, and its queries, gains and gates without weight decay.
 
-    model: a module with `attnres` parameters. Returns groups for a torch.optim optimizer; the first takes
-    the optimizer's own weight decay.
+    Args:
+        model: A module with `attnres` parameters.
+
+    Returns:
+        Groups for a `torch.optim` optimizer; the first takes the optimizer's own weight decay.
     """
     named = list(model.named_parameters())
     added = [p for n, p in named if "attnres" in n.split(".")]

@@ -1,4 +1,4 @@
-"""What a converted model attends to over depth, read by read."""
+"""The weights of attention over depth in a converted model, read by read."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,12 @@ _SHADES = " ░▒▓█"
 class ReadWeights:
     """Attention over depth of one read.
 
-    sources: what each weight is on, oldest first: `v_0` (the root), `v_i` (sublayer i), `b_n` (block n),
-        `b_n[:i]` (its first i sublayers), `c_n` (what block n receives).
-    weights: [S], averaged over tokens, or [S, ...] per token; they sum to one over S.
+    Attributes:
+        name: Of the read.
+        stream: The residual stream it belongs to.
+        sources: What each weight is on, oldest first: `v_0` (the root), `v_i` (sublayer i), `b_n` (block n),
+            `b_n[:i]` (its first i sublayers), `c_n` (what block n receives).
+        weights: [S], averaged over tokens, or [S, ...] per token; they sum to one over S.
     """
 
     name: str
@@ -78,34 +81,43 @@ def depth_weights(
     *,
     per_token: bool = False,
 ) -> DepthWeights:
-    """Run a converted model once, without gradients, and return what each read attended to.
+    """Run a converted model once, without gradients, and return the weights of every read.
 
-    args, kwargs: as for calling the model. per_token: keep weights [S, ...] for every token instead of
-    their average [S].
     Source: arXiv 2603.15031, section 5.3 (the learned weights it plots).
+
+    Args:
+        converted: A converted model; it runs in its current mode.
+        args: Positional arguments, as for calling it.
+        kwargs: Keyword arguments.
+        per_token: Keep weights [S, ...] for every token instead of their average [S].
+
+    Returns:
+        The weights by read, in execution order; float32, or float64 for float64 sources.
     """
     gm = converted.graph_module()
-    placed = {r.node: r for r in converted.replacements()}
-    recorder = _Recorder(gm, placed, per_token)
+    replacements = {r.node: r for r in converted.replacements()}
+    recorder = _Recorder(gm, replacements, per_token)
     with torch.no_grad():
         recorder.run(*converted.flatten_arguments(*args, **(kwargs or {})))
-    return DepthWeights(tuple(recorder.found))
+    return DepthWeights(tuple(recorder.weights))
 
 
 class _Recorder(Interpreter):
-    def __init__(self, gm: torch.fx.GraphModule, placed: Mapping[str, Any], per_token: bool) -> None:
+    """Runs a graph and records the weights of its reads."""
+
+    def __init__(self, gm: torch.fx.GraphModule, replacements: Mapping[str, Any], per_token: bool) -> None:
         super().__init__(gm)
-        self.placed = placed
+        self.replacements = replacements
         self.per_token = per_token
-        self.found: list[ReadWeights] = []
+        self.weights: list[ReadWeights] = []
 
     def run_node(self, n: Node) -> Any:
-        placed = self.placed.get(n.name)
-        if placed is not None:
+        replacement = self.replacements.get(n.name)
+        if replacement is not None:
             sources, query, key_weight, eps, _ = self.fetch_args_kwargs_from_env(n)[0]
             weights = weights_of(sources, query, key_weight, eps=eps)
             if not self.per_token:
                 weights = weights.flatten(1).mean(1)
-            labels = tuple(label for label, _ in placed.sources)
-            self.found.append(ReadWeights(placed.read, placed.stream, labels, weights))
+            labels = tuple(label for label, _ in replacement.sources)
+            self.weights.append(ReadWeights(replacement.read, replacement.stream, labels, weights))
         return super().run_node(n)

@@ -1,8 +1,10 @@
 """Checkpoints by original parameter names, through `torch.distributed.checkpoint`.
 
-Whoever saves, whoever loads: stages of a pipeline of any width, or the unsplit model. A name says what a tensor is;
+Stages of a pipeline of any width, or the unsplit model, save and load the same files. A tensor is known by its name;
 which rank holds it, and in which shards, is no part of the file. Keys are `model.<name>`,
-`optimizer.state.<name>.<what>` and `optimizer.param_groups.<name>.<option>`.
+`optimizer.state.<name>.<entry>` and `optimizer.param_groups.<name>.<option>`, as PyTorch's flattened optimizer state
+has them. Its own functions take one model with one optimizer, and a parameter by one name: here an optimizer covers
+several stages, and a tied parameter may be saved under a name that the loading stage does not have.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,12 @@ _STATE, _OPTIONS = "optimizer.state.{}.", "optimizer.param_groups.{}."
 
 @dataclass(frozen=True)
 class Parts:
-    """modules: what one rank holds of a model. aliases: groups of names that are one parameter of the model."""
+    """The parts of a model on one rank.
+
+    Attributes:
+        modules: The rank's.
+        aliases: Groups of names that are one parameter of the model.
+    """
 
     modules: tuple[nn.Module, ...]
     aliases: tuple[tuple[str, ...], ...] = ()
@@ -39,10 +46,10 @@ class Parts:
         """Every parameter of an optimizer, with its group and all its names."""
         names = {id(p): n for module in self.modules for n, p in module.named_parameters()}
         groups = optimizer.param_groups if optimizer is not None else []
-        found = [(parameter, group) for group in groups for parameter in group["params"]]
-        if any(id(parameter) not in names for parameter, _ in found):
+        parameters = [(parameter, group) for group in groups for parameter in group["params"]]
+        if any(id(parameter) not in names for parameter, _ in parameters):
             raise PipelineError("the optimizer has a parameter that is not this rank's: give it pipeline.parameters().")
-        return [(p, group, self.names_of(names[id(p)])) for p, group in found]
+        return [(p, group, self.names_of(names[id(p)])) for p, group in parameters]
 
 
 def merged_state(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -51,12 +58,30 @@ def merged_state(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Write a checkpoint of an unsplit model, which pipelines of any width can load."""
+    """Write a checkpoint of an unsplit model, which pipelines of any width can load.
+
+    Args:
+        path: A folder.
+        model: The model.
+        optimizer: Whose state is written too.
+
+    Raises:
+        PipelineError: The optimizer has parameters that are not the model's.
+    """
     save_modules(path, whole(model), optimizer)
 
 
 def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Read a checkpoint into an unsplit model, in place, whatever it was saved from."""
+    """Read a checkpoint into an unsplit model, in place, whether it was saved from a pipeline or from a model.
+
+    Args:
+        path: The folder.
+        model: The model, which gets the values.
+        optimizer: Whose state is read too.
+
+    Raises:
+        PipelineError: The folder is no whole checkpoint, or one of another model.
+    """
     load_modules(path, whole(model), optimizer)
 
 
@@ -69,20 +94,22 @@ def whole(model: nn.Module) -> Parts:
 
 
 def save_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
-    """Write what every rank holds; all ranks call it."""
+    """Write the parts of every rank; all ranks call it."""
     state: dict[str, Any] = {f"model.{name}": value for name, value in merged_state(parts.modules).items()}
     for parameter, group, names in parts.optimized(optimizer):
-        kept = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        state |= {_STATE.format(names[0]) + key: value for key, value in kept.items()}
+        entries = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        state |= {_STATE.format(names[0]) + key: value for key, value in entries.items()}
         state |= {_OPTIONS.format(names[0]) + key: value for key, value in group.items() if key != "params"}
     save(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
 
 
 def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
-    """Read what every rank holds, in place; all ranks call it.
+    """Read the parts of every rank, in place; all ranks call it.
 
-    A tied parameter is read under whichever of its names the checkpoint has. Raises PipelineError where a name is
-    missing or the folder holds no whole checkpoint.
+    A tied parameter is read under whichever of its names the checkpoint has.
+
+    Raises:
+        PipelineError: A name is missing, or the folder holds no whole checkpoint.
     """
     written = _read_names(path)
     values = merged_state(parts.modules)
@@ -148,14 +175,14 @@ def _restore(optimizer: Optimizer, prefixes: Sequence[str], state: dict[str, Any
 
     def read(prefix: str) -> dict[str, Any]:
         """Copies: data parallelism gives tied parameters of one rank each their own state."""
-        found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
+        entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in entries.items()}
 
     for group in whole["param_groups"]:
         for place, (index, prefix) in enumerate(zip(group["params"], ordered, strict=False)):
-            kept = read(prefix.replace("param_groups", "state", 1))
-            if kept:
-                whole["state"][index] = kept
+            entries = read(prefix.replace("param_groups", "state", 1))
+            if entries:
+                whole["state"][index] = entries
             if place == 0:
                 group |= read(prefix)
     optimizer.load_state_dict(whole)
