@@ -357,7 +357,7 @@ def what_the_cache_holds(schedule, virtual):
     pipeline = build(whole(), schedule, virtual, microbatches=8)
     ids, target = batch(16)
     found = {}
-    for what, run in (("step", pipeline.step), ("eval", pipeline.eval)):
+    for what, run in (("step", pipeline.step), ("eval", pipeline.evaluate)):
         pipeline.stages[0].cache.peak_bytes = 0
         run(ids, target=target)
         route = pipeline.stages[0].spec.route
