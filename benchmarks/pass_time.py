@@ -12,7 +12,7 @@ from torch import nn
 import attnres_fx as ax
 from attnres_fx.conversion.convert import _fetch
 from attnres_fx.parameters import AttnResParameters, DepthRead
-from attnres_fx.passes import analyze_, insert_depth_attention_pass, plan_schedule, propagate_values_
+from attnres_fx.passes import analyze_, insert_depth_attention_pass, plan_depth_reads, propagate_values_
 
 
 class Stack(nn.Module):
@@ -36,16 +36,15 @@ def seconds(sublayers: int, variant: str) -> float:
     config = ax.AttnResConfig(variant=variant)
     start = time.perf_counter()
     found = analyze_(gm)
-    (stream,) = found.streams
-    parameters = AttnResParameters([DepthRead(r.name, stream.width) for r in stream.depth_reads], config)
+    plan = plan_depth_reads(found, found.streams, config)
+    parameters = AttnResParameters([DepthRead(r.read, r.width) for r in plan.reads], config)
     gm.add_module("attnres", parameters)
     insert_depth_attention_pass(
         gm,
         streams=found,
-        schedules={stream.name: plan_schedule(stream.num_sublayers, config)},
-        output="sum",
+        plan=plan,
         eps=1e-6,
-        fetch=lambda s, read, like: _fetch(gm.graph, parameters, read, like),
+        fetch=lambda read, like: _fetch(gm.graph, parameters, read, like),
     )
     return time.perf_counter() - start
 

@@ -27,9 +27,9 @@ from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import AlreadyConvertedError, AttachError, ConfigError
 from attnres_fx.ops.marker import PARAMETERS
 from attnres_fx.parameters import AttnResParameters
-from attnres_fx.passes import analyze_, plan_schedule
+from attnres_fx.passes import analyze_, plan_depth_reads
 from attnres_fx.passes.rewrite.parameters import make_parameters
-from attnres_fx.passes.streams.selection import reads_in_order, select_streams
+from attnres_fx.passes.streams.selection import select_streams
 
 __all__ = ["attach", "detach", "plain"]
 
@@ -68,10 +68,9 @@ def attach(
     gm = next(iter(captured.graphs.values())).gm
     streams = analyze_(gm)
     selected = select_streams(streams, config, type(model).__name__)
-    for stream in selected:
-        plan_schedule(stream.num_sublayers, config)
-    parameters = make_parameters(gm.graph, captured.root, streams, selected, config)
-    keys = [read_key(s, r, config) for s, r in reads_in_order(streams, selected)]
+    plan = plan_depth_reads(streams, selected, config)
+    parameters = make_parameters(gm.graph, captured.root, plan, config)
+    keys = [read_key(read) for read in plan.reads]
     attached = AttachedParameters(parameters, keys)
     model.add_module(ATTRIBUTE, attached)
     model.__class__ = _attached_class(cast(Any, type(model)))

@@ -13,7 +13,7 @@ from attnres_fx.backend.compile_log import CompileLog, compile_log
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import AttachError
 from attnres_fx.parameters import AttnResParameters
-from attnres_fx.passes import Read, Stream
+from attnres_fx.passes import DepthReadPlan
 
 #: The attribute that holds a model's queries and gains.
 ATTRIBUTE = "attnres"
@@ -100,10 +100,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
-def read_key(stream: Stream, read: Read, config: AttnResConfig) -> ReadKey:
-    """The identity of a read of a stream."""
-    gated = stream.post_norm and config.output == "sum"
-    return ReadKey(read.name, stream.name, stream.width, read.position, len(read.extras), gated)
+def read_key(read: DepthReadPlan) -> ReadKey:
+    """The identity of a planned read."""
+    return ReadKey(read.read, read.stream, read.width, read.position, len(read.extras), read.gated)
 
 
 def is_attached(model: nn.Module) -> bool:

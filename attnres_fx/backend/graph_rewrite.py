@@ -11,18 +11,19 @@ from torch.fx import GraphModule, Node
 from attnres_fx.backend.attachment import Attachment, ReadKey, read_key
 from attnres_fx.backend.compile_log import CompiledGraph, compile_log
 from attnres_fx.backend.mismatch import mismatch_message, no_marker_message
-from attnres_fx.errors import BackendError
+from attnres_fx.config import AttnResConfig
+from attnres_fx.errors import BackendError, ScheduleError
 from attnres_fx.ops.marker import PARAMETERS
 from attnres_fx.passes import (
     Lowering,
     ReadParameters,
-    Stream,
+    ReadPlan,
     StreamSet,
     find_streams,
     insert_depth_attention_pass,
     lower_,
     normalize_,
-    plan_schedule,
+    plan_depth_reads,
     run_pass,
 )
 from attnres_fx.passes.graph.nodes import tensor_of
@@ -62,16 +63,15 @@ def rewrite_graph(gm: GraphModule, inner: str, lowering: Lowering) -> GraphModul
     copied.graph.erase_node(marker)
     results = normalize_(copied)
     streams = find_streams(copied.graph)
-    selected = _match_streams(gm, streams, attachment)
-    _check_placement(copied, streams, selected, weights)
+    plan = _match_reads(gm, streams, attachment)
+    _check_placement(copied, plan, weights)
     result = run_pass(
         insert_depth_attention_pass,
         copied,
         streams=streams,
-        schedules={s.name: plan_schedule(s.num_sublayers, attachment.config) for s in selected},
-        output=attachment.config.output,
+        plan=plan,
         eps=attachment.config.eps,
-        fetch=lambda stream, read, like: weights[read.name],
+        fetch=lambda read, like: weights[read.read],
     )
     lowered = lower_(copied, lowering, training=torch.is_grad_enabled())
     copied.recompile()
@@ -97,36 +97,39 @@ def _weights_by_read(keys: Sequence[ReadKey], tensors: Sequence[Node]) -> dict[s
     return {k.name: ReadParameters(next(nodes), next(nodes), next(nodes) if k.gated else None) for k in keys}
 
 
-def _match_streams(gm: GraphModule, streams: StreamSet, attachment: Attachment) -> tuple[Stream, ...]:
-    """The streams whose reads are those that were attached, or an error that says where they are not."""
+def _match_reads(gm: GraphModule, streams: StreamSet, attachment: Attachment) -> ReadPlan:
+    """The plan whose reads are those that were attached, or an error that says where they are not."""
     names = {s.name for s in streams.streams}
     option = attachment.config.streams
     known = option if isinstance(option, str) else [n for n in option if n in names]
     selected = streams.select(known) if known else ()
-    actual = {read_key(s, r, attachment.config) for s in selected for r in s.depth_reads}
+    try:
+        plan = plan_depth_reads(streams, selected, attachment.config)
+    except ScheduleError:  # a part of the model has fewer sublayers; what its reads are does not depend on blocks
+        plain = AttnResConfig(variant="full", output=attachment.config.output)
+        plan = plan_depth_reads(streams, selected, plain)
+    actual = {read_key(read) for read in plan.reads}
     expected = set(attachment.reads)
     if actual == expected:
-        return selected
+        return plan
     raise BackendError(mismatch_message(gm, expected, actual))
 
 
-def _check_placement(
-    gm: GraphModule, streams: StreamSet, selected: Sequence[Stream], weights: Mapping[str, ReadParameters]
-) -> None:
+def _check_placement(gm: GraphModule, plan: ReadPlan, weights: Mapping[str, ReadParameters]) -> None:
     """Queries must be where the sources are, in their dtype or in float32."""
     nodes = {n.name: n for n in gm.graph.nodes}
-    for stream, read in ((s, r) for s in selected for r in s.depth_reads):
-        source, query = tensor_of(nodes[read.site]), tensor_of(weights[read.name].query)
+    for read in plan.reads:
+        source, query = tensor_of(nodes[read.site]), tensor_of(weights[read.read].query)
         assert source is not None and query is not None
         if source.device != query.device:
             raise BackendError(
-                f"the read {read.name} of {stream.name} is on {source.device} and its query on {query.device}: move "
+                f"the read {read.read} of {read.stream} is on {source.device} and its query on {query.device}: move "
                 f"model.attnres with the model."
             )
         same_kind = torch.promote_types(source.dtype, query.dtype) == query.dtype
         if not same_kind and not torch.is_autocast_enabled(source.device.type):
             raise BackendError(
-                f"the read {read.name} of {stream.name} is {source.dtype} and its query {query.dtype}: cast "
+                f"the read {read.read} of {read.stream} is {source.dtype} and its query {query.dtype}: cast "
                 f"model.attnres with the model; float32 queries are taken everywhere."
             )
 

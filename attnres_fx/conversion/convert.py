@@ -12,7 +12,7 @@ from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.programs import Captured, capture
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.converted_model import ConvertedModel
-from attnres_fx.conversion.report import ConversionReport, ConvertedStream, StreamReport
+from attnres_fx.conversion.report import ConversionReport, StreamReport
 from attnres_fx.conversion.verify import check_conversion
 from attnres_fx.errors import (
     AlreadyConvertedError,
@@ -21,10 +21,10 @@ from attnres_fx.errors import (
 )
 from attnres_fx.parameters import AttnResParameters, attribute_name
 from attnres_fx.passes import (
-    DepthSchedule,
+    DepthReadPlan,
     Lowering,
-    Read,
     ReadParameters,
+    ReadPlan,
     Replacement,
     Stream,
     StreamSet,
@@ -32,7 +32,6 @@ from attnres_fx.passes import (
     checked_lowering,
     insert_depth_attention_pass,
     plan_depth_reads,
-    plan_schedule,
     run_pass,
 )
 from attnres_fx.passes.graph.nodes import fake_parameter, insert_attribute, tensor_of
@@ -101,11 +100,11 @@ def convert(
     mode, streams = next(iter(found.items()))
     selected = select_streams(streams, config, _name(model))
     _require_same_reads(found, selected)
-    schedules = {s.name: plan_schedule(s.num_sublayers, config) for s in selected}
-    parameters = make_parameters(captured.graphs[mode].gm.graph, captured.root, streams, selected, config)
-    rewritten = {m: rewrite_(captured.graphs[m].gm, s, schedules, config, parameters) for m, s in found.items()}
+    plans = {m: plan_depth_reads(s, _same_streams(s, selected), config) for m, s in found.items()}
+    parameters = make_parameters(captured.graphs[mode].gm.graph, captured.root, plans[mode], config)
+    rewritten = {m: rewrite_(captured.graphs[m].gm, s, plans[m], parameters) for m, s in found.items()}
     replacements = {m: rewritten[distinct[id(g)][0]] for m, g in captured.graphs.items()}
-    report = _report(model, captured, streams, selected, schedules, config)
+    report = _report(model, captured, streams, plans[mode], config)
     converted = ConvertedModel(
         captured.root,
         parameters,
@@ -149,6 +148,12 @@ def _name(model: Any) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else "ExportedProgram"
 
 
+def _same_streams(streams: StreamSet, selected: Sequence[Stream]) -> tuple[Stream, ...]:
+    """The selected streams as another mode's graph has them."""
+    names = {s.name for s in selected}
+    return tuple(s for s in streams.streams if s.name in names)
+
+
 def _require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stream]) -> None:
     wanted = {s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads] for s in selected}
     for mode, streams in found.items():
@@ -169,35 +174,30 @@ def _require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stre
 
 
 def rewrite_(
-    gm: GraphModule,
-    streams: StreamSet,
-    schedules: Mapping[str, DepthSchedule],
-    config: AttnResConfig,
-    parameters: AttnResParameters,
+    gm: GraphModule, streams: StreamSet, plan: ReadPlan, parameters: AttnResParameters
 ) -> tuple[Replacement, ...]:
-    """Put reads with the given parameters into an analysed graph, in place."""
+    """Execute a read plan on an analysed graph with these parameters, in place."""
     gm.add_module("attnres", parameters)
     result = run_pass(
         insert_depth_attention_pass,
         gm,
         streams=streams,
-        schedules=schedules,
-        output=config.output,
-        eps=config.eps,
-        fetch=lambda stream, read, like: _fetch(gm.graph, parameters, read, like),
+        plan=plan,
+        eps=parameters.config.eps,
+        fetch=lambda read, like: _fetch(gm.graph, parameters, read, like),
     )
     return result.replaced
 
 
-def _fetch(graph: Graph, parameters: AttnResParameters, read: Read, like: Node) -> ReadParameters:
-    module = parameters.reads[read.name]
+def _fetch(graph: Graph, parameters: AttnResParameters, read: DepthReadPlan, like: Node) -> ReadParameters:
+    module = parameters.reads[read.read]
     value = tensor_of(like)
     assert value is not None
 
     def attribute(name: str) -> Node:
         held = getattr(module, name)
         fake = fake_parameter(value, tuple(held.shape), held.dtype)
-        return insert_attribute(graph, f"attnres.reads.{attribute_name(read.name)}.{name}", like=like, value=fake)
+        return insert_attribute(graph, f"attnres.reads.{attribute_name(read.read)}.{name}", like=like, value=fake)
 
     gate = attribute("gate") if module.gate is not None else None
     return ReadParameters(attribute("query"), attribute("key_weight"), gate)
@@ -207,19 +207,16 @@ def _report(
     model: Model,
     captured: Captured,
     streams: StreamSet,
-    selected: Sequence[Stream],
-    schedules: Mapping[str, DepthSchedule],
+    plan: ReadPlan,
     config: AttnResConfig,
 ) -> ConversionReport:
     notes = [*captured.notes, *(f"no {m} graph: {_shortened(why)}" for m, why in captured.failures.items())]
-    left = [(s, _why_left(s, config)) for s in streams.streams if s not in selected]
-    done = [
-        ConvertedStream(s, schedules[s.name], plan_depth_reads(s, schedules[s.name], config.output)) for s in selected
-    ]
+    done = {s.stream.name for s in plan.streams}
+    left = [(s, _why_left(s, config)) for s in streams.streams if s.name not in done]
     return ConversionReport(
         model=_name(model),
         config=config,
-        streams=tuple(done),
+        streams=plan.streams,
         left=tuple(left),
         refusals=streams.refusals,
         modes=tuple(sorted(captured.graphs)),

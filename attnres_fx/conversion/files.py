@@ -335,6 +335,6 @@ def renamed(gm: GraphModule, replacements: Sequence[Replacement]) -> tuple[Repla
     nodes = [n for n in gm.graph.nodes if n.target is DEPTH_ATTENTION]
     renamed = []
     for node, placed in zip(nodes, replacements, strict=True):
-        named = [(label, s.name) for (label, _), s in zip(placed.sources, node.args[0], strict=True)]
-        renamed.append(dataclasses.replace(placed, node=node.name, sources=tuple(named)))
+        sources = tuple(s.name for s in node.args[0])
+        renamed.append(dataclasses.replace(placed, node=node.name, source_nodes=sources))
     return tuple(renamed)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from tabulate import tabulate
 
 from attnres_fx.config import AttnResConfig
-from attnres_fx.passes.rewrite.depth_attention import DepthReadPlan
-from attnres_fx.passes.schedule import DepthSchedule
+from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, StreamPlan
 from attnres_fx.passes.streams.finding import Stream
 from attnres_fx.passes.streams.refusals import Refusal
 
@@ -43,19 +42,6 @@ class StreamReport:
 
 
 @dataclass(frozen=True)
-class ConvertedStream:
-    """One stream as it was rewritten: its blocks and, for each read, its sources."""
-
-    stream: Stream
-    schedule: DepthSchedule
-    reads: tuple[DepthReadPlan, ...]
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(2 * self.stream.width + read.gated for read in self.reads)
-
-
-@dataclass(frozen=True)
 class ConversionReport:
     """What `convert` found, changed and left alone.
 
@@ -65,7 +51,7 @@ class ConversionReport:
 
     model: str
     config: AttnResConfig
-    streams: tuple[ConvertedStream, ...]
+    streams: tuple[StreamPlan, ...]
     left: tuple[tuple[Stream, str], ...] = ()
     refusals: tuple[Refusal, ...] = ()
     modes: tuple[str, ...] = ()
@@ -107,7 +93,7 @@ class ConversionReport:
                 "block": r.block + 1,
                 "sources": len(r.sources),
                 "which": _joined(r.sources),
-                "parameters": 2 * s.stream.width + r.gated,
+                "parameters": r.num_parameters,
             }
             for s in self.streams
             for r in s.reads
@@ -128,7 +114,7 @@ def _stream_row(stream: Stream) -> dict[str, object]:
     }
 
 
-def _converted_row(converted: ConvertedStream) -> dict[str, object]:
+def _converted_row(converted: StreamPlan) -> dict[str, object]:
     stream, schedule = converted.stream, converted.schedule
     sizes = [len(b) for b in schedule.blocks]
     return {

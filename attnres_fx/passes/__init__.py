@@ -16,13 +16,8 @@ from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pa
 from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 from attnres_fx.passes.normalize.normalization import NORMALIZATION, normalize_, propagate_values_
 from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
-from attnres_fx.passes.rewrite.depth_attention import (
-    DepthReadPlan,
-    ReadParameters,
-    Replacement,
-    insert_depth_attention_pass,
-    plan_depth_reads,
-)
+from attnres_fx.passes.rewrite.depth_attention import ReadParameters, Replacement, insert_depth_attention_pass
+from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan, StreamPlan, plan_depth_reads
 from attnres_fx.passes.schedule import DepthSchedule, Source, plan_schedule
 from attnres_fx.passes.streams.analysis import analyze_
 from attnres_fx.passes.streams.finding import Read, Stream, StreamSet, Term, find_streams
@@ -39,9 +34,11 @@ __all__ = [
     "PhasePlan",
     "Read",
     "ReadParameters",
+    "ReadPlan",
     "Replacement",
     "Source",
     "Stream",
+    "StreamPlan",
     "StreamSet",
     "SumFusion",
     "Term",

@@ -33,6 +33,11 @@ class Source:
     start: int = 0
     stop: int = 0
 
+    @property
+    def group(self) -> "Source":
+        """What it is counted under while a block is written: its partial sums and its whole sum are one running sum."""
+        return Source("block", self.block) if self.kind in ("block", "partial") else self
+
     def __str__(self) -> str:
         names = {
             "root": "v_0",
@@ -86,6 +91,11 @@ class DepthSchedule:
         if not 0 <= sublayer < self.num_sublayers:
             raise ScheduleError(f"sublayer {sublayer} does not exist: there are {self.num_sublayers}.")
         return bisect_right(self.starts, sublayer) - 1
+
+    def group_of(self, sublayer: int) -> Source:
+        """The group of sources that a sublayer's output belongs to: its block's sum, or itself."""
+        block = self.block_of(sublayer)
+        return Source("block", block) if self.variant == "block" else Source("sublayer", block, sublayer, sublayer + 1)
 
     def block_of_read(self, position: int) -> int:
         """Block that the read at `position` belongs to: the one whose outputs it is the last to see."""

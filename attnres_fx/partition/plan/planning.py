@@ -34,7 +34,7 @@ from attnres_fx.partition.split.chained_model import (
 )
 from attnres_fx.partition.split.stage_graphs import refuse_empty_stages, split_chain
 from attnres_fx.partition.split.stages import Stages
-from attnres_fx.passes import DepthSchedule, Lowering, analyze_, plan_schedule
+from attnres_fx.passes import DepthSchedule, Lowering, analyze_, plan_depth_reads
 from attnres_fx.passes.normalize.inline_regions import getattr_path
 from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams
@@ -58,11 +58,10 @@ class _Original:
         name_as_the_model_does(gm, self.captured.root)
         found = analyze_(gm)
         selected = select_streams(found, self.config, self.name)
-        chosen = {s.name: plan_schedule(s.num_sublayers, self.config) for s in selected}
-        chosen |= {n: s for n, s in (schedules or {}).items() if n in chosen}
-        parameters = make_parameters(gm.graph, self.captured.root, found, selected, self.config)
-        replacements = rewrite_(gm, found, chosen, self.config, parameters)
-        return chain_graph(gm, selected, chosen, replacements), chosen
+        plan = plan_depth_reads(found, selected, self.config, schedules=schedules)
+        parameters = make_parameters(gm.graph, self.captured.root, plan, self.config)
+        replacements = rewrite_(gm, found, plan, parameters)
+        return chain_graph(gm, selected, replacements), {s.stream.name: s.schedule for s in plan.streams}
 
 
 def _captured(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Captured:

@@ -18,7 +18,7 @@ from attnres_fx.partition.split.chain import Chain, ChainRead, ChainStream, drop
 from attnres_fx.partition.split.input_sizes import ask_inputs_for_sizes_pass
 from attnres_fx.partition.split.stage_graphs import refuse_empty_stages, split_chain, stage_graphs, sublayer_graphs
 from attnres_fx.partition.split.stages import Stage, Stages
-from attnres_fx.passes import DepthSchedule, Replacement, Stream
+from attnres_fx.passes import Replacement, Stream
 from attnres_fx.passes.graph.result import run_pass
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.normalize.inline_regions import getattr_path
@@ -40,12 +40,11 @@ class ChainedGraph:
 def chain_graph(
     gm: GraphModule,
     streams: Sequence[Stream],
-    schedules: Mapping[str, DepthSchedule],
     replacements: Sequence[Replacement],
 ) -> ChainedGraph:
     """Order a converted graph, changing it where sizes are asked of tensors that live in one stage only.
 
-    streams: those rewritten. schedules: by stream name. replacements: the reads of this graph.
+    streams: those rewritten. replacements: the reads of this graph.
     """
     for each in (drop_assertions_pass, ask_inputs_for_sizes_pass):
         run_pass(each, gm)
@@ -57,7 +56,7 @@ def chain_graph(
     for stream in main:
         runs.append(ChainStream(stream.name, at, stream.num_sublayers, _sublayer_names(stream)))
         at += stream.num_sublayers
-    reads = [r for s in main for r in _chain_reads(s, schedules[s.name], replacements)]
+    reads = [r for s in main for r in _chain_reads(s, replacements)]
     labels = {
         node: label if len(main) == 1 else f"{r.stream}:{label}" for r in replacements for label, node in r.sources
     }
@@ -70,39 +69,28 @@ def _sublayer_names(stream: Stream) -> tuple[str, ...]:
     return tuple(at.get(i, f"{stream.name}[{i}]") for i in range(stream.num_sublayers))
 
 
-def _chain_reads(stream: Stream, schedule: DepthSchedule, replacements: Sequence[Replacement]) -> list[ChainRead]:
-    position = {r.name: r.position for r in stream.reads}
-    extras = {r.name for r in stream.reads if r.extras}
+def _chain_reads(stream: Stream, replacements: Sequence[Replacement]) -> list[ChainRead]:
     own = [r for r in replacements if r.stream == stream.name]
-    found = []
+    # On a post-norm stream the block hands on what the norm after its last read makes of it.
+    handed_on = {label: node for r in reversed(own) for label, node in r.sources} if stream.post_norm else {}
+    reads = []
     for placed in own:
-        at = position[placed.read]
-        closes = (
-            schedule.variant == "local"
-            and placed.read not in extras
-            and 0 < at < schedule.num_sublayers
-            and at in schedule.starts
-        )
-        summary = None
-        if closes:
-            label = f"c_{schedule.block_of(at) + 1}"
-            held = [n for r in own for name, n in r.sources if name == label]
-            summary = held[0] if stream.post_norm and held else placed.node
-        found.append(ChainRead(placed.node, stream.name, at, summary))
-    return found
+        summary = placed.plan.summary
+        holder = None if summary is None else handed_on.get(str(summary), placed.node)
+        reads.append(ChainRead(placed.node, stream.name, placed.plan.position, holder))
+    return reads
 
 
 def chains_of(converted: ConvertedModel) -> dict[Mode, ChainedGraph]:
     """Every mode's graph of a converted model, in order."""
     streams = [s.stream for s in converted.report.streams]
-    schedules = {s.stream.name: s.schedule for s in converted.report.streams}
     made: dict[int, ChainedGraph] = {}
     found: dict[Mode, ChainedGraph] = {}
     for mode, program in converted.programs.items():
         if id(program) not in made:
             gm, replacements, out_spec = _in_aten(converted, mode)
             name_as_the_model_does(gm, converted)
-            chained = chain_graph(gm, streams, schedules, replacements)
+            chained = chain_graph(gm, streams, replacements)
             made[id(program)] = replace(chained, out_spec=out_spec)
         found[mode] = made[id(program)]
     return found

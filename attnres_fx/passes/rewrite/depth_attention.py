@@ -12,21 +12,22 @@ After (variant "full"):
     y  = head(norm_3(r2))
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch.fx import GraphModule, Node
 
-from attnres_fx.config import Output
 from attnres_fx.errors import RewriteError
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes.graph.nodes import fake_like, insert_call, nodes_without_gradients, tensor_of
 from attnres_fx.passes.graph.operations import asks_only_metadata, is_aten, op_name
 from attnres_fx.passes.graph.result import PassResult
+from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan, StreamPlan, extra_group
 from attnres_fx.passes.rewrite.sources import Entry, Group, Moved, Replay, SourceBuilder, Table
-from attnres_fx.passes.schedule import DepthSchedule, Source
-from attnres_fx.passes.streams.finding import Read, Stream, StreamSet
+from attnres_fx.passes.schedule import ROOT, Source
+from attnres_fx.passes.streams.finding import StreamSet
 from attnres_fx.passes.streams.formal_sum import FormalSums, Mapped, Root
 
 
@@ -39,71 +40,55 @@ class ReadParameters:
     gate: Node | None = None
 
 
-#: Inserts, at the graph's insertion point, the nodes that hold a read's parameters; `like` is the node
-#: whose metadata and value they take after.
-FetchParameters = Callable[[Stream, Read, Node], ReadParameters]
-
-
-@dataclass(frozen=True)
-class DepthReadPlan:
-    """What one read becomes: its sources by name, oldest first, and the block it belongs to."""
-
-    stream: str
-    read: str
-    sources: tuple[str, ...]
-    block: int
-    gain: float
-    gated: bool
+#: Inserts, at the graph's insertion point, the nodes that hold a read's parameters; the node given is the one whose
+#: metadata and value they take after.
+FetchParameters = Callable[[DepthReadPlan, Node], ReadParameters]
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A read as it was put into the graph.
+    """A planned read as it stands in a graph.
 
-    node: the depth-attention node. sources: label and node name of each source.
+    node: the depth-attention node. source_nodes: the node of each of the plan's sources.
     """
 
-    stream: str
-    read: str
+    plan: DepthReadPlan
     node: str
-    sources: tuple[tuple[str, str], ...]
-    block: int
-    gain: float
-    replaced: str
+    source_nodes: tuple[str, ...]
 
+    @property
+    def stream(self) -> str:
+        return self.plan.stream
 
-def plan_depth_reads(stream: Stream, schedule: DepthSchedule, output: Output) -> tuple[DepthReadPlan, ...]:
-    """What the rewrite will do to a stream, as data."""
-    plans = []
-    for read in stream.depth_reads:
-        labels = [str(s) for s in schedule.sources(read.position)] + [f"+{e}" for e in read.extras]
-        gain = float(len(labels)) if output == "sum" and not stream.post_norm else 1.0
-        gated = stream.post_norm and output == "sum"
-        block = schedule.block_of_read(read.position)
-        plans.append(DepthReadPlan(stream.name, read.name, tuple(labels), block, gain, gated))
-    return tuple(plans)
+    @property
+    def read(self) -> str:
+        return self.plan.read
+
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """Label and node name of each source."""
+        return tuple(zip(self.plan.sources, self.source_nodes, strict=True))
 
 
 def insert_depth_attention_pass(
-    gm: GraphModule,
-    *,
-    streams: StreamSet,
-    schedules: Mapping[str, DepthSchedule],
-    output: Output,
-    eps: float,
-    fetch: FetchParameters,
+    gm: GraphModule, *, streams: StreamSet, plan: ReadPlan, eps: float, fetch: FetchParameters
 ) -> PassResult:
-    """Rewrite the streams that have a schedule, in place, and return the replacements made.
+    """Execute a read plan, in place, and return the replacements made.
 
     The additions that this leaves without users are removed; everything else stays.
+
+    Args:
+        streams: the streams of this graph.
+        plan: what becomes of them, planned on this graph.
+        eps: added to the mean square of a source.
+        fetch: inserts the parameters of a read.
+
+    Raises:
+        RewriteError: A read of the graph does not see the sources that were planned, or lacks its gate.
     """
     moved: Moved = {}
     frozen = nodes_without_gradients(gm.graph)
-    rewrites = [
-        _StreamRewrite(gm, streams.sums, stream, schedules[stream.name], output, eps, fetch, moved, frozen)
-        for stream in streams.streams
-        if stream.name in schedules
-    ]
+    rewrites = [_StreamRewrite(gm, streams.sums, s, eps, fetch, moved, frozen) for s in plan.streams]
     # Node by node through all streams at once: what one of them writes, another may be read from.
     owner = {node: rewrite for rewrite in rewrites for node in rewrite.nodes}
     nodes = sorted(owner, key=streams.sums.order.__getitem__)
@@ -114,13 +99,13 @@ def insert_depth_attention_pass(
 
 
 class _StreamRewrite:
+    """One stream of a graph, rewritten state by state."""
+
     def __init__(
         self,
         gm: GraphModule,
         sums: FormalSums,
-        stream: Stream,
-        schedule: DepthSchedule,
-        output: Output,
+        plan: StreamPlan,
         eps: float,
         fetch: FetchParameters,
         moved: Moved,
@@ -128,21 +113,20 @@ class _StreamRewrite:
     ) -> None:
         self.graph = gm.graph
         self.sums = sums
-        self.stream = stream
-        self.schedule = schedule
-        self.output = output
+        self.plan = plan
+        self.stream = plan.stream
         self.eps = eps
         self.fetch = fetch
         self.moved = moved
         self.by_name: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         self.roots = self._roots()
         self.nodes = sorted((n for n, r in sums.root.items() if r in self.roots), key=sums.order.__getitem__)
-        extras = frozenset(f"+{t.node}" for t in stream.terms if t.sublayer is None)
+        extras = frozenset(extra_group(t.written_by) for t in self.stream.terms if t.sublayer is None)
         self.builder = SourceBuilder(self.graph, sums, self._groups(), moved, extras, frozen)
         self.unread_ends = self._unread_ends()
-        self.at_site: dict[Node, list[Read]] = {}
-        for read in stream.depth_reads:
-            self.at_site.setdefault(self._site(read), []).append(read)
+        self.at_site: dict[Node, list[DepthReadPlan]] = {}
+        for read in plan.reads:
+            self.at_site.setdefault(self.by_name[read.site], []).append(read)
 
     def _roots(self) -> dict[Node, Node | None]:
         """Root nodes of the stream's parts, each with the site of the norm read it continues."""
@@ -156,25 +140,16 @@ class _StreamRewrite:
         return {root: previous.get(root) for root in roots}
 
     def _groups(self) -> dict[Node, Group]:
-        groups: dict[Node, Group] = {self.by_name[self.stream.root.node]: Source("root")}
+        groups: dict[Node, Group] = {self.by_name[self.stream.root.node]: ROOT}
         for term in self.stream.terms:
-            node = self.by_name[term.written_by]
-            if term.sublayer is None:
-                groups[node] = f"+{term.node}"
-                continue
-            block = self.schedule.block_of(term.sublayer)
-            whole = self.schedule.variant == "block"
-            groups[node] = ("block", block) if whole else Source("sublayer", block, term.sublayer, term.sublayer + 1)
+            node, sublayer = self.by_name[term.written_by], term.sublayer
+            groups[node] = extra_group(node.name) if sublayer is None else self.plan.schedule.group_of(sublayer)
         return groups
 
     def _unread_ends(self) -> dict[Node, Source]:
-        """States at which a local block ends without a read of the stream alone, each with its summary."""
-        read = {r.position for r in self.stream.depth_reads if self._ends_local_block(r)}
-        if self.schedule.variant != "local" or self.stream.post_norm:
-            return {}
-        ends = {start - 1: block for block, start in enumerate(self.schedule.starts) if start and start not in read}
-        last = {t.sublayer: self.by_name[t.written_by] for t in self.stream.terms if t.sublayer in ends}
-        return {node: Source("summary", ends[sublayer]) for sublayer, node in last.items() if sublayer is not None}
+        """States at which a local block ends in a plain sum, each with the summary it is."""
+        last = {t.sublayer: self.by_name[t.written_by] for t in self.stream.terms}
+        return {last[self.plan.schedule.maker_of(summary)]: summary for summary in self.plan.unread_ends}
 
     def visit(self, node: Node) -> list[Replacement]:
         """Evaluate a state whose parents have been visited, and put in the reads that stand at it."""
@@ -189,79 +164,45 @@ class _StreamRewrite:
             self.builder.evaluate(node)
             return
         carried = self.builder.tables[site]
-        if self._summarises(self.sums.order[site], site):
-            carried = Table({self._summary(site): Entry(node)})
-        self.builder.tables[node] = carried
+        summary = next((r.summary for r in self.at_site.get(site, ()) if r.summary is not None), None)
+        self.builder.tables[node] = carried if summary is None else Table({summary: Entry(node)})
 
-    def _site(self, read: Read) -> Node:
-        """Where a read is put; at the end of a local block the state itself, since the chain goes on from it."""
-        state = self.by_name[read.state]
-        at_state = self._ends_local_block(read) and not self.stream.post_norm
-        return state if at_state else self.by_name[read.site]
-
-    def _ends_local_block(self, read: Read) -> bool:
-        return (
-            self.schedule.variant == "local"
-            and not read.extras
-            and 0 < read.position < self.schedule.num_sublayers
-            and read.position in self.schedule.starts
-        )
-
-    def _summarises(self, _: int, site: Node) -> bool:
-        return any(self.by_name[r.site] is site and self._ends_local_block(r) for r in self.stream.depth_reads)
-
-    def _summary(self, site: Node) -> Source:
-        read = next(r for r in self.stream.depth_reads if self.by_name[r.site] is site)
-        return Source("summary", self.schedule.block_of(read.position))
-
-    def _rewrite_read(self, read: Read, site: Node) -> Replacement:
-        state = self.by_name[read.state]
-        pairs = self._consumed(read, state)
+    def _rewrite_read(self, read: DepthReadPlan, site: Node) -> Replacement:
+        pairs = self._consumed(read)
         with self.graph.inserting_before(site.next):
-            sources = self.builder.nodes(self._table_of(read, site))
+            sources = self._sources(read, site)
             value, node = self._insert_read(read, site, sources)
         replayed = [(user, seen, self._replayed(value, site, seen)) for user, seen in pairs]
         for user, seen, replacement in replayed:
             user.replace_input_with(seen, replacement)
             self.moved[user, seen] = replacement
-        labels = self._labels(read, sources)
-        gain = node.args[4]
-        assert isinstance(gain, float)
-        if self._ends_local_block(read) and not self.stream.post_norm and site not in self.builder.whole:
-            summary = Source("summary", self.schedule.block_of(read.position))
-            self.builder.go_on_from(site, summary, value)
-        return Replacement(
-            stream=self.stream.name,
-            read=read.name,
-            node=node.name,
-            sources=tuple((label, s.name) for label, s in zip(labels, sources.values(), strict=True)),
-            block=self.schedule.block_of_read(read.position),
-            gain=gain,
-            replaced=site.name,
-        )
+        if read.summary is not None and not self.stream.post_norm and site not in self.builder.whole:
+            self.builder.go_on_from(site, read.summary, value)
+        return Replacement(read, node.name, tuple(s.name for s in sources))
 
-    def _table_of(self, read: Read, site: Node) -> Table:
-        """All of a block's sources for every read at its end, also where the chain goes on from a summary."""
-        at_end = self._ends_local_block(read) and site in self.builder.whole
-        return self.builder.whole[site] if at_end else self.builder.tables[site]
+    def _sources(self, read: DepthReadPlan, site: Node) -> list[Node]:
+        """The nodes of the planned sources; of a whole block also where the chain goes on from its summary."""
+        at_end = read.summary is not None and site in self.builder.whole
+        built = self.builder.nodes(self.builder.whole[site] if at_end else self.builder.tables[site])
+        if set(built) != set(read.groups):
+            there, planned = (" ".join(sorted(map(str, groups))) for groups in (built, read.groups))
+            raise RewriteError(
+                f"the read {read.read!r} of {read.stream!r} was planned with the sources {planned} and the graph has "
+                f"{there} at {site.name!r}: plan the reads of the graph that is rewritten."
+            )
+        return [built[group] for group in read.groups]
 
-    def _insert_read(self, read: Read, site: Node, sources: dict[Group, Node]) -> tuple[Node, Node]:
+    def _insert_read(self, read: DepthReadPlan, site: Node, sources: Sequence[Node]) -> tuple[Node, Node]:
         """The value consumers get, and the depth-attention node in it."""
-        found = [tensor_of(s) for s in sources.values()]
-        values = [v for v in found if v is not None]
-        dtype = values[0].dtype
-        for value in values[1:]:
-            dtype = torch.promote_types(dtype, value.dtype)
-        out = fake_like(values[0], dtype)
-        weights = self.fetch(self.stream, read, site)
-        summing = self.output == "sum"
-        gain = float(len(sources)) if summing and not self.stream.post_norm else 1.0
-        args = (list(sources.values()), weights.query, weights.key_weight, self.eps, gain)
+        values = [v for v in map(tensor_of, sources) if v is not None]
+        out = fake_like(values[0], reduce(torch.promote_types, (v.dtype for v in values)))
+        weights = self.fetch(read, site)
+        args = (list(sources), weights.query, weights.key_weight, self.eps, read.gain)
         node = insert_call(self.graph, DEPTH_ATTENTION, args, like=site, value=out)
-        if not (self.stream.post_norm and summing):
+        if not read.gated:
             return node, node
         if weights.gate is None:
-            raise RewriteError(f"the read {read.name!r} is on a post-norm stream and needs a gate.")
+            raise RewriteError(f"the read {read.read!r} is on a post-norm stream and needs a gate.")
         # r + g * (read - r): exactly r while the gate is zero.
         aten = torch.ops.aten
         spelled = (aten.sub.Tensor, aten.mul.Tensor, aten.add.Tensor) if is_aten(site) else _TORCH_ARITHMETIC
@@ -269,19 +210,14 @@ class _StreamRewrite:
         gated = insert_call(self.graph, spelled[1], (moved, weights.gate), like=site, value=out)
         return insert_call(self.graph, spelled[2], (site, gated), like=site, value=out), node
 
-    def _consumed(self, read: Read, state: Node) -> list[tuple[Node, Node]]:
+    def _consumed(self, read: DepthReadPlan) -> list[tuple[Node, Node]]:
+        """The consumers, each with what it takes of the state: the state itself, or a row map of it."""
+        state = self.by_name[read.state]
         pairs = []
         for name in read.consumers:
             user = self.by_name[name]
-            pairs += [(user, n) for n in user.all_input_nodes if n in self.roots_of and self._core(n) is state]
+            pairs += [(user, n) for n in user.all_input_nodes if n in self.sums.root and self._path(n)[0] is state]
         return pairs
-
-    @property
-    def roots_of(self) -> dict[Node, Node]:
-        return self.sums.root
-
-    def _core(self, node: Node) -> Node:
-        return self._path(node)[0]
 
     def _path(self, node: Node) -> list[Node]:
         path = [node]
@@ -299,10 +235,6 @@ class _StreamRewrite:
             with self.graph.inserting_after(node):
                 value = self.builder.apply(Replay(node, step.state, step.kind), value)
         return value
-
-    def _labels(self, read: Read, sources: Mapping[Group, Node]) -> Sequence[str]:
-        partial = {("block", s.block): str(s) for s in self.schedule.sources(read.position) if s.kind != "root"}
-        return [partial.get(g, str(g)) if isinstance(g, tuple) else str(g) for g in sources]
 
     def remove_if_orphan(self, node: Node) -> bool:
         """Erase a state nobody needs any more; whatever only asked for its shape asks a source."""
@@ -332,11 +264,4 @@ class _StreamRewrite:
 
 _TORCH_ARITHMETIC = (torch.sub, torch.mul, torch.add)
 
-__all__ = [
-    "DepthReadPlan",
-    "FetchParameters",
-    "ReadParameters",
-    "Replacement",
-    "insert_depth_attention_pass",
-    "plan_depth_reads",
-]
+__all__ = ["FetchParameters", "ReadParameters", "Replacement", "insert_depth_attention_pass"]

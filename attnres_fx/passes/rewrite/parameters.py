@@ -1,7 +1,5 @@
 """The parameters that the reads of a graph need, made new."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -10,22 +8,19 @@ from torch.fx import Graph
 from attnres_fx.config import AttnResConfig
 from attnres_fx.parameters import AttnResParameters, DepthRead
 from attnres_fx.passes.graph.nodes import tensor_of
-from attnres_fx.passes.streams.finding import Stream, StreamSet
-from attnres_fx.passes.streams.selection import reads_in_order
+from attnres_fx.passes.rewrite.read_plan import ReadPlan
 
 
-def make_parameters(
-    graph: Graph, root: nn.Module, streams: StreamSet, selected: Sequence[Stream], config: AttnResConfig
-) -> AttnResParameters:
-    """Queries, key gains and gates for the reads of a graph, in the dtype most of the model's weights have."""
+def make_parameters(graph: Graph, root: nn.Module, plan: ReadPlan, config: AttnResConfig) -> AttnResParameters:
+    """Queries, key gains and gates for the planned reads, in the dtype most of the model's weights have."""
     by_name = {n.name: n for n in graph.nodes}
+    dtype = _parameter_dtype(root)
     made = []
-    for stream, read in reads_in_order(streams, selected):
+    for read in plan.reads:
         value = tensor_of(by_name[read.site])
         assert value is not None
-        gated = config.output == "sum" and stream.post_norm
-        dtype = _parameter_dtype(root) or value.dtype
-        made.append(DepthRead(read.name, stream.width, gated=gated, dtype=dtype, device=_device(value, root)))
+        device = _device(value, root)
+        made.append(DepthRead(read.read, read.width, gated=read.gated, dtype=dtype or value.dtype, device=device))
     return AttnResParameters(made, config)
 
 

@@ -5,7 +5,6 @@ block, a summary) to entry. Row maps wait on a state until a read needs an entry
 replayed on it, and replays are shared.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -23,9 +22,11 @@ from attnres_fx.passes.graph.nodes import (
     tensor_of,
 )
 from attnres_fx.passes.graph.operations import is_aten, op_name
+from attnres_fx.passes.schedule import Source
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
 
-Group = Hashable
+#: What an entry is counted under: a source, or the name of a term outside the chain.
+Group = Source | str
 #: What a node takes instead of one of its former arguments, where a read was put between the two.
 Moved = dict[tuple[Node, Node], Node]
 _IDENTITY_AT_SAME_SHAPE = frozenset(["slice", "narrow", "expand", "expand_as", "broadcast_to", "getitem"])

@@ -1,10 +1,8 @@
 """Which of the streams found are rewritten."""
 
-from collections.abc import Sequence
-
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import NoStreamError, NotAdditiveError, StreamWidthError
-from attnres_fx.passes.streams.finding import Read, Stream, StreamSet
+from attnres_fx.passes.streams.finding import Stream, StreamSet
 
 
 def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tuple[Stream, ...]:
@@ -24,10 +22,3 @@ def _no_stream_message(streams: StreamSet, name: str) -> str:
         f"{name} has no residual stream: no addition x + f(x) was found in which f does more than elementwise "
         f"work on x." + (f" What came near: {why}." if why else "") + " See attnres_fx.inspect(model, args, kwargs)."
     )
-
-
-def reads_in_order(streams: StreamSet, selected: Sequence[Stream]) -> list[tuple[Stream, Read]]:
-    """Every read that gets an operator, in execution order over all streams."""
-    order = {node.name: i for node, i in streams.sums.order.items()}
-    reads = [(s, r) for s in selected for r in s.depth_reads]
-    return sorted(reads, key=lambda pair: order[pair[1].site])

@@ -11,7 +11,7 @@ from attnres_fx.passes import (
     analyze_,
     find_streams,
     insert_depth_attention_pass,
-    plan_schedule,
+    plan_depth_reads,
 )
 from attnres_fx.passes.graph.nodes import insert_attribute
 from tests.support.pass_checks import (
@@ -35,18 +35,18 @@ def post_norm(m, x):
     return m.norm_2(h + m.mlp_1(h))
 
 
-def inserting(variant="full", streams=None, schedules=None):
+def inserting(variant="full", streams=None, selected=None):
     """The pass with fresh parameters: queries and gates of zero."""
 
     def run(gm):
         found = analyze_(gm) if streams is None else streams
         config = ax.AttnResConfig(variant=variant, **({} if variant == "full" else {"num_blocks": 2}))
-        plans = {s.name: plan_schedule(s.num_sublayers, config) for s in found.streams}
+        plan = plan_depth_reads(found, found.streams if selected is None else selected, config)
 
-        def fetch(stream, read, like):
+        def fetch(read, like):
             made = []
             for kind, value in (("query", torch.zeros(8)), ("key", torch.ones(8)), ("gate", torch.zeros(()))):
-                if kind == "gate" and not stream.post_norm:
+                if kind == "gate" and not read.gated:
                     continue
                 name = f"{kind}_{read.position}"
                 gm.register_parameter(name, nn.Parameter(value))
@@ -56,8 +56,7 @@ def inserting(variant="full", streams=None, schedules=None):
         return insert_depth_attention_pass(
             gm,
             streams=found,
-            schedules=plans if schedules is None else schedules,
-            output="sum",
+            plan=plan,
             eps=1e-6,
             fetch=fetch,
         )
@@ -108,5 +107,5 @@ def test_a_second_run_finds_nothing_left_to_do():
 
 def test_streams_without_a_schedule_and_graphs_without_streams_stay_as_they_are():
     gm = captured(toy(two_layers), (rows(),), "export")
-    check_idle(inserting(streams=analyze_(gm), schedules={}), gm)
+    check_idle(inserting(streams=analyze_(gm), selected=()), gm)
     check_idle(inserting(), captured(toy(lambda m, x: m.head(m.norm_1(x))), (rows(),), "export"))
