@@ -138,13 +138,15 @@ def stages_of(
     chains: `chains_of(converted)`, where the caller has it.
     """
     chains = chains_of(converted) if chains is None else chains
-    # Modes that share one graph share its cut.
-    by_chain = {id(c): split_chain(c.gm, c.chain, starts, c.labels) for c in chains.values()}
-    splits = {m: by_chain[id(c)] for m, c in chains.items()}
-    for split in splits.values():
+    distinct = {id(c): c for c in chains.values()}  # modes that share one graph share its cut
+    cuts = {i: split_chain(c.gm, c.chain, starts, c.labels) for i, c in distinct.items()}
+    for split in cuts.values():
         refuse_empty_stages(split)
-    graphs = {m: stage_graphs(s, num_ranks=num_stages, cache=cache) for m, s in splits.items()}
-    parts = {m: sublayer_graphs(splits[m], g) for m, g in graphs.items()} if recompute else {}
+    whole = {i: stage_graphs(s, num_ranks=num_stages, cache=cache) for i, s in cuts.items()}
+    sublayers = {i: sublayer_graphs(s, whole[i]) for i, s in cuts.items()} if recompute else {}
+    splits = {m: cuts[id(c)] for m, c in chains.items()}
+    graphs = {m: whole[id(c)] for m, c in chains.items()}
+    parts = {m: sublayers[id(c)] for m, c in chains.items()} if recompute else {}
     roots = [converted, *(c.gm for c in chains.values())]
     stages = [
         Stage(

@@ -16,7 +16,7 @@ from attnres_fx.errors import PlanError
 from attnres_fx.partition.split.input_sizes import concrete_shape, sizes_for
 from attnres_fx.partition.split.routes import StageRoute, StageValue
 from attnres_fx.partition.split.stage_graphs import Split, StageGraph
-from attnres_fx.passes.graph.nodes import tensor_of
+from attnres_fx.passes.graph.nodes import copy_graph, tensor_of
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.normalize.inline_regions import getattr_path
 
@@ -66,13 +66,14 @@ class Stage(GraphRunner, GraphModule):
         _take_attributes(self, roots, [g.graph for g in graphs.values()])
         self.index = index
         self.lowering = lowering or Lowering()
-        self.graph = graphs[first].graph
         self.programs = {m: self._stage_program(g, m == "train", (parts or {}).get(m, ())) for m, g in graphs.items()}
+        self.graph = self.programs[first].graph
+        self.graph.owning_module = None
         type(self).forward = _forward  # type: ignore[method-assign]
         nn.Module.train(self, first == "train")
 
     def _stage_program(self, graph: StageGraph, training: bool, parts: Sequence[StageGraph] = ()) -> StageProgram:
-        made = self._program(graph.graph, training)
+        made = self._program(copy_graph(graph.graph), training)  # modes may share a graph
         sublayers = tuple(self._stage_program(p, training) for p in parts)
         return StageProgram(made.graph, made.call, made.lowered, graph.route, graph.inputs, sublayers)
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 import attnres_fx as ax
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 from attnres_fx.errors import PlanError
+from attnres_fx.partition.split import chained_model, stage_graphs
 from tests.support.cutting import assert_same, cut, evenly, spread
 from tests.support.families import FAMILIES
 
@@ -335,3 +337,23 @@ def test_every_gradient_crosses_where_its_value_did(kind):
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert torch.allclose(found[name], gradient, atol=1e-4, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("traced", "graphs"), [(False, 2), (True, 1)])
+def test_each_graph_is_exported_ordered_and_cut_once(monkeypatch, traced, graphs, recompute):
+    model = torch.fx.symbolic_trace(gpt()) if traced else gpt()
+    plan = ax.plan(model, kwargs=IDS, num_stages=2, config=ax.AttnResConfig(num_blocks=2), recompute=recompute)
+    calls = Counter()
+
+    def count(module, name):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: calls.update([name]) or original(*a, **k))
+
+    for name in ("chain_graph", "split_chain", "export_flat"):
+        count(chained_model, name)
+    count(stage_graphs, "split_chain")  # by sublayer
+    ax.build_stages(model, plan, check=False)
+    assert calls["chain_graph"] == graphs
+    assert calls["split_chain"] == graphs * (1 + recompute)
+    assert calls["export_flat"] == int(traced)
