@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from attnres_fx.conversion.verify import verify
     from attnres_fx.errors import AttnResError
     from attnres_fx.parameters import parameter_groups
-    from attnres_fx.partition.plan.planning import build_stages, load_plan, plan
+    from attnres_fx.partition.plan.build_stages import build_stages
+    from attnres_fx.partition.plan.planning import load_plan, plan
     from attnres_fx.passes.lowering.lower import Lowering
 
 _HOMES = {
@@ -26,7 +27,7 @@ _HOMES = {
     "ConvertedModel": "attnres_fx.conversion.converted_model",
     "Lowering": "attnres_fx.passes.lowering.lower",
     "attach": "attnres_fx.backend.attach",
-    "build_stages": "attnres_fx.partition.plan.planning",
+    "build_stages": "attnres_fx.partition.plan.build_stages",
     "compile": "attnres_fx.backend.compile",
     "convert": "attnres_fx.conversion.convert",
     "depth_weights": "attnres_fx.analysis.depth_weights",

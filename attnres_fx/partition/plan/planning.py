@@ -1,4 +1,4 @@
-"""`plan` and `build_stages`: where to cut a model for a pipeline, and the modules between the cuts."""
+"""`plan` and `load_plan`: where to cut a model for a pipeline."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,102 +8,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.fx import Graph, GraphModule
 
-from attnres_fx.capture.programs import Captured, capture
 from attnres_fx.config import AttnResConfig
-from attnres_fx.conversion.convert import Model, convert, refuse_converted, rewrite_
+from attnres_fx.conversion.convert import Model
 from attnres_fx.conversion.converted_model import ConvertedModel
-from attnres_fx.errors import AttnResError, CaptureError, PlanError, ScheduleError
+from attnres_fx.errors import PlanError
 from attnres_fx.partition.checked_values import checked_amount, checked_index, checked_items
-from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.measure import measure_costs
-from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts
+from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule
-from attnres_fx.partition.plan.fingerprint import ModelFingerprint, fingerprint_part
 from attnres_fx.partition.plan.plan import InputSpec, Plan, PlanOptions
+from attnres_fx.partition.plan.planned_model import (
+    carried_values,
+    converted_chain,
+    fingerprint,
+    name_of,
+    original_model,
+)
 from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest
 from attnres_fx.partition.planner.search import find_partition
-from attnres_fx.partition.split.chained_model import (
-    ChainedGraph,
-    chain_graph,
-    chains_of,
-    name_as_the_model_does,
-    stages_of,
-)
 from attnres_fx.partition.split.stage_graphs import refuse_empty_stages, split_chain
-from attnres_fx.partition.split.stages import Stages
-from attnres_fx.passes import DepthSchedule, Lowering, analyze_, plan_depth_reads
-from attnres_fx.passes.normalize.inline_regions import getattr_path
-from attnres_fx.passes.rewrite.parameters import make_parameters
-from attnres_fx.passes.streams.selection import select_streams
-
-
-class _Original:
-    """One mode of a model that is not converted yet, rewritten for whatever blocks are asked."""
-
-    def __init__(self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig):
-        refuse_converted(model)
-        self.name = type(model).__name__
-        self.config = config
-        self.captured = _captured(model, args, kwargs)
-        self.pristine = next(iter(self.captured.graphs.values())).gm
-
-    def rewritten(
-        self, schedules: Mapping[str, DepthSchedule] | None = None
-    ) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
-        """The graph with depth attention for these blocks, by default those of the config, and its schedules."""
-        gm = _copied(self.pristine)
-        name_as_the_model_does(gm, self.captured.root)
-        found = analyze_(gm)
-        selected = select_streams(found, self.config, self.name)
-        plan = plan_depth_reads(found, selected, self.config, schedules=schedules)
-        parameters = make_parameters(gm.graph, self.captured.root, plan, self.config)
-        replacements = rewrite_(gm, found, plan, parameters)
-        return chain_graph(gm, selected, replacements), {s.stream.name: s.schedule for s in plan.streams}
-
-
-def _captured(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Captured:
-    """One mode: the train graph where there is one, since that is what a pipeline trains."""
-    try:
-        return capture(model, args, kwargs, modes=("train",))
-    except CaptureError as error:
-        try:
-            return capture(model, args, kwargs, modes=("eval",))
-        except (CaptureError, KeyError):
-            raise error from error.__cause__
-
-
-class _Traced:
-    """A symbolic trace: its modules are opened, and its operations known, when it is exported again."""
-
-    def __init__(self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig):
-        self.model, self.args, self.kwargs, self.config = model, args, kwargs, config
-
-    def rewritten(self, schedules: BlockLayouts | None = None) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
-        config = self.config
-        if schedules:
-            (blocks,) = schedules.values()
-            config = replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
-        return _converted_chain(convert(self.model, self.args, self.kwargs, config=config, check=False))
-
-
-def _copied(gm: GraphModule) -> GraphModule:
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return GraphModule(gm, graph)
-
-
-def carried_values(chained: ChainedGraph) -> tuple[CarriedValue, ...]:
-    """What sublayers hand to later ones besides the sources of their streams."""
-    count = chained.chain.num_sublayers
-    every = split_chain(chained.gm, chained.chain, range(count), chained.labels)
-    return tuple(
-        CarriedValue(v.name, v.bytes, v.produced, v.used, v.differentiable)
-        for v in every.values
-        if v.name not in chained.labels
-    )
 
 
 def plan(
@@ -129,19 +53,34 @@ def plan(
 ) -> Plan:
     """Choose where blocks and pipeline stages begin, and say what that costs; changes nothing.
 
-    model: an original (its blocks are chosen) or a converted one (its blocks are kept), with weights or on `meta`.
-    args, kwargs: example arguments of ONE microbatch. num_stages: ranks P; virtual_stages: V, stages on each of them.
-    num_microbatches: a step; 4 P by default. schedule: "GPipe", "1F1B" (default for V = 1), "Interleaved1F1B" (default
-    for V > 1) or "InterleavedZeroBubble".
-    config: as for `convert`; without block options in it, blocks are chosen: `num_blocks` of them, a number or (fewest,
-    most), by default about eight. starts: first sublayer of every virtual stage, to choose only the blocks.
-    align: "require" cuts at the ends of blocks alone; "prefer" lets a block span stages where that is better.
-    memory_limit: bytes a rank. device: speeds; link_bandwidth: bytes a second, in place of the device's.
-    recompute: sublayers keep only their inputs for backward. optimizer_factor: bytes of gradient and optimizer state
-    per byte of parameter. cache: whether ranks keep the values they have seen. costs: in place of those measured.
-
-    Raises PlanError where nothing fits, saying what to change, and whatever `convert` raises.
     Source: arXiv 2603.15031, section 4.1.
+
+    Args:
+        model: An original (its blocks are chosen) or a converted one (its blocks are kept), with weights or on `meta`.
+        args: Example arguments of ONE microbatch.
+        kwargs: The same, by keyword.
+        num_stages: Ranks P.
+        virtual_stages: V, stages on each rank.
+        num_microbatches: Of one step; 4 P by default.
+        schedule: "GPipe", "1F1B" (default for V = 1), "Interleaved1F1B" (default for V > 1) or "InterleavedZeroBubble".
+        config: As for `convert`; without block options in it, blocks are chosen.
+        num_blocks: How many blocks, a number or (fewest, most); by default about eight.
+        starts: First sublayer of every virtual stage, to choose only the blocks.
+        align: "require" cuts at the ends of blocks alone; "prefer" lets a block span stages where that is better.
+        memory_limit: Bytes a rank.
+        link_bandwidth: Bytes a second, in place of the device's.
+        device: Speeds of every rank.
+        recompute: Whether sublayers keep only their inputs for backward.
+        optimizer_factor: Bytes of gradient and optimizer state per byte of parameter.
+        cache: Whether ranks keep the values they have seen.
+        costs: In place of those measured.
+
+    Returns:
+        The plan: print it, save it, plot it, hand it to `build_stages`.
+
+    Raises:
+        PlanError: An option is of another kind, or nothing fits; the error says what to change.
+        AttnResError: Whatever `convert` raises.
     """
     _check_given(starts, num_blocks, optimizer_factor)
     for name, value, kind in (
@@ -166,8 +105,8 @@ def plan(
     if link_bandwidth is not None:
         device = replace(device, link_bandwidth=link_bandwidth)
     config, given = _config_of(model, config)
-    original = None if isinstance(model, ConvertedModel) else _original(model, args, kwargs, config)
-    chained, schedules = original.rewritten() if original else _converted_chain(model)
+    original = None if isinstance(model, ConvertedModel) else original_model(model, args, kwargs, config)
+    chained, schedules = original.rewritten() if original else converted_chain(model)
     if costs is None:
         costs = measure_costs(chained.gm, chained.chain, carried=carried_values(chained))
     elif len(costs.sublayers) != chained.chain.num_sublayers:
@@ -205,7 +144,7 @@ def plan(
     split = split_chain(chained.gm, chained.chain, partition.starts, chained.labels)
     refuse_empty_stages(split)
     return Plan(
-        model=fingerprint(_name_of(model), chained),
+        model=fingerprint(name_of(model), chained),
         config=config,
         options=options,
         device=device,
@@ -218,78 +157,18 @@ def plan(
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read what `Plan.save` wrote. Raises PlanError for a file that is cut short, edited, or of another format."""
-    return Plan.load(path)
+    """Read what `Plan.save` wrote.
 
+    Args:
+        path: Of the file.
 
-def build_stages(
-    model: Model,
-    plan: Plan,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    check: bool = True,
-    lowering: Lowering | None = None,
-) -> Stages:
-    """Cut a model where a plan says: one module per virtual stage, in order.
+    Returns:
+        The plan.
 
-    model: what the plan was made for; an original is converted with the plan's config first, on `args` and `kwargs`, or
-    on zeros of the planned shapes. check: of that conversion. lowering: of each stage, as for `convert`.
-    Returns Stages: `stages[c]` is a GraphModule that holds its own parameters alone, under the names they have in the
-    model, on whatever device they are (`meta` too). Weights are shared with the model.
-
-    Raises PlanError for another model than the planned one, and whatever `convert` raises.
+    Raises:
+        PlanError: The file is cut short, edited or of another format, or what it holds makes no sense together.
     """
-    if not isinstance(plan, Plan):
-        raise PlanError(f"plan must be a Plan; it is a {type(plan).__name__}. Read a file with attnres_fx.load_plan.")
-    converted = model if isinstance(model, ConvertedModel) else _convert(model, plan, args, kwargs, check, lowering)
-    plan.check_config(converted.report.config)
-    chains = chains_of(converted)
-    chained = next(iter(chains.values()))
-    plan.check_model(fingerprint(_name_of(converted), chained))
-    blocks = {s.stream.name: s.schedule for s in converted.report.streams}
-    for name, planned in plan.block_layouts.items():
-        if blocks[name].starts != planned.starts:
-            raise PlanError(
-                f"the plan's blocks of {name!r} begin at {planned.starts} and the model's at {blocks[name].starts}: "
-                f"convert with plan.config, or plan for this model."
-            )
-    return stages_of(
-        converted,
-        plan.starts,
-        num_stages=plan.num_stages,
-        virtual_stages=plan.virtual_stages,
-        cache=plan.options.cache,
-        lowering=lowering,
-        recompute=plan.options.recompute,
-        chains=chains,
-    )
-
-
-def _convert(
-    model: Model,
-    plan: Plan,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    check: bool,
-    lowering: Lowering | None,
-) -> ConvertedModel:
-    if not args and not kwargs:
-        args, kwargs = _example(plan, model)
-    try:
-        return convert(model, args, kwargs, config=plan.config, check=check, lowering=lowering)
-    except ScheduleError as error:
-        raise PlanError(
-            f"the plan was made for another model, of {len(plan.costs.sublayers)} sublayers: {error} Plan again for "
-            f"this model."
-        ) from error
-    except AttnResError:
-        raise
-    except Exception as error:
-        raise PlanError(
-            f"the model does not run on the planned example ({type(error).__name__}: {error}): plan again for this "
-            f"model, or give build_stages args and kwargs that it takes."
-        ) from error
+    return Plan.load(path)
 
 
 def _check_given(starts: Any, num_blocks: Any, optimizer_factor: Any) -> None:
@@ -343,22 +222,6 @@ def _counts(num_blocks: int | tuple[int, int] | None, config: AttnResConfig) -> 
     return config.num_blocks if num_blocks is None else int(num_blocks)
 
 
-def _original(
-    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig
-) -> "_Original | _Traced":
-    traced = isinstance(model, GraphModule) and not hasattr(model, "_in_spec")
-    return (_Traced if traced else _Original)(model, args, kwargs, config)
-
-
-def _converted_chain(model: Any) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
-    chains = chains_of(model)
-    return chains.get("train") or chains["eval"], {s.stream.name: s.schedule for s in model.report.streams}
-
-
-def _name_of(model: Any) -> str:
-    return model.report.model if isinstance(model, ConvertedModel) else type(model).__name__
-
-
 def _notes(schedule: str, costs: ModelCosts, chosen: bool, config: AttnResConfig) -> tuple[str, ...]:
     notes = []
     if as_pipeline_schedule(schedule).splits_backward:
@@ -366,23 +229,6 @@ def _notes(schedule: str, costs: ModelCosts, chosen: bool, config: AttnResConfig
     if chosen and len(costs.streams) > 1 and config.variant != "full":
         notes.append("the model has several streams: each has the blocks config gives it, and stages alone are chosen")
     return tuple(notes)
-
-
-def fingerprint(name: str, chained: ChainedGraph) -> ModelFingerprint:
-    """Names, shapes and dtypes of what every sublayer holds, without what a conversion adds."""
-    chain = chained.chain
-    parts = []
-    for unit in range(-1, chain.num_sublayers + 1):
-        held = {
-            str(i.target): getattr_path(chained.gm, str(i.target))
-            for n in chain.members(unit)
-            for i in n.all_input_nodes
-            if i.op == "get_attr" and not str(i.target).startswith("attnres.")
-        }
-        own = [(n, t) for n, t in held.items() if isinstance(t, nn.Parameter)]
-        label = chain.names[unit] if 0 <= unit < chain.num_sublayers else ("before" if unit < 0 else "after")
-        parts.append(fingerprint_part(label, own))
-    return ModelFingerprint(name, parts[0], tuple(parts[1:-1]), parts[-1])
 
 
 def _input_specs(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[InputSpec, ...]:
@@ -396,27 +242,3 @@ def _input_specs(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple
         except TypeError:
             found.append(InputSpec(name))
     return tuple(found)
-
-
-def _example(plan: Plan, model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Zeros of the planned shapes, on the model's device."""
-    tensors = model.parameters() if isinstance(model, nn.Module) else ()
-    device = next((p.device for p in tensors), torch.device("cpu"))
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for spec in plan.inputs:
-        if not spec.dtype and spec.value is None:
-            raise PlanError(
-                f"argument {spec.name!r} of the planned example cannot be made again from the plan: give build_stages "
-                f"args and kwargs."
-            )
-        value = (
-            torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-            if spec.dtype
-            else json.loads(str(spec.value))
-        )
-        if spec.name.isdigit():
-            args.append(value)
-        else:
-            kwargs[spec.name] = value
-    return tuple(args), kwargs
