@@ -1,6 +1,5 @@
 """The rewrite of one graph from Dynamo: the passes that `convert` uses, on the queries that the graph takes."""
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +25,7 @@ from attnres_fx.passes import (
     plan_depth_reads,
     run_pass,
 )
+from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.nodes import tensor_of
 from attnres_fx.passes.graph.operations import trains
 from attnres_fx.passes.lowering.read_calls import OPERATORS, kernels_of
@@ -82,7 +82,7 @@ def rewrite_graph(gm: GraphModule, inner: str, lowering: Lowering) -> GraphModul
 
 def _copied(gm: GraphModule) -> GraphModule:
     """A copy on the same tensors, with what Dynamo knows of its inputs: which are parameters and stay in place."""
-    copied = GraphModule(gm, copy.deepcopy(gm.graph))
+    copied = GraphModule(gm, copy_graph(gm.graph))
     copied.meta = dict(gm.meta)
     for old, new in zip(gm.graph.nodes, copied.graph.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):

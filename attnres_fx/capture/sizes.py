@@ -1,6 +1,5 @@
 """Which sizes of a model's arguments are free, and which of them a captured graph holds for."""
 
-import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.isolated_run import Mode, run_untouched
 from attnres_fx.capture.signature import InputShape, dtype_kind
+from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.nodes import plain_size
 
 #: Called with the flat inputs of a graph; raises AssertionError where it does not hold for their sizes.
@@ -146,7 +146,7 @@ def refused_ones(
         return {}
     places = [(s, i) for s in shapes if s is not None for i, size in enumerate(s.sizes) if isinstance(size, str)]
     refused = {}
-    bare = GraphModule(gm, copy.deepcopy(gm.graph))  # without the hooks that export puts on its modules
+    bare = GraphModule(gm, copy_graph(gm.graph))  # without the hooks that export puts on its modules
     for symbol in dict.fromkeys(str(shape.sizes[i]) for shape, i in places):
         cut = [_cut_to_one(leaf, shape, symbol) for leaf, shape in zip(leaves, shapes, strict=True)]
         cut_args, cut_kwargs = pytree.tree_unflatten(cut, spec)

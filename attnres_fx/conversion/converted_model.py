@@ -20,7 +20,7 @@ from attnres_fx.conversion.graph_runner import GraphRunner, Program
 from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.errors import ArgumentError, RewriteError
 from attnres_fx.parameters import AttnResParameters
-from attnres_fx.passes.graph.nodes import copy_graph
+from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.normalize.inline_regions import getattr_path
 from attnres_fx.passes.rewrite.depth_attention import Replacement

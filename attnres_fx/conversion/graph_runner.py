@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.errors import ModeError
-from attnres_fx.passes.graph.nodes import copy_graph, on_device
+from attnres_fx.passes.graph.copying import copy_graph, on_device
 from attnres_fx.passes.lowering.lower import Lowering, lower_
 from attnres_fx.passes.lowering.norms import hooked
 
@@ -108,7 +108,7 @@ class GraphRunner(nn.Module):
         if mode not in self.programs:
             raise ModeError(self._why_no_graph(mode))
         program = self.programs[mode]
-        return GraphModule(self, copy.deepcopy(program.lowered.graph if lowered else program.graph))
+        return GraphModule(self, copy_graph(program.lowered.graph if lowered else program.graph))
 
     def _why_no_graph(self, mode: Mode) -> str:
         return f"this module has no {mode} graph: capture the model in {mode} mode too."

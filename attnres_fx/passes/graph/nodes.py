@@ -1,7 +1,6 @@
 """What every pass needs of a graph: values, places in the user's source, and one way to insert nodes."""
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -199,34 +198,3 @@ def nodes_without_gradients(graph: Graph) -> frozenset[Node]:
         elif not enabled:
             off.add(node)
     return frozenset(off)
-
-
-def copy_graph(graph: Graph) -> Graph:
-    """A copy with the same tracer and code generator; its nodes share the metadata's values."""
-    copied = Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
-    copied.set_codegen(copy.deepcopy(graph._codegen))
-    copied.output(copied.graph_copy(graph, {}))
-    return copied
-
-
-def on_device(graph: Graph, device: torch.device) -> Graph | None:
-    """A copy of a graph whose factory calls make their tensors on that device; None where none makes them elsewhere.
-
-    A trace writes the device of its example into `arange`, `full`, casts: moved weights need moved constants.
-    """
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, torch.device) and value != device:
-            return device
-        return value
-
-    def changed(node: Node) -> bool:
-        return any(v is not moved(v) for v in (*node.args, *node.kwargs.values()))
-
-    if not any(changed(n) for n in graph.nodes):
-        return None
-    copied = copy_graph(graph)
-    for node in copied.nodes:
-        node.args = tuple(moved(a) for a in node.args)
-        node.kwargs = {k: moved(v) for k, v in node.kwargs.items()}
-    return copied
