@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from attnres_fx.partition.costs.saved_attention import KEPT_ATTENTION
 from attnres_fx.partition.costs.unit_graph import Body, bytes_of, fake_mode, hint, is_returned, tensor_value
 from attnres_fx.passes.graph.nodes import tensor_of
-from attnres_fx.passes.graph.operations import CASTS, IDENTITIES, RESHAPES, TOKEN_MOVES, op_name
+from attnres_fx.passes.graph.operations import moves_data, op_name
 
 log = logging.getLogger(__name__)
 
@@ -148,4 +148,4 @@ def _is_kept_for(users: Sequence[Node]) -> bool:
 
 
 def _passes_on(node: Node) -> bool:
-    return op_name(node) in CASTS | IDENTITIES | RESHAPES | TOKEN_MOVES
+    return moves_data(node)

@@ -16,11 +16,10 @@ from torch.fx import Graph, GraphModule, Node
 from attnres_fx.errors import PlanError
 from attnres_fx.passes.graph.mutation_order import Writes, find_writes
 from attnres_fx.passes.graph.nodes import describe, tensor_of, value_of
-from attnres_fx.passes.graph.operations import op_name
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, is_random, op_name
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.normalize.inline_regions import getattr_path
-
-_MODES = ("is_grad_enabled", "_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def find_chain(gm: GraphModule, streams: Sequence[ChainStream], reads: Sequence[
 
 def is_mode_switch(node: Node) -> bool:
     """Whether a node switches autocast or gradients, or asks how they are switched."""
-    return getattr(node.target, "__name__", "") in _MODES
+    return has_trait(node, Trait.SWITCHES_MODE | Trait.ASKS_MODE)
 
 
 class _Placing:
@@ -253,11 +252,6 @@ def _ancestors(nodes: Sequence[Node]) -> Iterator[Node]:
             seen.add(node)
             stack += node.all_input_nodes
             yield node
-
-
-def is_random(node: Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or "dropout" in op_name(node)
 
 
 def size_in_bytes(node: Node) -> int:

@@ -22,7 +22,8 @@ from attnres_fx.partition.split.input_sizes import Symbols, symbols_of
 from attnres_fx.partition.split.routes import StageRoute, StageValue, route_values
 from attnres_fx.passes.graph.mutation_order import Writes
 from attnres_fx.passes.graph.nodes import describe, nodes_without_gradients, tensor_of, value_of
-from attnres_fx.passes.graph.operations import CASTS, RESHAPES, TOKEN_MOVES, op_name
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, op_name
 from attnres_fx.passes.normalize.inline_regions import getattr_path
 
 
@@ -125,7 +126,8 @@ def _repeated(graph: Graph, stage: Mapping[Node, int], used: dict[Node, set[int]
 
 def _viewed(node: Node) -> Node | None:
     """What a view or a cast is of."""
-    if op_name(node) not in CASTS | RESHAPES | TOKEN_MOVES | {"detach"} or not node.args:
+    shows = has_trait(node, Trait.CAST | Trait.RESHAPE | Trait.TOKEN_MOVE) or op_name(node) == "detach"
+    if not shows or not node.args:
         return None
     base = node.args[0]
     return base if isinstance(base, Node) and tensor_of(base) is not None and tensor_of(node) is not None else None

@@ -11,29 +11,23 @@ import torch
 from torch.fx import Node
 
 from attnres_fx.passes.graph.nodes import computed_value, tensor_of
+from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import (
-    CASTS,
     called_module,
     dropout_probability,
+    has_trait,
     indexes_by_tensor,
     is_dropout,
     op_name,
     trains,
 )
 
-_NO_MUTATION = frozenset(["requires_grad_", "retain_grad_", "_set_grad_enabled", "share_memory_"])
-#: In-place operations that change how a tensor looks at its storage, and nothing in it.
-_RESHAPE_IN_PLACE = frozenset(["unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"])
-#: Views where the strides allow one, copies where they do not.
-_MAYBE_COPIES = frozenset(["reshape", "flatten", "contiguous", "reshape_as", "ravel"])
-#: Views in fact, although their schemas call them copies.
-_UNSAFE = frozenset(["unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"])
 _ATTRIBUTE_VIEWS = frozenset(["T", "mT", "H", "mH", "real", "imag", "data"])
 
 
 def mutated_arguments(node: Node) -> list[Node]:
     """The tensors whose storage a node writes into."""
-    if op_name(node) in _RESHAPE_IN_PLACE:
+    if has_trait(node, Trait.RESHAPE_IN_PLACE):
         return []
     found = _written(node)
     nodes = found if isinstance(found, list | tuple) else [found]
@@ -47,7 +41,7 @@ def written_as_one(node: Node) -> bool:
 
 def reshaped_in_place(node: Node) -> Node | None:
     """The tensor that a node gives another shape, in place and without touching its values."""
-    target = _first(node) if op_name(node) in _RESHAPE_IN_PLACE else None
+    target = _first(node) if has_trait(node, Trait.RESHAPE_IN_PLACE) else None
     return target if isinstance(target, Node) else None
 
 
@@ -65,7 +59,7 @@ def _written(node: Node) -> Any:
         return node.kwargs["out"]
     if node.op == "call_function" and node.kwargs.get("inplace") is True:
         return _first(node)
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _NO_MUTATION
+    in_place = name.endswith("_") and not name.endswith("__") and not has_trait(node, Trait.NO_WRITE)
     return _first(node) if in_place else None
 
 
@@ -83,26 +77,33 @@ def _written_by_schema(node: Node) -> Any:
 
 def aliased_argument(node: Node) -> Node | None:
     """The tensor whose storage a node's value shares, if it is a view of one (or may be)."""
-    name, first = op_name(node), _first(node)
-    if not isinstance(first, Node):
-        return None
-    before, after = tensor_of(first), tensor_of(node)
+    first = _first(node)
+    return first if isinstance(first, Node) and _is_view_of(node, first) else None
+
+
+def _is_view_of(node: Node, first: Node) -> bool:
+    name, before = op_name(node), tensor_of(first)
     if before is None:  # one of several views
-        return first if name == "getitem" and _is_view_by_schema(op_name(first), first) else None
+        return name == "getitem" and _is_view_by_schema(op_name(first), first)
     if name == "getitem":
-        return None if indexes_by_tensor(node.args[1]) else first
+        return not indexes_by_tensor(node.args[1])
     if name == "getattr":
-        return first if node.args[1] in _ATTRIBUTE_VIEWS else None
+        return node.args[1] in _ATTRIBUTE_VIEWS
     if name == "identity":
-        return first
+        return True
     if is_dropout(node):
-        return first if trains(node) is False or dropout_probability(node) == 0 else None
-    if name in CASTS:
-        kept = after is not None and after.dtype == before.dtype and after.device == before.device
-        return first if kept and not node.kwargs.get("copy") and _shares(node, first, before) else None
-    if name in _MAYBE_COPIES:
-        return first if before.is_contiguous() or _shares(node, first, before) else None
-    return first if _is_view_by_schema(name, node) else None
+        return trains(node) is False or dropout_probability(node) == 0
+    if has_trait(node, Trait.CAST):
+        return _changes_nothing(node, before) and _shares(node, first, before)
+    if has_trait(node, Trait.MAYBE_COPIES):
+        return before.is_contiguous() or _shares(node, first, before)
+    return _is_view_by_schema(name, node)
+
+
+def _changes_nothing(cast: Node, before: torch.Tensor) -> bool:
+    after = tensor_of(cast)
+    same = after is not None and after.dtype == before.dtype and after.device == before.device
+    return same and not cast.kwargs.get("copy")
 
 
 def _shares(node: Node, first: Node, before: torch.Tensor) -> bool:
@@ -114,7 +115,7 @@ def _shares(node: Node, first: Node, before: torch.Tensor) -> bool:
 
 
 def _is_view_by_schema(name: str, node: Node) -> bool:
-    if name in _UNSAFE:
+    if has_trait(node, Trait.VIEW):
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return _returns_alias(node.target._schema)

@@ -198,3 +198,13 @@ def nodes_without_gradients(graph: Graph) -> frozenset[Node]:
         elif not enabled:
             off.add(node)
     return frozenset(off)
+
+
+def is_floating(node: Node) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.is_floating_point() and value.dim() >= 1
+
+
+def argument_of(node: Node, position: int, name: str) -> Any:
+    """An argument of a call, given by position or by name; None where it is not given."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)

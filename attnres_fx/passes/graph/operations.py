@@ -1,112 +1,21 @@
-"""The three spellings of one graph, and the table that hides them.
+"""What a node does: every analysis asks here, whichever dialect the graph is written in."""
 
-`torch.fx.symbolic_trace` writes `operator.add` and `call_module`, Dynamo writes torch functions and
-methods, `torch.export` writes aten overloads. Everything else asks the predicates here, which speak of
-one canonical name per operation: aten's, with the trailing underscore for in-place forms.
-"""
-
-import operator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from attnres_fx.passes.graph.nodes import numel_of_row_is_kept, same_shape, shape_of, tensor_of
+from attnres_fx.passes.graph.nodes import argument_of, tensor_of
+from attnres_fx.passes.graph.operation_table import ALIASES, BY_MODULE, BY_NAME, BY_OPERATOR, Trait
 
-_OPERATORS = {
-    operator.iadd: "add_",
-    operator.isub: "sub_",
-    operator.imul: "mul_",
-    operator.itruediv: "div_",
-    operator.truediv: "div",
-    operator.ifloordiv: "floor_divide_",
-    operator.imod: "remainder_",
-    operator.ipow: "pow_",
-    operator.imatmul: "matmul_",
-    operator.ior: "bitwise_or_",
-    operator.iand: "bitwise_and_",
-    operator.ixor: "bitwise_xor_",
-    operator.and_: "bitwise_and",
-    operator.or_: "bitwise_or",
-    operator.not_: "logical_not",
-    operator.is_: "is",
-}
-
-_MODULES: dict[type, str] = {
-    torch.nn.Identity: "identity",
-    torch.nn.Dropout: "dropout",
-    torch.nn.Dropout1d: "dropout",
-    torch.nn.Dropout2d: "dropout",
-    torch.nn.Dropout3d: "dropout",
-    torch.nn.AlphaDropout: "dropout",
-    torch.nn.LayerNorm: "layer_norm",
-    torch.nn.RMSNorm: "rms_norm",
-    torch.nn.GroupNorm: "group_norm",
-    torch.nn.BatchNorm1d: "batch_norm",
-    torch.nn.BatchNorm2d: "batch_norm",
-    torch.nn.BatchNorm3d: "batch_norm",
-    torch.nn.InstanceNorm1d: "instance_norm",
-    torch.nn.Flatten: "flatten",
-    torch.nn.Unflatten: "unflatten",
-}
-
-_ALIASES = {
-    "subtract": "sub",
-    "multiply": "mul",
-    "divide": "div",
-    "true_divide": "div",
-    "negative": "neg",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-    "moveaxis": "movedim",
-    "_unsafe_view": "reshape",
-    "native_layer_norm": "layer_norm",
-    "_fused_rms_norm": "rms_norm",
-    "convolution": "conv",
-    "conv1d": "conv",
-    "conv2d": "conv",
-    "conv3d": "conv",
-    "scaled_dot_product_attention": "sdpa",
-}
-
-CASTS = frozenset(
-    "to _to_copy float double half bfloat16 type type_as _autocast_to_full_precision "
-    "_autocast_to_reduced_precision".split()
-)
-IDENTITIES = frozenset("contiguous clone alias detach identity lift_fresh lift_fresh_copy wait_tensor".split())
-RESHAPES = frozenset("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as".split())
-TOKEN_MOVES = frozenset(
-    "permute transpose movedim slice select narrow expand expand_as broadcast_to index_select roll flip "
-    "getitem t".split()
-)
-_DATA_MOVEMENT = (
-    CASTS
-    | IDENTITIES
-    | RESHAPES
-    | TOKEN_MOVES
-    | frozenset("cat concat stack split chunk unbind repeat repeat_interleave pad tile hstack vstack".split())
-)
-_LIGHT = _DATA_MOVEMENT | frozenset(
-    "dropout feature_dropout alpha_dropout native_dropout masked_fill where gelu silu relu tanh sigmoid glu "
-    "softplus leaky_relu elu mish hardswish hardtanh hardsigmoid full_like zeros_like ones_like empty_like "
-    "new_zeros new_ones new_empty new_full to_copy pos _assert_tensor_metadata".split()
-)
-_SHAPED_AS = frozenset("view_as reshape_as expand_as type_as".split())
-NORMS = frozenset("layer_norm rms_norm group_norm batch_norm instance_norm _native_batch_norm_legit".split())
-_REDUCTIONS = frozenset("mean var std sum var_mean std_mean norm linalg_vector_norm amax pow".split())
-CHANNELS_FIRST = frozenset("conv batch_norm group_norm instance_norm max_pool2d avg_pool2d".split())
-_METADATA = frozenset(
-    "_assert_tensor_metadata sym_size sym_numel sym_stride sym_storage_offset size dim numel stride ndim "
-    "is_floating_point getattr storage_offset _assert_scalar".split()
-)
+_LIGHT = Trait.LIGHT | Trait.METADATA | Trait.CAST | Trait.IDENTITY | Trait.RESHAPE | Trait.TOKEN_MOVE
 
 
 def op_name(node: Node) -> str:
     """Canonical name of what a node calls; `""` for placeholders, attributes and the output."""
     if node.op == "call_method":
-        return _ALIASES.get(str(node.target), str(node.target))
+        return ALIASES.get(str(node.target), str(node.target))
     if node.op == "call_module":
         return _module_name(node)
     if node.op != "call_function":
@@ -118,9 +27,9 @@ def _module_name(node: Node) -> str:
     module = called_module(node)
     if module is None:
         return "module"
-    known = _MODULES.get(type(module))
+    known = BY_MODULE.get(type(module))
     if known is not None:
-        return known
+        return known.name
     if type(module).__module__ == "torch.nn.modules.activation" and not list(module.parameters()):
         return "softmax" if "Softmax" in type(module).__name__ else "relu"
     return "module"
@@ -140,13 +49,19 @@ def _function_name(target: Any) -> str:
         namespace, _, name = str(target._schema.name if hasattr(target, "_schema") else target).partition("::")
         if namespace not in ("aten", "prims"):
             return f"{namespace}::{name}"
-        return {"sym_size": "sym_size"}.get(name, _ALIASES.get(name, name))
+        return ALIASES.get(name, name)
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"higher_order::{target._name}"
-    if target in _OPERATORS:
-        return _OPERATORS[target]
+    if target in BY_OPERATOR:
+        return BY_OPERATOR[target].name
     name = getattr(target, "__name__", str(target))
-    return _ALIASES.get(name, name)
+    return ALIASES.get(name, name)
+
+
+def has_trait(node: Node, traits: Trait) -> bool:
+    """Whether a node's operation has one of some traits."""
+    operation = BY_NAME.get(op_name(node))
+    return operation is not None and bool(operation.traits & traits)
 
 
 @cache
@@ -165,7 +80,7 @@ def is_light(node: Node) -> bool:
     name = op_name(node)
     if name == "getitem":
         return not indexes_by_tensor(node.args[1])
-    return name in _LIGHT or name in _METADATA or _is_pointwise(name.removesuffix("_"))
+    return has_trait(node, _LIGHT) or _is_pointwise(name.removesuffix("_"))
 
 
 def may_be_in_norm(node: Node) -> bool:
@@ -175,159 +90,59 @@ def may_be_in_norm(node: Node) -> bool:
 
 def is_norm_step(node: Node) -> bool:
     """Whether a node is what makes a normalisation one: a norm, or a reduction."""
-    name = op_name(node)
-    return name in NORMS or (name in _REDUCTIONS and name != "pow")
+    return has_trait(node, Trait.NORM | Trait.REDUCTION)
 
 
 def asks_only_metadata(node: Node, of: Node | None = None) -> bool:
     """Whether a node looks at shape, dtype or device (of one argument, or of all) and at no value."""
     name = op_name(node)
-    if name in _METADATA:
+    if has_trait(node, Trait.METADATA):
         return True
     if name.endswith("_like") or name.startswith("new_"):
         return True
-    return of is not None and name in _SHAPED_AS and node.args[0] is not of
+    return of is not None and has_trait(node, Trait.SHAPED_AS) and node.args[0] is not of
 
 
 def is_dropout(node: Node) -> bool:
-    return op_name(node) in ("dropout", "native_dropout", "feature_dropout", "alpha_dropout")
+    return has_trait(node, Trait.DROPOUT)
 
 
 def is_aten(node: Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
-@dataclass(frozen=True)
-class Addition:
-    """`left_scale * left + right_scale * right`."""
-
-    left: Node
-    left_scale: float
-    right: Node
-    right_scale: float
+def moves_data(node: Node) -> bool:
+    """Whether a node only casts, passes on, reshapes or moves the rows of one tensor."""
+    return has_trait(node, Trait.CAST | Trait.IDENTITY | Trait.RESHAPE | Trait.TOKEN_MOVE)
 
 
-def read_addition(node: Node) -> Addition | None:
-    """A node as an addition of two floating tensors, or None."""
-    name = op_name(node)
-    if name not in ("add", "sub", "rsub"):
-        return None
-    args = list(node.args)
-    left = args[0] if args else node.kwargs.get("input")
-    right = args[1] if len(args) > 1 else node.kwargs.get("other")
-    alpha = args[2] if len(args) > 2 else node.kwargs.get("alpha", 1)
-    if not isinstance(left, Node) or not isinstance(right, Node) or not isinstance(alpha, int | float):
-        return None
-    if not (is_floating(left) and is_floating(right) and is_floating(node)):
-        return None
-    if name == "rsub":
-        return Addition(right, 1, left, -alpha)
-    return Addition(left, 1, right, alpha if name == "add" else -alpha)
+def switches_mode(node: Node) -> bool:
+    """Whether a node switches autocast or gradients for the calls that follow."""
+    return has_trait(node, Trait.SWITCHES_MODE)
 
 
-def is_floating(node: Node) -> bool:
-    value = tensor_of(node)
-    return value is not None and value.is_floating_point() and value.dim() >= 1
+def is_random(node: Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or "dropout" in op_name(node)
 
 
-@dataclass(frozen=True)
-class RowMap:
-    """A node that maps over every source of the state it is given.
-
-    kind: `"identity"`, `"cast"`, `"reshape"` (rows in the same order), `"token"` (rows moved or picked)
-        or `"factor"` (rows multiplied). `others` are the nodes the factor itself comes from.
-    """
-
-    state: Node
-    kind: str
-    others: tuple[Node, ...] = ()
+def has_side_effects(node: Node) -> bool:
+    """Whether a node writes to a tensor that others hold, or switches a mode: nothing is moved across it."""
+    return writes_in_place(node) or (node.op == "call_function" and switches_mode(node))
 
 
-def read_maps(node: Node) -> tuple[RowMap, ...]:
-    """The ways in which a node can be a row map; a product of two tensors is one in either argument."""
-    if not is_floating(node):
-        return ()
-    name = op_name(node)
-    if name in ("mul", "div"):
-        return _products(node, name)
-    first = added_zero_operand(node) or (node.args[0] if node.args else node.kwargs.get("input"))
-    if name == "where" and len(node.args) == 3:
-        first = node.args[1]
-        if not _is_zero(node.args[2]):
-            return ()
-    if not isinstance(first, Node) or not is_floating(first):
-        return ()
-    kind = _kind_of_map(node, name, first)
-    others = tuple(n for n in node.all_input_nodes if n is not first) if kind == "factor" else ()
-    return (RowMap(first, kind, others),) if kind else ()
-
-
-def _kind_of_map(node: Node, name: str, first: Node) -> str | None:
-    if name in IDENTITIES or (name in ("add", "sub") and _adds_zero(node)):
-        return "identity"
-    if is_dropout(node):
-        return "identity" if dropout_probability(node) == 0 else None
-    if name in CASTS:
-        return "cast"
-    if name in ("neg", "where") or (name == "masked_fill" and _is_zero(_argument(node, 2, "value"))):
-        return "factor" if same_shape(node, first) else None
-    if name in RESHAPES:
-        return "reshape" if numel_of_row_is_kept(first, node) else None
-    if name in TOKEN_MOVES and _moves_whole_rows(node, name, first):
-        return "token"
-    return None
-
-
-def _products(node: Node, name: str) -> tuple[RowMap, ...]:
-    left = node.args[0] if node.args else node.kwargs.get("input")
-    right = _argument(node, 1, "other")
-    if name == "div" and node.kwargs.get("rounding_mode") is not None:
-        return ()
-    pairs = [(left, right)] if name == "div" else [(left, right), (right, left)]
-    return tuple(
-        RowMap(state, "factor", (other,) if isinstance(other, Node) else ())
-        for state, other in pairs
-        if isinstance(state, Node) and is_floating(state) and same_shape(state, node) and state is not other
-    )
-
-
-def _moves_whole_rows(node: Node, name: str, first: Node) -> bool:
-    before, after = shape_of(first), shape_of(node)
-    if not after or not numel_of_row_is_kept(first, node):
+def writes_in_place(node: Node) -> bool:
+    """Whether a node writes to a tensor that others hold."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
         return False
-    rank = len(before)
-    if name == "getitem":
-        return not indexes_by_tensor(node.args[1]) and _leaves_last_alone(node.args[1], rank)
-    if name in ("expand", "expand_as", "broadcast_to"):
+    if is_aten(node):
+        return bool(node.target._schema.is_mutable)  # type: ignore[union-attr]
+    name = op_name(node)
+    if name == "setitem" or name.endswith("_"):
         return True
-    if name == "t":
-        return False
-    return not any(d % rank == rank - 1 for d in _dimensions(node, name, rank))
-
-
-def _dimensions(node: Node, name: str, rank: int) -> list[int]:
-    """Dimensions a token move touches; the last one among them means that rows are not kept whole."""
-    if name == "permute":
-        dims = _argument(node, 1, "dims")
-        dims = list(dims) if isinstance(dims, list | tuple) else [d for d in node.args[1:] if isinstance(d, int)]
-        return [i for i, d in enumerate(dims) if isinstance(d, int) and d % rank != i]
-    if name in ("transpose", "movedim"):
-        flat: list[int] = []
-        for value in (_argument(node, 1, "dim0"), _argument(node, 2, "dim1")):
-            flat += list(value) if isinstance(value, list | tuple) else [value]
-        return [d if isinstance(d, int) else rank - 1 for d in flat]
-    if name == "roll":
-        dims = _argument(node, 2, "dims")
-    else:
-        default = 0 if name in ("slice", "select", "narrow") else rank - 1
-        dims = _argument(node, 1, "dims" if name == "flip" else "dim")
-        dims = default if dims is None else dims
-    dims = list(dims) if isinstance(dims, list | tuple) else [dims]
-    return [d if isinstance(d, int) else rank - 1 for d in dims] or [rank - 1]
-
-
-def _argument(node: Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+    return node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
 
 
 def indexes_by_tensor(index: Any) -> bool:
@@ -335,36 +150,11 @@ def indexes_by_tensor(index: Any) -> bool:
     return any(isinstance(p, list | torch.Tensor) or (isinstance(p, Node) and tensor_of(p) is not None) for p in parts)
 
 
-def _leaves_last_alone(index: Any, rank: int) -> bool:
-    parts = index if isinstance(index, tuple | list) else (index,)
-    taken = sum(p is not None and p is not Ellipsis for p in parts)
-    if Ellipsis not in parts and taken < rank:
-        return True
-    return bool(parts) and (parts[-1] is Ellipsis or parts[-1] == slice(None))
-
-
-def _adds_zero(node: Node) -> bool:
-    operands = [*node.args[:2], *(node.kwargs[k] for k in ("input", "other") if k in node.kwargs)]
-    numbers = [o for o in operands if not isinstance(o, Node)]
-    return len(operands) == 2 and len(numbers) == 1 and _is_zero(numbers[0]) and op_name(node) == "add"
-
-
-def added_zero_operand(node: Node) -> Node | None:
-    """The tensor of `0 + x`, which Python's `sum` writes first."""
-    if op_name(node) != "add" or not _adds_zero(node):
-        return None
-    return next((o for o in node.all_input_nodes), None)
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
-
-
 def dropout_probability(node: Node) -> float:
     """p of a dropout node, whether it is active or not; 1 where it cannot be read."""
     if node.op == "call_module":
         return float(getattr(called_module(node), "p", 1.0))
-    p = _argument(node, 1, "p")
+    p = argument_of(node, 1, "p")
     return float(p) if isinstance(p, int | float) else 0.5 if p is None else 1.0
 
 
@@ -374,11 +164,11 @@ def trains(node: Node) -> bool | None:
     if node.op == "call_module":
         return None
     if is_dropout(node):
-        value = _argument(node, 2, "train" if is_aten(node) else "training")
+        value = argument_of(node, 2, "train" if is_aten(node) else "training")
         return bool(value) if value is not None else True
     if name == "batch_norm":
-        value = _argument(node, 5, "training")
+        value = argument_of(node, 5, "training")
         return bool(value) if value is not None else False
-    if name == "sdpa" and (_argument(node, 4, "dropout_p") or 0):
+    if name == "sdpa" and (argument_of(node, 4, "dropout_p") or 0):
         return True
     return None

@@ -18,13 +18,12 @@ from torch.fx import GraphModule, Node
 from attnres_fx.ops.fused import NO_NORM
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes.graph.nodes import insert_attribute, nodes_without_gradients
-from attnres_fx.passes.graph.operations import is_aten, op_name
+from attnres_fx.passes.graph.operations import has_side_effects, is_aten, op_name
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.lowering.norms import NormMatch, Number, asks_of, match_norm, settled
 from attnres_fx.passes.lowering.read_calls import (
     ReadCall,
     available,
-    changes_state,
     have_values,
     known,
     move_before,
@@ -67,7 +66,7 @@ def plan_norm_fusions(gm: GraphModule) -> tuple[NormFusion, ...]:
 def _find(gm: GraphModule) -> list[tuple[NormFusion, ReadCall, NormMatch]]:
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     frozen = nodes_without_gradients(gm.graph)
-    barriers = [i for n, i in order.items() if changes_state(n)]
+    barriers = [i for n, i in order.items() if has_side_effects(n)]
     found: list[tuple[NormFusion, ReadCall, NormMatch]] = []
     for node in gm.graph.nodes:
         call = read_call(node)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from attnres_fx.ops.fused import NO_NORM
+from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import nodes_without_gradients, same_shape
-from attnres_fx.passes.graph.operations import op_name, read_addition
+from attnres_fx.passes.graph.operations import has_side_effects, op_name
 from attnres_fx.passes.graph.result import PassResult
-from attnres_fx.passes.lowering.read_calls import ReadCall, changes_state, have_values, read_call
+from attnres_fx.passes.lowering.read_calls import ReadCall, have_values, read_call
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def plan_sum_fusions(gm: GraphModule) -> tuple[SumFusion, ...]:
     """What `fuse_partial_sums_pass` will do, as data."""
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     frozen = nodes_without_gradients(gm.graph)
-    barriers = [i for n, i in order.items() if changes_state(n)]
+    barriers = [i for n, i in order.items() if has_side_effects(n)]
     plan = []
     for node in gm.graph.nodes:
         call = read_call(node)
@@ -64,7 +65,7 @@ def foldable(call: ReadCall, order: dict[Node, int]) -> tuple[Node, Node] | None
     if call.delta is not None or call.norm != NO_NORM or not have_values(call.sources):
         return None
     total = call.sources[-1]
-    added = read_addition(total)
+    added = match_addition(total)
     if (
         added is None
         or added.left_scale != 1

@@ -15,7 +15,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from attnres_fx.passes.graph.nodes import shape_of, sizes_agree, tensor_of, value_of
-from attnres_fx.passes.graph.operations import CASTS, called_module, op_name
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import called_module, has_trait, op_name
 
 RMS, LAYER = 1, 2
 Number = float | torch.SymFloat
@@ -84,7 +85,7 @@ def _is_cast(user: Node, node: Node) -> bool:
     before, after = tensor_of(node), tensor_of(user)
     if before is None or after is None or not after.is_floating_point() or after.device != before.device:
         return False
-    return op_name(user) in CASTS | _UNCHANGED and bool(user.args) and user.args[0] is node
+    return (has_trait(user, Trait.CAST) or op_name(user) in _UNCHANGED) and bool(user.args) and user.args[0] is node
 
 
 def _dtype(node: Node) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
 from attnres_fx.ops.threaded import DEPTH_ATTENTION_THREADED
 from attnres_fx.passes.graph.nodes import fake_like, insert_call, set_value, tensor_of
-from attnres_fx.passes.graph.operations import is_aten, op_name
+from attnres_fx.passes.graph.operations import has_side_effects, op_name
 
 #: Every operator that a graph which reads through depth attention may hold.
 OPERATORS = frozenset(
@@ -140,33 +140,11 @@ def have_values(nodes: Sequence[Any]) -> bool:
     return all(isinstance(n, Node) and tensor_of(n) is not None for n in nodes)
 
 
-_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
-
-
-def writes_in_place(node: Node) -> bool:
-    """Whether a node writes to a tensor that others hold."""
-    return changes_state(node) and getattr(node.target, "__name__", "") not in _MODES
-
-
-def changes_state(node: Node) -> bool:
-    """Whether a node writes to a tensor that others hold, or switches a mode: nothing is moved across it."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    if is_aten(node):
-        return bool(node.target._schema.is_mutable)  # type: ignore[union-attr]
-    name = str(getattr(node.target, "__name__", ""))
-    if name in ("setitem", *_MODES):
-        return True
-    return op_name(node).endswith("_") or node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
-
-
 def available(node: Node, place: int, order: dict[Node, int]) -> bool:
     """Whether a node stands before a place, or can be moved there."""
     if order[node] < place or node.op == "get_attr":
         return True
-    if node.op not in ("call_function", "call_method") or changes_state(node) or tensor_of(node) is None:
+    if node.op not in ("call_function", "call_method") or has_side_effects(node) or tensor_of(node) is None:
         return False
     # Light work on parameters only: `1 + weight`, a cast.
     light = op_name(node) in ("add", "to", "_to_copy", "float", "getattr", "type_as")

@@ -6,11 +6,10 @@ import torch
 from torch.fx import Node
 
 from attnres_fx.passes.graph.nodes import tensor_of
-from attnres_fx.passes.graph.operations import CASTS, IDENTITIES, RESHAPES, TOKEN_MOVES, op_name
+from attnres_fx.passes.graph.operations import moves_data, op_name
 
 _CONTRACTIONS = frozenset(["linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "conv", "sdpa", "dot"])
 _NONLINEAR = frozenset(["silu", "gelu", "relu", "tanh", "sigmoid", "softplus", "softmax", "mul", "div", "pow", "exp"])
-_SAME_STORAGE = CASTS | IDENTITIES | RESHAPES | TOKEN_MOVES
 
 
 def kept_between(first: Node, last: Node) -> float:
@@ -31,7 +30,7 @@ def kept_between(first: Node, last: Node) -> float:
 
 
 def _held(node: Node) -> Node:
-    while op_name(node) in _SAME_STORAGE and node.args and isinstance(node.args[0], Node):
+    while moves_data(node) and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 

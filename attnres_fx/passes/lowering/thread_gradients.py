@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH
 from attnres_fx.ops.threaded import DEPTH_ATTENTION_THREADED
 from attnres_fx.passes.graph.nodes import insert_call, nodes_without_gradients
+from attnres_fx.passes.graph.operations import writes_in_place
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.lowering.read_calls import (
     ReadCall,
@@ -28,7 +29,6 @@ from attnres_fx.passes.lowering.read_calls import (
     insert_outputs,
     known,
     read_call,
-    writes_in_place,
 )
 
 #: Under `"auto"` only reads on such a device are threaded: its kernels add the gradients.

@@ -28,8 +28,11 @@ from attnres_fx.ops.fused import NO_NORM
 from attnres_fx.ops.kernels import batches
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
-from attnres_fx.passes.graph.nodes import fake_like, insert_call, nodes_without_gradients, tensor_of
-from attnres_fx.passes.graph.operations import CASTS, is_aten, op_name, read_addition
+from attnres_fx.passes.graph.additions import match_addition
+from attnres_fx.passes.graph.emit import emit
+from attnres_fx.passes.graph.nodes import fake_like, nodes_without_gradients, tensor_of
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, op_name, writes_in_place
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.lowering.block_cost import MEMORY_SHARE, BlockReads, PhaseChoice, choose_phases
 from attnres_fx.passes.lowering.fuse_partial_sums import foldable
@@ -41,7 +44,6 @@ from attnres_fx.passes.lowering.read_calls import (
     known,
     move_before,
     read_call,
-    writes_in_place,
 )
 from attnres_fx.passes.lowering.saved_estimate import kept_between
 
@@ -145,10 +147,10 @@ def _grows(shared: tuple[Node, ...], members: list[Node], reads: list[Node]) -> 
 
 def _sums_from(node: Node) -> Iterator[Node]:
     for user in node.users:
-        if read_addition(user) is not None:
+        if match_addition(user) is not None:
             yield user
-        elif op_name(user) in CASTS:
-            yield from (u for u in user.users if read_addition(u) is not None)
+        elif has_trait(user, Trait.CAST):
+            yield from (u for u in user.users if match_addition(u) is not None)
 
 
 def _together(gm: GraphModule, members: list[Node], order: dict[Node, int]) -> list[Node]:
@@ -226,9 +228,8 @@ def _scaled(read: Node, mixed: Node) -> Node:
     gain = read.args[4]
     if gain == 1.0:
         return mixed
-    target: Any = torch.ops.aten.mul.Tensor if is_aten(_speaks(read)) else torch.mul
     with read.graph.inserting_before(read):
-        return insert_call(read.graph, target, (mixed, gain), like=read, value=tensor_of(mixed))
+        return emit(read.graph, "mul", (mixed, gain), like=read, value=tensor_of(mixed), dialect=_speaks(read))
 
 
 def _speaks(read: Node) -> Node:

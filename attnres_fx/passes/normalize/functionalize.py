@@ -28,35 +28,22 @@ from attnres_fx.passes.graph.aliasing import (
     storage_of,
     written_as_one,
 )
+from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import (
     computed_value,
     copy_call,
-    copy_meta,
     fake_like,
     same_shape,
     set_value,
     tensor_of,
     value_of,
 )
-from attnres_fx.passes.graph.operations import CASTS, IDENTITIES, RESHAPES, is_aten, op_name
+from attnres_fx.passes.graph.operation_table import BY_OPERATOR, Trait
+from attnres_fx.passes.graph.operations import has_trait, op_name
 from attnres_fx.passes.graph.result import PassResult
 
-_FUNCTIONAL = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod,
-    operator.ipow: operator.pow,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-    operator.imatmul: operator.matmul,
-}
-#: Views that show the whole storage in its order: always, or where the shape stays.
-_KEEPS_ORDER = RESHAPES | IDENTITIES | CASTS | {"dropout"}
-_KEEPS_ORDER_AT_SAME_SHAPE = frozenset(["slice", "narrow", "expand", "expand_as", "broadcast_to", "getitem"])
+#: Views that show the whole storage in its order.
+_KEEPS_ORDER = Trait.RESHAPE | Trait.IDENTITY | Trait.CAST
 
 
 def functionalize_mutations_pass(gm: GraphModule) -> PassResult:
@@ -202,11 +189,12 @@ class _Functionalizer:
         """Whether a view shows all of its storage in order, so that a write to it is a write to all."""
         while written is not self._base(written):
             parent = self.parent[written]
-            name = op_name(written)
             seen, whole = tensor_of(written), tensor_of(parent)
             if seen is None or whole is None or seen.dtype != whole.dtype:
                 return False
-            if name not in _KEEPS_ORDER and not (name in _KEEPS_ORDER_AT_SAME_SHAPE and same_shape(written, parent)):
+            in_order = has_trait(written, _KEEPS_ORDER) or op_name(written) == "dropout"
+            whole_view = has_trait(written, Trait.SAME_AT_SAME_SHAPE) and same_shape(written, parent)
+            if not in_order and not whole_view:
                 return False
             written = parent
         return True
@@ -226,34 +214,21 @@ class _Functionalizer:
         assert kept is not None and made is not None
         if made.dtype == kept.dtype:
             return value
-        if is_aten(value):
-            cast = self.graph.call_function(torch.ops.aten.to.dtype, (value, kept.dtype))
-        else:
-            cast = self.graph.call_method("to", (value, kept.dtype))
-        copy_meta(cast, value)
-        set_value(cast, fake_like(made, kept.dtype), value)
-        return cast
+        return emit(self.graph, "to", (value, kept.dtype), like=value, value=fake_like(made, kept.dtype))
 
     def _cloned(self, node: Node) -> Node:
-        return self._like(node, torch.ops.aten.clone.default if is_aten(node) else torch.clone, (node,))
+        return emit(self.graph, "clone", (node,), like=node, value=value_of(node))
 
     def _shaped_like(self, value: Node, base: Node) -> Node:
         if same_shape(value, base):
             return value
-        target = torch.ops.aten.reshape_as.default if is_aten(value) else torch.Tensor.reshape_as
-        return self._like(base, target, (value, base))
-
-    def _like(self, node: Node, target: Any, args: tuple[Any, ...]) -> Node:
-        made = self.graph.call_function(target, args)
-        copy_meta(made, node)
-        set_value(made, value_of(node), node)
-        return made
+        return emit(self.graph, "reshape_as", (value, base), like=base, value=value_of(base), dialect=value)
 
     def _copy_back(self, output: Node) -> None:
         with self.graph.inserting_before(output):
             for node in self.inputs:
-                target = torch.ops.aten.copy_.default if is_aten(self._value(node)) else torch.Tensor.copy_
-                self._like(node, target, (node, self._value(node)))
+                value = self._value(node)
+                emit(self.graph, "copy_", (node, value), like=node, value=value_of(node), dialect=value)
 
 
 def _functional_target(node: Node) -> Any:
@@ -264,8 +239,8 @@ def _functional_target(node: Node) -> Any:
     if node.op == "call_method":
         plain = str(node.target).removesuffix("_")
         return plain if hasattr(torch.Tensor, plain) else None
-    if node.target in _FUNCTIONAL:
-        return _FUNCTIONAL[node.target]  # type: ignore[index]
+    if (known := BY_OPERATOR.get(node.target)) is not None and known.functional is not None:  # type: ignore[arg-type]
+        return known.functional
     if isinstance(node.target, torch._ops.OpOverload):
         return _functional_overload(node.target)
     name = getattr(node.target, "__name__", "").removesuffix("_")

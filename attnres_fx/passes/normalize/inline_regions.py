@@ -17,8 +17,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import copy_meta
-from attnres_fx.passes.graph.operations import op_name, read_addition
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, op_name
 from attnres_fx.passes.graph.result import PassResult
 
 _REGIONS = {
@@ -28,10 +30,6 @@ _REGIONS = {
     "higher_order::tag_activation_checkpoint": 0,
     "higher_order::wrap": 0,
 }
-
-
-#: Inlined whatever they hold: Dynamo cannot trace such a region again once sizes are free in it.
-_MODES = frozenset(("higher_order::wrap_with_set_grad_enabled", "higher_order::wrap_with_autocast"))
 
 
 def inline_regions_pass(gm: GraphModule) -> PassResult:
@@ -58,7 +56,8 @@ def _hiding_regions(gm: GraphModule) -> Any:
         if position is None or len(node.args) <= position:
             continue
         body = _body(gm, node.args[position])
-        if body is not None and (op_name(node) in _MODES or _has_addition(body)):
+        # A region with a mode is inlined whatever it holds: Dynamo cannot trace it again once sizes are free in it.
+        if body is not None and (has_trait(node, Trait.MODE_REGION) or _has_addition(body)):
             yield node, body, position
 
 
@@ -82,7 +81,7 @@ def _bodies_with_additions(gm: GraphModule, node: Node) -> bool:
 
 def _has_addition(body: GraphModule) -> bool:
     for node in body.graph.nodes:
-        if read_addition(node) is not None:
+        if match_addition(node) is not None:
             return True
         if op_name(node).startswith("higher_order::") and _bodies_with_additions(body, node):
             return True

@@ -12,11 +12,12 @@ weight. The `0 + x` that Python's `sum` begins with becomes `x`.
 
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
-from attnres_fx.passes.graph.nodes import computed_value, copy_call, insert_call, same_shape, shape_of, tensor_of
-from attnres_fx.passes.graph.operations import added_zero_operand, is_aten, is_floating, op_name
+from attnres_fx.passes.graph.additions import added_zero_operand
+from attnres_fx.passes.graph.emit import emit
+from attnres_fx.passes.graph.nodes import argument_of, copy_call, is_floating, same_shape, shape_of, tensor_of
+from attnres_fx.passes.graph.operations import op_name
 from attnres_fx.passes.graph.result import PassResult
 
 # Name of the product, and the keywords of the two factors and the two scales.
@@ -88,15 +89,13 @@ def _split_product(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
         return False
     addend, left, right, beta, alpha = parts
     name = _FUSED[op_name(node)][0]
-    packet = getattr(torch.ops.aten, name)
-    overload = packet.Tensor if name in ("mul", "div") else packet.default
     with graph.inserting_before(node):
-        product = _called(graph, overload, getattr(torch, name), (left, right), node)
+        product = emit(graph, name, (left, right), like=node)
         if not same_shape(product, node):
-            product = _called(graph, torch.ops.aten.expand_as.default, torch.Tensor.expand_as, (product, addend), node)
+            product = emit(graph, "expand_as", (product, addend), like=node)
         if beta != 1:
-            addend = _called(graph, torch.ops.aten.mul.Tensor, torch.mul, (addend, beta), node)
-        total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (addend, product), node)
+            addend = emit(graph, "mul", (addend, beta), like=node)
+        total = emit(graph, "add", (addend, product), like=node)
         if alpha != 1:
             total.kwargs = {"alpha": alpha}
     node.replace_all_uses_with(total)
@@ -105,28 +104,40 @@ def _split_product(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
 
 def _split_sum_of_stack(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
     """`stack([h, f], d).sum(d)` is `h + f`."""
-    if op_name(node) != "sum" or not node.args or not isinstance(stacked := node.args[0], Node):
-        return False
-    if op_name(stacked) != "stack" or not is_floating(node) or node.kwargs.get("dtype") is not None:
-        return False
-    parts = stacked.args[0] if stacked.args else stacked.kwargs.get("tensors")
-    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    dims = list(dims) if isinstance(dims, list | tuple) else [dims]
-    along: Any = stacked.args[1] if len(stacked.args) > 1 else stacked.kwargs.get("dim", 0)
-    rank = len(shape_of(stacked))
-    known = isinstance(along, int) and len(dims) == 1 and isinstance(dims[0], int)
-    if not known or not rank or dims[0] % rank != along % rank or len(node.args) > 2 or node.kwargs.get("keepdim"):
-        return False
-    if not isinstance(parts, list | tuple) or not all(isinstance(p, Node) and is_floating(p) for p in parts):
-        return False
+    parts = _stacked(node)
     if len(parts) < 2 or not any(_hangs_on((q,), p, order) for p in parts for q in parts if p is not q):
         return False
     total: Node = parts[0]
     with graph.inserting_before(node):
         for part in parts[1:]:
-            total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (total, part), node)
+            total = emit(graph, "add", (total, part), like=node)
     node.replace_all_uses_with(total)
     return True
+
+
+def _stacked(node: Node) -> list[Node]:
+    """The tensors of `stack(tensors, d).sum(d)`; none where a node is something else."""
+    if op_name(node) != "sum" or not node.args or not isinstance(stack := node.args[0], Node):
+        return []
+    if op_name(stack) != "stack" or not _sums_along(node, stack):
+        return []
+    parts = stack.args[0] if stack.args else stack.kwargs.get("tensors")
+    if not isinstance(parts, list | tuple):
+        return []
+    nodes = [p for p in parts if isinstance(p, Node) and is_floating(p)]
+    return nodes if len(nodes) == len(parts) else []
+
+
+def _sums_along(node: Node, stack: Node) -> bool:
+    """Whether a sum is over the dimension that a stack has made, and no other, and changes nothing else."""
+    if not is_floating(node) or node.kwargs.get("dtype") is not None or node.kwargs.get("keepdim"):
+        return False
+    dims: Any = argument_of(node, 1, "dim")
+    dims = list(dims) if isinstance(dims, list | tuple) else [dims]
+    along: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    rank = len(shape_of(stack))
+    known = isinstance(along, int) and len(dims) == 1 and isinstance(dims[0], int)
+    return bool(known and rank and len(node.args) <= 2 and dims[0] % rank == along % rank)
 
 
 def _split_scatter(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
@@ -137,9 +148,9 @@ def _split_scatter(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
     if not isinstance(state, Node) or not isinstance(rest[2], Node) or not _hangs_on((rest[2],), state, order):
         return False
     with graph.inserting_before(node):
-        zeros = _called(graph, torch.ops.aten.zeros_like.default, torch.zeros_like, (state,), node)
+        zeros = emit(graph, "zeros_like", (state,), like=node)
         written = copy_call(node, {state: zeros})
-        total = _called(graph, torch.ops.aten.add.Tensor, torch.add, (state, written), node)
+        total = emit(graph, "add", (state, written), like=node)
     node.replace_all_uses_with(total)
     return True
 
@@ -153,24 +164,16 @@ def _split_lerp(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
         return False
     if isinstance(weight, Node) and (tensor_of(weight) is None or _hangs_on((weight,), start, order)):
         return False
-    aten = torch.ops.aten
     with graph.inserting_before(node):
         if isinstance(weight, Node):
-            rest: Any = _called(graph, aten.rsub.Scalar, torch.rsub, (weight, 1), node)
+            rest: Any = emit(graph, "rsub", (weight, 1), like=node)
         else:
             rest = 1 - weight  # type: ignore[operator]
-        kept = _called(graph, aten.mul.Tensor, torch.mul, (start, rest), node)
-        written = _called(graph, aten.mul.Tensor, torch.mul, (end, weight), node)
-        total = _called(graph, aten.add.Tensor, torch.add, (kept, written), node)
+        kept = emit(graph, "mul", (start, rest), like=node)
+        written = emit(graph, "mul", (end, weight), like=node)
+        total = emit(graph, "add", (kept, written), like=node)
     node.replace_all_uses_with(total)
     return True
-
-
-def _called(graph: Graph, overload: Any, function: Any, args: tuple[Any, ...], like: Node) -> Node:
-    """A call in the spelling of the graph, with the value it has on the values of its arguments."""
-    target = overload if is_aten(like) else function
-    value = computed_value("call_function", target, args, {})
-    return insert_call(graph, target, args, like=like, value=value if value is not None else tensor_of(like))
 
 
 _SPLITS = (_split_product, _split_sum_of_stack, _split_scatter, _split_lerp)

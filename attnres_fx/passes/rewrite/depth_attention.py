@@ -21,8 +21,9 @@ from torch.fx import GraphModule, Node
 
 from attnres_fx.errors import RewriteError
 from attnres_fx.ops.operator import DEPTH_ATTENTION
+from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import fake_like, insert_call, nodes_without_gradients, tensor_of
-from attnres_fx.passes.graph.operations import asks_only_metadata, is_aten, op_name
+from attnres_fx.passes.graph.operations import asks_only_metadata, op_name
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan, StreamPlan, extra_group
 from attnres_fx.passes.rewrite.sources import Entry, Group, Moved, Replay, SourceBuilder, Table
@@ -204,11 +205,9 @@ class _StreamRewrite:
         if weights.gate is None:
             raise RewriteError(f"the read {read.read!r} is on a post-norm stream and needs a gate.")
         # r + g * (read - r): exactly r while the gate is zero.
-        aten = torch.ops.aten
-        spelled = (aten.sub.Tensor, aten.mul.Tensor, aten.add.Tensor) if is_aten(site) else _TORCH_ARITHMETIC
-        moved = insert_call(self.graph, spelled[0], (node, site), like=site, value=out)
-        gated = insert_call(self.graph, spelled[1], (moved, weights.gate), like=site, value=out)
-        return insert_call(self.graph, spelled[2], (site, gated), like=site, value=out), node
+        moved = emit(self.graph, "sub", (node, site), like=site, value=out)
+        gated = emit(self.graph, "mul", (moved, weights.gate), like=site, value=out)
+        return emit(self.graph, "add", (site, gated), like=site, value=out), node
 
     def _consumed(self, read: DepthReadPlan) -> list[tuple[Node, Node]]:
         """The consumers, each with what it takes of the state: the state itself, or a row map of it."""
@@ -261,7 +260,5 @@ class _StreamRewrite:
             stand_in = SourceBuilder(self.graph, self.sums, {}, {}).build(whole)
         node.replace_all_uses_with(stand_in)
 
-
-_TORCH_ARITHMETIC = (torch.sub, torch.mul, torch.add)
 
 __all__ = ["FetchParameters", "ReadParameters", "Replacement", "insert_depth_attention_pass"]

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import (
     copy_call,
     fake_like,
-    insert_call,
     same_shape,
     shape_of,
     shapes_agree,
     tensor_of,
 )
-from attnres_fx.passes.graph.operations import is_aten, op_name
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait
 from attnres_fx.passes.schedule import Source
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
 
@@ -29,7 +30,6 @@ from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, M
 Group = Source | str
 #: What a node takes instead of one of its former arguments, where a read was put between the two.
 Moved = dict[tuple[Node, Node], Node]
-_IDENTITY_AT_SAME_SHAPE = frozenset(["slice", "narrow", "expand", "expand_as", "broadcast_to", "getitem"])
 
 
 @dataclass(frozen=True)
@@ -193,17 +193,14 @@ class SourceBuilder:
         value = tensor_of(node)
         assert value is not None
         if isinstance(step, Detach):
-            detach: Any = torch.ops.aten.detach.default if is_aten(node) else torch.detach
-            return insert_call(self.graph, detach, (node,), like=node, value=value)
+            return emit(self.graph, "detach", (node,), like=node, value=value)
         if isinstance(step, Scale):
-            target: Any = torch.ops.aten.mul.Tensor if is_aten(node) else torch.mul
-            return insert_call(self.graph, target, (node, step.factor), like=node, value=value)
+            return emit(self.graph, "mul", (node, step.factor), like=node, value=value)
         if isinstance(step, SpreadLike):
             if same_shape(node, step.node):
                 return node
-            target = torch.ops.aten.expand_as.default if is_aten(step.node) else torch.Tensor.expand_as
             spread = value.expand(shape_of(step.node))
-            return insert_call(self.graph, target, (node, step.node), like=node, value=spread)
+            return emit(self.graph, "expand_as", (node, step.node), like=node, value=spread, dialect=step.node)
         mapped, before = tensor_of(step.node), tensor_of(step.state)
         assert mapped is not None and before is not None
         changes_dtype = step.kind == "cast" or before.dtype != mapped.dtype
@@ -228,7 +225,7 @@ def _simplified(base: Node, steps: tuple[Step, ...]) -> list[Step]:
             shape = tuple(mapped.shape)
             if step.kind == "identity" or (step.kind == "cast" and mapped.dtype == dtype):
                 continue
-            unmoved = step.kind == "reshape" or op_name(step.node) in _IDENTITY_AT_SAME_SHAPE
+            unmoved = step.kind == "reshape" or has_trait(step.node, Trait.SAME_AT_SAME_SHAPE)
             if unmoved and shapes_agree(shape, shapes[-1]):
                 continue
             if step.kind == "reshape" and (back := _undone(kept, shapes, shape)) is not None:
@@ -269,10 +266,8 @@ def insert_add(graph: Graph, left: Node, right: Node, *, like: Node) -> Node:
     value = fake_like(x, dtype)
     if dtype not in (x.dtype, y.dtype):
         left = _insert_cast(graph, left, like=like, value=value)
-    target: Any = torch.ops.aten.add.Tensor if is_aten(like) else torch.add
-    return insert_call(graph, target, (left, right), like=like, value=value)
+    return emit(graph, "add", (left, right), like=like, value=value)
 
 
 def _insert_cast(graph: Graph, node: Node, *, like: Node, value: torch.Tensor) -> Node:
-    target: Any = torch.ops.aten.to.dtype if is_aten(like) else torch.Tensor.to
-    return insert_call(graph, target, (node, value.dtype), like=like, value=value)
+    return emit(graph, "to", (node, value.dtype), like=like, value=value)

@@ -11,15 +11,10 @@ from dataclasses import dataclass, field, replace
 from torch.fx import Graph, Node
 
 from attnres_fx.errors import StreamNameError
+from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import describe, module_path, shape_of, source_line
-from attnres_fx.passes.graph.operations import (
-    CHANNELS_FIRST,
-    asks_only_metadata,
-    is_norm_step,
-    may_be_in_norm,
-    op_name,
-    read_addition,
-)
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, is_norm_step, may_be_in_norm, op_name
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root, find_formal_sums
 from attnres_fx.passes.streams.refusals import Refusal, find_refusals
 
@@ -243,7 +238,7 @@ class _RawStream:
 
     def _find_channels_first(self) -> Node | None:
         users = (u for n in self.nodes if len(shape_of(n)) > 2 for u in n.users)
-        return next((u for u in users if op_name(u) in CHANNELS_FIRST), None)
+        return next((u for u in users if has_trait(u, Trait.CHANNELS_FIRST)), None)
 
     def is_norm_to(self, read: _RawRead, target: Node) -> bool:
         """Whether everything that consumes a read is a normalisation whose result is `target`."""
@@ -278,7 +273,7 @@ def _injected_into(stream: _RawStream, others: list[_RawStream]) -> _RawStream |
     alone = {n for n in stream.nodes if stream.sums.terms(n) == (stream.root,)}
     met: list[Node] = []
     for user, state in ((u, n) for n in alone for u in n.users if u not in alone and not asks_only_metadata(u, n)):
-        addition = read_addition(user)
+        addition = match_addition(user)
         if addition is None:
             return None
         met.append(addition.right if addition.left is state else addition.left)

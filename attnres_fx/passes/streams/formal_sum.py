@@ -10,16 +10,11 @@ from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
+from attnres_fx.passes.graph.additions import Addition, match_addition
 from attnres_fx.passes.graph.aliasing import mutated_arguments, storage_of
 from attnres_fx.passes.graph.nodes import same_shape, shape_of, sizes_agree
-from attnres_fx.passes.graph.operations import (
-    Addition,
-    RowMap,
-    asks_only_metadata,
-    is_light,
-    read_addition,
-    read_maps,
-)
+from attnres_fx.passes.graph.operations import asks_only_metadata, is_light
+from attnres_fx.passes.graph.row_maps import RowMap, match_row_maps
 
 
 @dataclass(frozen=True)
@@ -157,8 +152,8 @@ class _Interpreter:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.sums = FormalSums(order={n: i for i, n in enumerate(graph.nodes)})
-        self.additions = {n: a for n in graph.nodes if (a := read_addition(n)) is not None}
-        self.maps: dict[Node, tuple[RowMap, ...]] = {n: m for n in graph.nodes if (m := read_maps(n))}
+        self.additions = {n: a for n in graph.nodes if (a := match_addition(n)) is not None}
+        self.maps: dict[Node, tuple[RowMap, ...]] = {n: m for n in graph.nodes if (m := match_row_maps(n))}
         self.depends = Dependence(graph, self._anchors())
         self.sums.dependence = self.depends
 

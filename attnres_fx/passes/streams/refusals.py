@@ -5,12 +5,11 @@ from typing import Literal
 
 from torch.fx import Graph, Node
 
-from attnres_fx.passes.graph.nodes import describe, shape_of, sizes_agree
-from attnres_fx.passes.graph.operations import is_floating, op_name, read_addition
+from attnres_fx.passes.graph.additions import match_addition
+from attnres_fx.passes.graph.nodes import describe, is_floating, shape_of, shapes_agree, sizes_agree
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, op_name
 from attnres_fx.passes.streams.formal_sum import Dependence, Extended, FormalSums, Merged
-
-_CONTRACTIONS = frozenset(["einsum", "matmul", "bmm", "mm", "tensordot"])
-_WIDENING = frozenset(["cat", "concat", "concatenate", "pad"])
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Refusal:
 def find_refusals(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
     """Carries that are not sums, in graph order, each with the node that carries."""
     refusals = []
-    additions = {n: a for n in graph.nodes if (a := read_addition(n)) is not None}
+    additions = {n: a for n in graph.nodes if (a := match_addition(n)) is not None}
     lerps = {n for n in graph.nodes if op_name(n) == "lerp" and is_floating(n)}
     operands = {o for a in additions.values() for o in (a.left, a.right)}
     inputs = {i for n in (*operands, *lerps) for i in n.all_input_nodes}
@@ -70,7 +69,7 @@ def _why_gated_difference(carry: Node, branch: Node, ancestry: Dependence) -> st
     for gate, difference in (branch.args, branch.args[::-1]):
         if not isinstance(gate, Node) or not isinstance(difference, Node) or not is_floating(gate):
             continue
-        inner = read_addition(difference)
+        inner = match_addition(difference)
         if inner is None or not ancestry.is_branch(gate, carry):
             continue
         sides = ((inner.left, inner.left_scale, inner.right), (inner.right, inner.right_scale, inner.left))
@@ -81,21 +80,28 @@ def _why_gated_difference(carry: Node, branch: Node, ancestry: Dependence) -> st
 
 def _why_not_additive(carry: Node, branch: Node, ancestry: Dependence) -> str:
     """Why `carry + branch` is a residual of `x` in all but the carry, where it is one."""
-    name = op_name(carry)
-    if name == "mul":
-        pairs = [(carry.args[0], carry.args[1])] if len(carry.args) == 2 else []
-        for x, gate in (*pairs, *((b, a) for a, b in pairs)):
-            if not isinstance(x, Node) or not isinstance(gate, Node) or not is_floating(x):
-                continue
-            # A gate is computed from x by more than elementwise work, and so is the branch.
-            if ancestry.is_branch(gate, x) and ancestry.is_branch(branch, x):
-                return f"the stream is multiplied by {describe(gate)}, which depends on the stream: a gated carry"
-    if name in _CONTRACTIONS and len(shape_of(carry)) >= 3:
-        for x in carry.all_input_nodes:
-            mixes = is_floating(x) and len(shape_of(x)) >= 4 and len(shape_of(x)) == len(shape_of(carry))
-            same_width = mixes and all(sizes_agree(a, b) for a, b in zip(shape_of(x), shape_of(carry), strict=True))
-            if same_width and x.op != "get_attr" and ancestry.is_branch(branch, x) and not ancestry.at_all(x, branch):
-                return f"copies of the stream are mixed by {describe(carry)} before it is added to: hyper-connections"
+    if op_name(carry) == "mul":
+        return _why_multiplied(carry, branch, ancestry)
+    if has_trait(carry, Trait.MIXES) and len(shape_of(carry)) >= 3:
+        return _why_mixed(carry, branch, ancestry)
+    return ""
+
+
+def _why_multiplied(carry: Node, branch: Node, ancestry: Dependence) -> str:
+    for x, gate in (carry.args, carry.args[::-1]) if len(carry.args) == 2 else ():
+        if not isinstance(x, Node) or not isinstance(gate, Node) or not is_floating(x):
+            continue
+        # A gate is computed from x by more than elementwise work, and so is the branch.
+        if ancestry.is_branch(gate, x) and ancestry.is_branch(branch, x):
+            return f"the stream is multiplied by {describe(gate)}, which depends on the stream: a gated carry"
+    return ""
+
+
+def _why_mixed(carry: Node, branch: Node, ancestry: Dependence) -> str:
+    for x in carry.all_input_nodes:
+        copies = is_floating(x) and len(shape_of(x)) >= 4 and shapes_agree(shape_of(x), shape_of(carry))
+        if copies and x.op != "get_attr" and ancestry.is_branch(branch, x) and not ancestry.at_all(x, branch):
+            return f"copies of the stream are mixed by {describe(carry)} before it is added to: hyper-connections"
     return ""
 
 
@@ -105,11 +111,11 @@ def _widened(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
     depends = sums.dependence
     assert depends is not None
     for node in graph.nodes:
-        addition = read_addition(node)
+        addition = match_addition(node)
         if addition is None:
             continue
         for carry, branch in ((addition.left, addition.right), (addition.right, addition.left)):
-            if op_name(carry) not in _WIDENING or not carry.all_input_nodes:
+            if not has_trait(carry, Trait.WIDENS) or not carry.all_input_nodes:
                 continue
             states = [n for n in carry.all_input_nodes if n in sums.states]
             wider = [s for s in states if not sizes_agree(shape_of(s)[-1], shape_of(carry)[-1])]

@@ -1,0 +1,195 @@
+"""The table of operations: what each one does, and how the dialects write it.
+
+Three dialects spell one graph: `torch.fx.symbolic_trace` writes `operator.add` and `call_module`, Dynamo writes
+torch functions and methods, `torch.export` writes aten overloads. An operation has one canonical name: aten's, with
+the trailing underscore of in-place forms. A new operation is one more line below.
+"""
+
+import enum
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Trait(enum.Flag):
+    """What an operation does, as far as a pass asks; pointwise arithmetic is known by aten's own tag.
+
+    CAST, IDENTITY, RESHAPE (rows stay in their order), TOKEN_MOVE (rows are moved or picked): data movement.
+    LIGHT: no more than elementwise. SAME_AT_SAME_SHAPE: changes nothing where the shape stays. SHAPED_AS: takes only
+    the shape or dtype of its second argument. METADATA: looks at no value. MAYBE_COPIES: a view where the strides
+    allow one. VIEW: a view, although its schema calls it a copy. RESHAPE_IN_PLACE: another shape for the same
+    tensor. NO_WRITE: an underscore, yet no write. MIXES: contracts over copies of a stream. WIDENS: may change the
+    last dimension. CHANNELS_FIRST: features are in dimension 1. SWITCHES_MODE, ASKS_MODE: autocast or gradients, for
+    the calls that follow. MODE_REGION: a body that runs in another mode.
+    """
+
+    CAST = enum.auto()
+    IDENTITY = enum.auto()
+    RESHAPE = enum.auto()
+    TOKEN_MOVE = enum.auto()
+    LIGHT = enum.auto()
+    SAME_AT_SAME_SHAPE = enum.auto()
+    SHAPED_AS = enum.auto()
+    METADATA = enum.auto()
+    MAYBE_COPIES = enum.auto()
+    VIEW = enum.auto()
+    RESHAPE_IN_PLACE = enum.auto()
+    NO_WRITE = enum.auto()
+    DROPOUT = enum.auto()
+    NORM = enum.auto()
+    REDUCTION = enum.auto()
+    MIXES = enum.auto()
+    WIDENS = enum.auto()
+    CHANNELS_FIRST = enum.auto()
+    SWITCHES_MODE = enum.auto()
+    ASKS_MODE = enum.auto()
+    MODE_REGION = enum.auto()
+
+
+NONE = Trait(0)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    name: canonical. traits: what it does. also: other names of it, of functions, methods and aten. operators: Python
+    operators that mean it. modules: module classes that do nothing else. functional: the operator without the write,
+    of one in place. aten, function: how a pass writes it, as an aten overload and as a torch function.
+    """
+
+    name: str
+    traits: Trait = NONE
+    also: tuple[str, ...] = ()
+    operators: tuple[Callable[..., Any], ...] = ()
+    modules: tuple[type[nn.Module], ...] = ()
+    functional: Callable[..., Any] | None = None
+    aten: str = ""
+    function: Callable[..., Any] | None = None
+
+
+CAST, IDENTITY, RESHAPE, MOVE, LIGHT = Trait.CAST, Trait.IDENTITY, Trait.RESHAPE, Trait.TOKEN_MOVE, Trait.LIGHT
+SAME, AS, COPIES = Trait.SAME_AT_SAME_SHAPE, Trait.SHAPED_AS, Trait.MAYBE_COPIES
+DROPOUT = Trait.DROPOUT | Trait.LIGHT
+CHANNELS = Trait.CHANNELS_FIRST
+
+OPERATIONS = (
+    # Arithmetic
+    Operation("add", aten="add.Tensor", function=torch.add),
+    Operation("sub", also=("subtract",), aten="sub.Tensor", function=torch.sub),
+    Operation("mul", also=("multiply",), aten="mul.Tensor", function=torch.mul),
+    Operation(
+        "div", also=("divide", "true_divide"), operators=(operator.truediv,), aten="div.Tensor", function=torch.div
+    ),
+    Operation("rsub", aten="rsub.Scalar", function=torch.rsub),
+    Operation("neg", also=("negative",)),
+    Operation("bitwise_and", operators=(operator.and_,)),
+    Operation("bitwise_or", operators=(operator.or_,)),
+    Operation("logical_not", operators=(operator.not_,)),
+    Operation("is", operators=(operator.is_,)),
+    # Python's operators in place
+    Operation("add_", operators=(operator.iadd,), functional=operator.add),
+    Operation("sub_", operators=(operator.isub,), functional=operator.sub),
+    Operation("mul_", operators=(operator.imul,), functional=operator.mul),
+    Operation("div_", operators=(operator.itruediv,), functional=operator.truediv),
+    Operation("floor_divide_", operators=(operator.ifloordiv,), functional=operator.floordiv),
+    Operation("remainder_", operators=(operator.imod,), functional=operator.mod),
+    Operation("pow_", operators=(operator.ipow,), functional=operator.pow),
+    Operation("matmul_", operators=(operator.imatmul,), functional=operator.matmul),
+    Operation("bitwise_or_", operators=(operator.ior,), functional=operator.or_),
+    Operation("bitwise_and_", operators=(operator.iand,), functional=operator.and_),
+    Operation("bitwise_xor_", operators=(operator.ixor,), functional=operator.xor),
+    Operation("copy_", aten="copy_.default", function=torch.Tensor.copy_),
+    # Casts
+    Operation("to", CAST, aten="to.dtype", function=torch.Tensor.to),
+    Operation("type_as", CAST | AS),
+    *(Operation(n, CAST) for n in ("_to_copy", "float", "double", "half", "bfloat16", "type")),
+    *(Operation(n, CAST) for n in ("_autocast_to_full_precision", "_autocast_to_reduced_precision")),
+    # Values as they are
+    Operation("contiguous", IDENTITY | COPIES),
+    Operation("clone", IDENTITY, aten="clone.default", function=torch.clone),
+    Operation("detach", IDENTITY, aten="detach.default", function=torch.detach),
+    Operation("identity", IDENTITY, modules=(nn.Identity,)),
+    *(Operation(n, IDENTITY) for n in ("alias", "lift_fresh", "lift_fresh_copy", "wait_tensor")),
+    # Rows in their order, in another shape
+    Operation("view", RESHAPE),
+    Operation("reshape", RESHAPE | COPIES, also=("_unsafe_view",)),
+    Operation("flatten", RESHAPE | COPIES, modules=(nn.Flatten,)),
+    Operation("unflatten", RESHAPE, modules=(nn.Unflatten,)),
+    Operation("unsqueeze", RESHAPE),
+    Operation("squeeze", RESHAPE),
+    Operation("view_as", RESHAPE | AS),
+    Operation("reshape_as", RESHAPE | COPIES | AS, aten="reshape_as.default", function=torch.Tensor.reshape_as),
+    Operation("ravel", COPIES),
+    # Rows moved or picked
+    Operation("permute", MOVE),
+    Operation("transpose", MOVE, also=("swapaxes", "swapdims")),
+    Operation("movedim", MOVE, also=("moveaxis",)),
+    Operation("t", MOVE),
+    Operation("slice", MOVE | SAME),
+    Operation("narrow", MOVE | SAME),
+    Operation("getitem", MOVE | SAME),
+    Operation("expand", MOVE | SAME),
+    Operation("expand_as", MOVE | SAME | AS, aten="expand_as.default", function=torch.Tensor.expand_as),
+    Operation("broadcast_to", MOVE | SAME),
+    *(Operation(n, MOVE) for n in ("select", "index_select", "roll", "flip")),
+    # Tensors joined, split, repeated
+    Operation("cat", LIGHT | Trait.WIDENS),
+    Operation("concat", LIGHT | Trait.WIDENS),
+    Operation("concatenate", Trait.WIDENS),
+    Operation("pad", LIGHT | Trait.WIDENS),
+    *(Operation(n, LIGHT) for n in ("stack", "hstack", "vstack", "split", "chunk", "unbind")),
+    *(Operation(n, LIGHT) for n in ("repeat", "repeat_interleave", "tile")),
+    *(Operation(n, Trait.VIEW) for n in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")),
+    # Shapes changed in place; underscores that write nothing
+    *(Operation(n, Trait.RESHAPE_IN_PLACE) for n in ("unsqueeze_", "squeeze_", "transpose_", "t_")),
+    *(Operation(n, Trait.RESHAPE_IN_PLACE) for n in ("swapaxes_", "swapdims_")),
+    *(Operation(n, Trait.NO_WRITE) for n in ("requires_grad_", "retain_grad_", "share_memory_")),
+    # Elementwise, although aten's tag does not say so of each form
+    Operation("dropout", DROPOUT, modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)),
+    *(Operation(n, DROPOUT) for n in ("native_dropout", "feature_dropout", "alpha_dropout")),
+    *(Operation(n, LIGHT) for n in ("gelu", "silu", "relu", "tanh", "sigmoid", "glu", "softplus", "leaky_relu")),
+    *(Operation(n, LIGHT) for n in ("elu", "mish", "hardswish", "hardtanh", "hardsigmoid")),
+    *(Operation(n, LIGHT) for n in ("masked_fill", "where", "pos", "to_copy")),
+    # Tensors made
+    Operation("zeros_like", LIGHT, aten="zeros_like.default", function=torch.zeros_like),
+    *(Operation(n, LIGHT) for n in ("full_like", "ones_like", "empty_like")),
+    *(Operation(n, LIGHT) for n in ("new_zeros", "new_ones", "new_empty", "new_full")),
+    # Norms and reductions
+    Operation("layer_norm", Trait.NORM, also=("native_layer_norm",), modules=(nn.LayerNorm,)),
+    Operation("rms_norm", Trait.NORM, also=("_fused_rms_norm",), modules=(nn.RMSNorm,)),
+    Operation("group_norm", Trait.NORM | CHANNELS, modules=(nn.GroupNorm,)),
+    Operation("batch_norm", Trait.NORM | CHANNELS, modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
+    Operation("instance_norm", Trait.NORM | CHANNELS, modules=(nn.InstanceNorm1d,)),
+    Operation("_native_batch_norm_legit", Trait.NORM),
+    *(Operation(n, Trait.REDUCTION) for n in ("mean", "sum", "var", "std", "var_mean", "std_mean")),
+    *(Operation(n, Trait.REDUCTION) for n in ("norm", "linalg_vector_norm", "amax")),
+    # Contractions
+    Operation("mm", Trait.MIXES, aten="mm.default", function=torch.mm),
+    Operation("bmm", Trait.MIXES, aten="bmm.default", function=torch.bmm),
+    *(Operation(n, Trait.MIXES) for n in ("einsum", "matmul", "tensordot")),
+    Operation("conv", CHANNELS, also=("convolution", "conv1d", "conv2d", "conv3d")),
+    *(Operation(n, CHANNELS) for n in ("max_pool2d", "avg_pool2d")),
+    Operation("sdpa", also=("scaled_dot_product_attention",)),
+    # Shapes, dtypes and checks
+    *(Operation(n, Trait.METADATA) for n in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")),
+    *(Operation(n, Trait.METADATA) for n in ("size", "dim", "ndim", "numel", "stride", "storage_offset")),
+    *(Operation(n, Trait.METADATA) for n in ("is_floating_point", "getattr")),
+    *(Operation(n, Trait.METADATA) for n in ("_assert_tensor_metadata", "_assert_scalar")),
+    # Modes
+    Operation("_set_grad_enabled", Trait.SWITCHES_MODE),
+    Operation("_enter_autocast", Trait.SWITCHES_MODE),
+    Operation("_exit_autocast", Trait.SWITCHES_MODE),
+    Operation("is_grad_enabled", Trait.ASKS_MODE),
+    Operation("higher_order::wrap_with_set_grad_enabled", Trait.MODE_REGION),
+    Operation("higher_order::wrap_with_autocast", Trait.MODE_REGION),
+)
+
+BY_NAME = {o.name: o for o in OPERATIONS}
+ALIASES = {other: o.name for o in OPERATIONS for other in o.also}
+BY_OPERATOR = {f: o for o in OPERATIONS for f in o.operators}
+BY_MODULE: dict[type, Operation] = {m: o for o in OPERATIONS for m in o.modules}

@@ -1,0 +1,118 @@
+"""Operations that map a state row by row."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from attnres_fx.passes.graph.additions import added_zero_operand, adds_zero, is_zero
+from attnres_fx.passes.graph.nodes import argument_of, is_floating, numel_of_row_is_kept, same_shape, shape_of
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import dropout_probability, has_trait, indexes_by_tensor, is_dropout, op_name
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """A node that maps over every source of the state it is given.
+
+    kind: `"identity"`, `"cast"`, `"reshape"` (rows in the same order), `"token"` (rows moved or picked)
+        or `"factor"` (rows multiplied). `others` are the nodes the factor itself comes from.
+    """
+
+    state: Node
+    kind: str
+    others: tuple[Node, ...] = ()
+
+
+def match_row_maps(node: Node) -> tuple[RowMap, ...]:
+    """The ways in which a node can be a row map; a product of two tensors is one in either argument."""
+    if not is_floating(node):
+        return ()
+    name = op_name(node)
+    if name in ("mul", "div"):
+        return _products(node, name)
+    first = added_zero_operand(node) or (node.args[0] if node.args else node.kwargs.get("input"))
+    if name == "where" and len(node.args) == 3:
+        first = node.args[1]
+        if not is_zero(node.args[2]):
+            return ()
+    if not isinstance(first, Node) or not is_floating(first):
+        return ()
+    kind = _kind_of_map(node, name, first)
+    others = tuple(n for n in node.all_input_nodes if n is not first) if kind == "factor" else ()
+    return (RowMap(first, kind, others),) if kind else ()
+
+
+def _kind_of_map(node: Node, name: str, first: Node) -> str | None:
+    if has_trait(node, Trait.IDENTITY) or (name in ("add", "sub") and adds_zero(node)):
+        return "identity"
+    if is_dropout(node):
+        return "identity" if dropout_probability(node) == 0 else None
+    if has_trait(node, Trait.CAST):
+        return "cast"
+    if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
+        return "factor" if same_shape(node, first) else None
+    if has_trait(node, Trait.RESHAPE):
+        return "reshape" if numel_of_row_is_kept(first, node) else None
+    if has_trait(node, Trait.TOKEN_MOVE) and _moves_whole_rows(node, name, first):
+        return "token"
+    return None
+
+
+def _products(node: Node, name: str) -> tuple[RowMap, ...]:
+    left = node.args[0] if node.args else node.kwargs.get("input")
+    right = argument_of(node, 1, "other")
+    if name == "div" and node.kwargs.get("rounding_mode") is not None:
+        return ()
+    pairs = [(left, right)] if name == "div" else [(left, right), (right, left)]
+    return tuple(
+        RowMap(state, "factor", (other,) if isinstance(other, Node) else ())
+        for state, other in pairs
+        if isinstance(state, Node) and is_floating(state) and same_shape(state, node) and state is not other
+    )
+
+
+def _moves_whole_rows(node: Node, name: str, first: Node) -> bool:
+    before, after = shape_of(first), shape_of(node)
+    if not after or not numel_of_row_is_kept(first, node):
+        return False
+    rank = len(before)
+    if name == "getitem":
+        return not indexes_by_tensor(node.args[1]) and _leaves_last_alone(node.args[1], rank)
+    if name in ("expand", "expand_as", "broadcast_to"):
+        return True
+    if name == "t":
+        return False
+    return not any(d % rank == rank - 1 for d in _dimensions(node, name, rank))
+
+
+def _dimensions(node: Node, name: str, rank: int) -> list[int]:
+    """Dimensions a token move touches; the last one among them means that rows are not kept whole."""
+    if name == "permute":
+        dims = argument_of(node, 1, "dims")
+        dims = list(dims) if isinstance(dims, list | tuple) else [d for d in node.args[1:] if isinstance(d, int)]
+        return [i for i, d in enumerate(dims) if isinstance(d, int) and d % rank != i]
+    if name in ("transpose", "movedim"):
+        pair = (argument_of(node, 1, "dim0"), argument_of(node, 2, "dim1"))
+        return [d for value in pair for d in _known_dimensions(value, rank)]
+    if name == "roll":
+        dims = argument_of(node, 2, "dims")
+    else:
+        default = 0 if name in ("slice", "select", "narrow") else rank - 1
+        dims = argument_of(node, 1, "dims" if name == "flip" else "dim")
+        dims = default if dims is None else dims
+    return _known_dimensions(dims, rank) or [rank - 1]
+
+
+def _known_dimensions(dims: Any, rank: int) -> list[int]:
+    """Dimensions as a list; one that is not known counts as the last."""
+    listed = list(dims) if isinstance(dims, list | tuple) else [dims]
+    return [d if isinstance(d, int) else rank - 1 for d in listed]
+
+
+def _leaves_last_alone(index: Any, rank: int) -> bool:
+    parts = index if isinstance(index, tuple | list) else (index,)
+    taken = sum(p is not None and p is not Ellipsis for p in parts)
+    if Ellipsis not in parts and taken < rank:
+        return True
+    return bool(parts) and (parts[-1] is Ellipsis or parts[-1] == slice(None))
