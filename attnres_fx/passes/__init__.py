@@ -17,13 +17,21 @@ from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 from attnres_fx.passes.normalize.normalization import NORMALIZATION, normalize_, propagate_values_
 from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
 from attnres_fx.passes.rewrite.depth_attention import ReadParameters, Replacement, insert_depth_attention_pass
-from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan, StreamPlan, plan_depth_reads
+from attnres_fx.passes.rewrite.read_plan import (
+    BlockEnd,
+    DepthReadPlan,
+    ReadPlan,
+    StreamPlan,
+    TermPlan,
+    plan_depth_reads,
+)
 from attnres_fx.passes.schedule import DepthSchedule, Source, plan_schedule
 from attnres_fx.passes.streams.analysis import analyze_
 from attnres_fx.passes.streams.finding import Read, Stream, StreamSet, Term, find_streams
 
 __all__ = [
     "NORMALIZATION",
+    "BlockEnd",
     "BlockReads",
     "DepthReadPlan",
     "DepthSchedule",
@@ -42,6 +50,7 @@ __all__ = [
     "StreamSet",
     "SumFusion",
     "Term",
+    "TermPlan",
     "analyze_",
     "checked_lowering",
     "choose_phases",

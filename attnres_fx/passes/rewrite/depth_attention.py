@@ -25,9 +25,8 @@ from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import fake_like, insert_call, nodes_without_gradients, tensor_of
 from attnres_fx.passes.graph.operations import asks_only_metadata, op_name
 from attnres_fx.passes.graph.result import PassResult
-from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan, StreamPlan, extra_group
-from attnres_fx.passes.rewrite.sources import Entry, Group, Moved, Replay, SourceBuilder, Table
-from attnres_fx.passes.schedule import ROOT, Source
+from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan, StreamPlan
+from attnres_fx.passes.rewrite.sources import Entry, Moved, Replay, SourceBuilder, Table
 from attnres_fx.passes.streams.finding import StreamSet
 from attnres_fx.passes.streams.formal_sum import FormalSums, Mapped, Root
 
@@ -122,9 +121,10 @@ class _StreamRewrite:
         self.by_name: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         self.roots = self._roots()
         self.nodes = sorted((n for n, r in sums.root.items() if r in self.roots), key=sums.order.__getitem__)
-        extras = frozenset(extra_group(t.written_by) for t in self.stream.terms if t.sublayer is None)
-        self.builder = SourceBuilder(self.graph, sums, self._groups(), moved, extras, frozen)
-        self.unread_ends = self._unread_ends()
+        groups = {self.by_name[term.node]: term.group for term in plan.terms}
+        extras = frozenset(term.group for term in plan.terms if term.source is None)
+        self.builder = SourceBuilder(self.graph, sums, groups, moved, extras, frozen)
+        self.unread_ends = {self.by_name[end.node]: end.summary for end in plan.unread_ends}
         self.at_site: dict[Node, list[DepthReadPlan]] = {}
         for read in plan.reads:
             self.at_site.setdefault(self.by_name[read.site], []).append(read)
@@ -140,18 +140,6 @@ class _StreamRewrite:
         previous = dict(zip(list(roots)[1:], sites, strict=False))
         return {root: previous.get(root) for root in roots}
 
-    def _groups(self) -> dict[Node, Group]:
-        groups: dict[Node, Group] = {self.by_name[self.stream.root.node]: ROOT}
-        for term in self.stream.terms:
-            node, sublayer = self.by_name[term.written_by], term.sublayer
-            groups[node] = extra_group(node.name) if sublayer is None else self.plan.schedule.group_of(sublayer)
-        return groups
-
-    def _unread_ends(self) -> dict[Node, Source]:
-        """States at which a local block ends in a plain sum, each with the summary it is."""
-        last = {t.sublayer: self.by_name[t.written_by] for t in self.stream.terms}
-        return {last[self.plan.schedule.maker_of(summary)]: summary for summary in self.plan.unread_ends}
-
     def visit(self, node: Node) -> list[Replacement]:
         """Evaluate a state whose parents have been visited, and put in the reads that stand at it."""
         self._evaluate(node)
@@ -165,7 +153,7 @@ class _StreamRewrite:
             self.builder.evaluate(node)
             return
         carried = self.builder.tables[site]
-        summary = next((r.summary for r in self.at_site.get(site, ()) if r.summary is not None), None)
+        summary = next((r.summary for r in self.at_site.get(site, ()) if r.makes_summary), None)
         self.builder.tables[node] = carried if summary is None else Table({summary: Entry(node)})
 
     def _rewrite_read(self, read: DepthReadPlan, site: Node) -> Replacement:
@@ -177,14 +165,13 @@ class _StreamRewrite:
         for user, seen, replacement in replayed:
             user.replace_input_with(seen, replacement)
             self.moved[user, seen] = replacement
-        if read.summary is not None and not self.stream.post_norm and site not in self.builder.whole:
+        if read.makes_summary and read.summary is not None and not self.stream.post_norm:
             self.builder.go_on_from(site, read.summary, value)
         return Replacement(read, node.name, tuple(s.name for s in sources))
 
     def _sources(self, read: DepthReadPlan, site: Node) -> list[Node]:
         """The nodes of the planned sources; of a whole block also where the chain goes on from its summary."""
-        at_end = read.summary is not None and site in self.builder.whole
-        built = self.builder.nodes(self.builder.whole[site] if at_end else self.builder.tables[site])
+        built = self.builder.nodes(self.builder.whole.get(site, self.builder.tables[site]))
         if set(built) != set(read.groups):
             there, planned = (" ".join(sorted(map(str, groups))) for groups in (built, read.groups))
             raise RewriteError(

@@ -4,24 +4,39 @@ The rewrite, the new parameters, the keys of an attached model, the report, save
 from here.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
 
 from attnres_fx.config import AttnResConfig, Output
-from attnres_fx.passes.schedule import DepthSchedule, Source, plan_schedule
+from attnres_fx.passes.schedule import ROOT, DepthSchedule, Source, plan_schedule
 from attnres_fx.passes.streams.finding import Read, Stream, StreamSet
+from attnres_fx.passes.streams.formal_sum import FormalSums, Mapped
+
+#: What a term is counted under while a graph is rewritten: a source, or the label of a term outside the chain.
+Group = Source | str
 
 
 @dataclass(frozen=True)
 class DepthReadPlan:
-    """What one read becomes.
+    """What one read becomes: a call of the depth-attention operator at one node, and what it is given.
 
-    site: the node whose value it replaces. state: the node that holds the sum. consumers: the nodes that take it.
-    position: sublayers written before it. seen: its sources, oldest first. extras: terms outside the chain that it
-        sees as well, by the addition that writes each. block: the block it belongs to.
-    gain: what the mixture is multiplied by. gated: whether it moves a post-norm state through a gate.
-    width: D of its query and key gain.
-    summary: where it ends a block of `local`, what the next block receives; of several such reads the first makes it.
+    Attributes:
+        stream: Name of the stream.
+        read: Name of the read, which its parameters go by.
+        site: The node whose value it replaces.
+        state: The node that holds the sum.
+        consumers: The nodes that take the sum, or a row map of it.
+        position: Sublayers written before it.
+        seen: Its sources in the chain, oldest first.
+        extras: Terms outside the chain that it sees as well, by the addition that writes each.
+        block: Index of the block it belongs to.
+        gain: What the mixture is multiplied by: S for output `"sum"`, 1 for `"mean"` (arXiv 2603.15031, section 3).
+        gated: Whether it moves a post-norm state through a gate.
+        width: D, the elements of its query and of its key gain.
+        summary: What the next block receives, where the read stands at the end of a block of `local`.
+        makes_summary: Whether the next block receives this read; of several at one end, only the first makes it.
     """
 
     stream: str
@@ -37,6 +52,7 @@ class DepthReadPlan:
     gated: bool
     width: int
     summary: Source | None = None
+    makes_summary: bool = False
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -44,13 +60,14 @@ class DepthReadPlan:
         return tuple(str(group) for group in (*self.seen, *self.extra_groups))
 
     @property
-    def groups(self) -> tuple[Source | str, ...]:
+    def groups(self) -> tuple[Group, ...]:
         """What each source is counted under while the graph is rewritten, in the same order."""
         return (*(source.group for source in self.seen), *self.extra_groups)
 
     @property
     def extra_groups(self) -> tuple[str, ...]:
-        return tuple(map(extra_group, self.extras))
+        """The labels of the sources outside the chain."""
+        return tuple(map(_extra_label, self.extras))
 
     @property
     def num_parameters(self) -> int:
@@ -59,25 +76,68 @@ class DepthReadPlan:
 
 
 @dataclass(frozen=True)
-class StreamPlan:
-    """What one stream becomes: its blocks and its reads, in execution order.
+class TermPlan:
+    """What a term of a stream counts as.
 
-    unread_ends: summaries that are plain sums, since no read of the stream alone stands where the block before ends.
+    Attributes:
+        node: The node that writes it.
+        source: The source that it is, or is summed into; None for a term outside the chain, a source of its own.
+    """
+
+    node: str
+    source: Source | None
+
+    @property
+    def group(self) -> Group:
+        """The source, or the label of a term outside the chain."""
+        return _extra_label(self.node) if self.source is None else self.source
+
+
+@dataclass(frozen=True)
+class BlockEnd:
+    """The end of a block of `local` where no read of the stream alone stands.
+
+    Attributes:
+        node: The node that writes the block's last term.
+        summary: What the next block receives: the plain sum of the block's sources.
+    """
+
+    node: str
+    summary: Source
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What one stream becomes: its blocks, its terms and its reads.
+
+    Attributes:
+        stream: The stream, as it was found.
+        schedule: Its blocks.
+        reads: Its reads that get an operator, in execution order.
+        terms: Its root and its terms, with the source that each counts as.
+        unread_ends: The ends of blocks that hand on a plain sum.
     """
 
     stream: Stream
     schedule: DepthSchedule
     reads: tuple[DepthReadPlan, ...]
-    unread_ends: tuple[Source, ...] = ()
+    terms: tuple[TermPlan, ...] = ()
+    unread_ends: tuple[BlockEnd, ...] = ()
 
     @property
     def num_parameters(self) -> int:
+        """Elements of all queries, key gains and gates of the stream."""
         return sum(read.num_parameters for read in self.reads)
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What the streams of one graph become. reads: those of all streams, in execution order."""
+    """What the streams of one graph become.
+
+    Attributes:
+        streams: One plan for each stream that is rewritten.
+        reads: The reads of all of them, in execution order.
+    """
 
     streams: tuple[StreamPlan, ...]
     reads: tuple[DepthReadPlan, ...]
@@ -90,13 +150,13 @@ def plan_depth_reads(
     *,
     schedules: Mapping[str, DepthSchedule] | None = None,
 ) -> ReadPlan:
-    """What the rewrite will do to a graph.
+    """Decide what the rewrite does to a graph.
 
     Args:
-        streams: all streams of the graph.
-        selected: those to rewrite.
-        config: variant, blocks and output mode.
-        schedules: blocks to take instead of the config's, by stream name.
+        streams: All streams of the graph.
+        selected: Those to rewrite.
+        config: Variant, blocks and output mode.
+        schedules: Blocks to take instead of the config's, by stream name.
 
     Returns:
         The plan that `insert_depth_attention_pass` executes. It names nodes of this graph and of no other.
@@ -106,9 +166,11 @@ def plan_depth_reads(
     """
     schedules = schedules or {}
     plans = tuple(
-        plan_stream(s, schedules.get(s.name) or plan_schedule(s.num_sublayers, config), config.output) for s in selected
+        _plan_stream(s, schedules.get(s.name) or plan_schedule(s.num_sublayers, config), config.output, streams.sums)
+        for s in selected
     )
     order = {node.name: i for node, i in streams.sums.order.items()}
+    # By the site that analysis gives: a read at a block's end stands at its state, and counts where it stood before.
     sites = [(order[read.site], plan) for s, p in zip(selected, plans, strict=True) for read, plan in _paired(s, p)]
     return ReadPlan(plans, tuple(plan for _, plan in sorted(sites, key=lambda pair: pair[0])))
 
@@ -117,13 +179,13 @@ def _paired(stream: Stream, plan: StreamPlan) -> list[tuple[Read, DepthReadPlan]
     return list(zip(stream.depth_reads, plan.reads, strict=True))
 
 
-def plan_stream(stream: Stream, schedule: DepthSchedule, output: Output) -> StreamPlan:
-    """The reads of one stream under one schedule."""
-    reads = tuple(_plan_read(stream, read, schedule, output) for read in stream.depth_reads)
-    ends = (schedule.summary_at(start) for start in schedule.starts)
-    ended = {read.summary for read in reads}
-    unread = () if stream.post_norm else tuple(s for s in ends if s is not None and s not in ended)
-    return StreamPlan(stream, schedule, reads, unread)
+def _plan_stream(stream: Stream, schedule: DepthSchedule, output: Output, sums: FormalSums) -> StreamPlan:
+    reads = [_plan_read(stream, read, schedule, output) for read in stream.depth_reads]
+    makers = _summary_makers(reads, sums, post_norm=stream.post_norm)
+    reads = [replace(read, makes_summary=i in makers) for i, read in enumerate(reads)]
+    return StreamPlan(
+        stream, schedule, tuple(reads), _plan_terms(stream, schedule), _unread_ends(stream, schedule, reads)
+    )
 
 
 def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Output) -> DepthReadPlan:
@@ -149,9 +211,42 @@ def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Outp
     )
 
 
-def extra_group(written_by: str) -> str:
+def _summary_makers(reads: Sequence[DepthReadPlan], sums: FormalSums, *, post_norm: bool) -> set[int]:
+    """Indices of the reads that the next block receives: the first at each state, and at whatever maps that state."""
+    by_name = {node.name: node for node in sums.order}
+    ends = [i for i, read in enumerate(reads) if read.summary is not None]
+    makers: set[int] = set()
+    taken: set[Node] = set()
+    for i in sorted(ends, key=lambda i: sums.order[by_name[reads[i].site]]):
+        path = [by_name[reads[i].site]]
+        while not post_norm and isinstance(step := sums.states[path[-1]], Mapped):
+            path.append(step.state)
+        if taken.isdisjoint(path):
+            makers.add(i)
+            taken.add(path[0])
+    return makers
+
+
+def _plan_terms(stream: Stream, schedule: DepthSchedule) -> tuple[TermPlan, ...]:
+    terms = [
+        TermPlan(t.written_by, None if t.sublayer is None else schedule.group_of(t.sublayer)) for t in stream.terms
+    ]
+    return (TermPlan(stream.root.node, ROOT), *terms)
+
+
+def _unread_ends(stream: Stream, schedule: DepthSchedule, reads: Sequence[DepthReadPlan]) -> tuple[BlockEnd, ...]:
+    if stream.post_norm:
+        return ()
+    last_term = {t.sublayer: t.written_by for t in stream.terms}
+    ended = {read.summary for read in reads}
+    summaries = (schedule.summary_at(start) for start in schedule.starts)
+    unread = (s for s in summaries if s is not None and s not in ended)
+    return tuple(BlockEnd(last_term[schedule.maker_of(s)], s) for s in unread)
+
+
+def _extra_label(written_by: str) -> str:
     """How a term outside the chain is named among sources, by the addition that writes it."""
     return f"+{written_by}"
 
 
-__all__ = ["DepthReadPlan", "ReadPlan", "StreamPlan", "plan_depth_reads", "plan_stream"]
+__all__ = ["BlockEnd", "DepthReadPlan", "Group", "ReadPlan", "StreamPlan", "TermPlan", "plan_depth_reads"]

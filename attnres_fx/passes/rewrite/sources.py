@@ -23,11 +23,9 @@ from attnres_fx.passes.graph.nodes import (
 )
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait
-from attnres_fx.passes.schedule import Source
+from attnres_fx.passes.rewrite.read_plan import Group
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
 
-#: What an entry is counted under: a source, or the name of a term outside the chain.
-Group = Source | str
 #: What a node takes instead of one of its former arguments, where a read was put between the two.
 Moved = dict[tuple[Node, Node], Node]
 

@@ -46,7 +46,21 @@ class ReadBesideTheChain(PreNorm):
         return self.norms[4](x + self.layers[3](self.norms[3](x)))
 
 
-CASES = list(product([PreNorm, PostNorm, ReadBesideTheChain], ["full", "block", "local"], ["sum", "mean"]))
+class TwoReadsAtOnce(PreNorm):
+    """Each state is read twice: as it is, and halved."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            x = x + layer(norm(x) + norm(x * 0.5))
+        return self.norms[-1](x)
+
+
+MODELS = [PreNorm, PostNorm, ReadBesideTheChain, TwoReadsAtOnce]
+CASES = list(product(MODELS, ["full", "block", "local"], ["sum", "mean"]))
+SINGLE_READS = [case for case in CASES if case[0] is not TwoReadsAtOnce]
+#: The layers of each sublayer, and of terms outside the chain, where that is not one layer a sublayer.
+LAYERS = {ReadBesideTheChain: [{"0"}, {"1", "2"}, {"3"}]}
+BESIDE = {ReadBesideTheChain: {"1"}}
 
 
 def converted(model, variant, output):
@@ -55,7 +69,7 @@ def converted(model, variant, output):
     return ax.convert(model(), (torch.randn(2, 3, WIDTH),), config=config)
 
 
-@pytest.mark.parametrize(("model", "variant", "output"), CASES)
+@pytest.mark.parametrize(("model", "variant", "output"), SINGLE_READS)
 def test_the_graph_has_the_sources_gain_gate_and_parameters_of_the_plan(model, variant, output):
     result = converted(model, variant, output)
     shown = {r.read: r for r in result.report.reads}
@@ -82,20 +96,92 @@ def test_the_graph_has_the_sources_gain_gate_and_parameters_of_the_plan(model, v
             assert plan.num_parameters == sum(p.numel() for p in result.attnres.reads[r.read].parameters())
 
 
+def summed(node):
+    """What a node is the sum of: the input, layers by their number, and other nodes by their name."""
+    if node.op == "placeholder":
+        return {"x"}
+    if node.target is torch.ops.aten.linear.default:
+        return {node.args[1].target.split(".")[1]}
+    if node.target is torch.ops.aten.add.Tensor:
+        left, right = map(summed, node.args)
+        assert not left & right
+        return left | right
+    if node.target is torch.ops.aten.mul.Tensor:  # half a state has halves of its sources
+        return summed(node.args[0])
+    return {node.name}
+
+
+def value_of(placed, nodes):
+    """What takes the place of the state: the read, or what a gate makes of the two."""
+    read, plan = nodes[placed.node], placed.plan
+    if not plan.gated:
+        return read
+    ((difference,), state) = read.users, nodes[plan.site]
+    (scaled,) = difference.users
+    (value,) = scaled.users
+    prefix = f"attnres.reads.{placed.read.replace('.', '__')}"
+    assert (difference.target, difference.args) == (torch.ops.aten.sub.Tensor, (read, state))
+    assert (scaled.target, scaled.args[0]) == (torch.ops.aten.mul.Tensor, difference)
+    assert str(scaled.args[1].target) == f"{prefix}.gate"
+    assert (value.target, value.args) == (torch.ops.aten.add.Tensor, (state, scaled))
+    return value
+
+
 @pytest.mark.parametrize(("model", "variant", "output"), CASES)
-def test_a_summary_is_made_by_the_read_that_was_planned_for_it(model, variant, output):
+def test_each_source_is_the_sum_that_its_label_says_and_consumers_take_the_read(model, variant, output):
+    result = converted(model, variant, output)
+    layers = LAYERS.get(model, [{str(i)} for i in range(5)])
+    for mode in result.programs:
+        nodes = {n.name: n for n in result.graph_module(mode).graph.nodes}
+        placed = result.replacements(mode)
+        handed_on = {}
+        for r in placed:
+            value = value_of(r, nodes)
+            for consumer in map(nodes.get, r.plan.consumers):
+                assert value in consumer.all_input_nodes
+            if r.plan.makes_summary:  # on a post-norm stream the norm after the read is handed on
+                handed_on[str(r.plan.summary)] = r.plan.consumers[0] if model is PostNorm else r.node
+        blocks = {s.stream.name: s.schedule.blocks for s in result.report.streams}
+        for r in placed:
+            for label, name in r.sources:
+                kind, _, number = label.partition("_")
+                if label == "v_0":
+                    expected = {"x"}
+                elif label.startswith("+"):
+                    expected = BESIDE[model]
+                elif kind == "c":
+                    expected = {handed_on[label]}
+                elif kind == "v":
+                    expected = layers[int(number) - 1]
+                else:
+                    index, _, length = number.rstrip("]").partition("[:")
+                    block = blocks[r.stream][int(index) - 1]
+                    expected = set().union(*(layers[i] for i in block[: int(length or len(block))]))
+                assert summed(nodes[name]) == expected, (r.read, label)
+
+
+@pytest.mark.parametrize(("model", "variant", "output"), CASES)
+def test_a_summary_is_made_by_one_read_and_received_by_the_next_block(model, variant, output):
     result = converted(model, variant, output)
     placed = result.replacements()
-    summaries = {str(r.plan.summary): r.node for r in placed if r.plan.summary is not None}
-    received = {label: name for r in placed for label, name in r.sources if label.startswith("c_")}
-    if model is PostNorm:  # there the norm after the read is handed on
-        assert set(received) <= set(summaries)
-    else:
-        assert received == {label: summaries[label] for label in received}
+    made = [str(r.plan.summary) for r in placed if r.plan.makes_summary]
+    received = {label for r in placed for label, _ in r.sources if label.startswith("c_")}
+    assert len(made) == len(set(made)) and received == set(made) == {str(r.plan.summary) for r in placed} - {"None"}
     assert bool(received) == (variant == "local")
+    (stream,) = result.report.streams
+    for read in stream.reads:
+        if read.summary is not None:  # who does not make it sees the sources of the whole block all the same
+            assert read.seen == stream.schedule.sources(read.position)
 
 
-@pytest.mark.parametrize("model", [PreNorm, PostNorm, ReadBesideTheChain])
+def test_of_two_reads_at_the_end_of_a_block_the_first_makes_the_summary():
+    result = converted(TwoReadsAtOnce, "local", "sum")
+    at_end = [r for r in result.replacements() if str(r.plan.summary) == "c_2"]
+    assert [r.plan.makes_summary for r in at_end] == [True, False]
+    assert [label for label, _ in at_end[1].sources] == ["v_0", "v_1", "v_2"]
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_a_saved_model_has_its_plan(model):
     result = converted(model, "local", "sum")
     file = io.BytesIO()
