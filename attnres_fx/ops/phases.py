@@ -9,6 +9,8 @@ Source: arXiv 2603.15031, section 4 (two-phase computation).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
-from attnres_fx.ops.fused import NO_NORM, check_epilogue, normed
+from attnres_fx.ops.epilogue import Epilogue, NormKind, check_epilogue
+from attnres_fx.ops.fused import normed
 from attnres_fx.ops.operator import _check, _is_transformed, _runs_in_plain_eager, library
 from attnres_fx.ops.recompute import recomputed
 from attnres_fx.ops.reference import _mix, _row_logit, compute_dtype, result_dtype
@@ -114,7 +117,7 @@ def depth_attention_merge(
     eps: float = 1e-6,
     gain: float = 1.0,
     delta: Tensor | None = None,
-    norm: int = NO_NORM,
+    norm: int = NormKind.NONE,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
@@ -129,24 +132,13 @@ def depth_attention_merge(
 
     Raises OperatorError as `depth_attention_fused` does, and where lse is not [...].
     """
+    epilogue = Epilogue(delta, norm, norm_weight, norm_bias, norm_eps, dtype)
     given = (mixed, lse, partial, query, key_weight, delta, norm_weight, norm_bias)
     if not any(isinstance(t, Proxy) for t in given):
         _check_merge(mixed, lse, partial, query, key_weight, eps)
-        check_epilogue("depth_attention_merge", partial, delta, norm, norm_weight, norm_bias, norm_eps, dtype)
+        check_epilogue("depth_attention_merge", partial, epilogue)
     outputs: list[Tensor] = torch.ops.attnres_fx.depth_attention_merge.default(
-        mixed,
-        lse,
-        partial,
-        query,
-        key_weight,
-        float(eps),
-        float(gain),
-        delta,
-        norm,
-        norm_weight,
-        norm_bias,
-        float(norm_eps),
-        dtype,
+        mixed, lse, partial, query, key_weight, float(eps), float(gain), *epilogue.to_arguments()
     )
     return outputs
 
@@ -171,42 +163,27 @@ def _merge(
     key_weight: Tensor,
     eps: float,
     gain: float,
-    delta: Tensor | None,
-    norm: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    dtype: torch.dtype | None,
+    *arguments: Any,
 ) -> list[Tensor]:
+    epilogue: Epilogue[Tensor] = Epilogue.from_arguments(*arguments)
+    delta, norm_weight, norm_bias = epilogue.delta, epilogue.norm_weight, epilogue.norm_bias
     _check_merge(mixed, lse, partial, query, key_weight, eps)
-    check_epilogue("depth_attention_merge", partial, delta, norm, norm_weight, norm_bias, norm_eps, dtype)
+    check_epilogue("depth_attention_merge", partial, epilogue)
 
     others = (mixed, query, key_weight, delta, norm_weight, norm_bias)
     if not _is_transformed([partial]) and kernels.usable([partial], *others):
 
-        def again(given: Sequence[Tensor | None]) -> list[Tensor]:
-            query, key_weight, delta, norm_weight, norm_bias, mixed, lse, partial = given
+        def again(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+            query, key_weight, delta, norm_weight, norm_bias, mixed, lse, partial = tensors
             assert partial is not None
             partial = partial if delta is None else partial + delta
-            given = [mixed, lse, partial, query, key_weight, norm_weight, norm_bias]
-            out = _merge_definition(given, eps, gain, norm, norm_eps, dtype)
+            out = _merge_definition(
+                [mixed, lse, partial, query, key_weight, norm_weight, norm_bias], eps, gain, epilogue
+            )
             return [out] if delta is None else [out, partial]
 
         return kernels.kernel_read(
-            [partial],
-            query,
-            key_weight,
-            eps,
-            gain,
-            again,
-            delta=delta,
-            norm=norm,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            norm_eps=norm_eps,
-            dtype=dtype,
-            carry=mixed,
-            carry_lse=lse,
+            [partial], query, key_weight, eps, gain, again, epilogue=epilogue, carry=mixed, carry_lse=lse
         )
     tensors = [mixed, lse, partial, query, key_weight, norm_weight, norm_bias]
     extra: list[Tensor] = []
@@ -214,18 +191,19 @@ def _merge(
         extra = [partial + delta]
         tensors[2] = extra[0]
 
-    def definition(given: Sequence[Tensor | None]) -> list[Tensor]:
-        return [_merge_definition(given, eps, gain, norm, norm_eps, dtype)]
+    def definition(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        return [_merge_definition(tensors, eps, gain, epilogue)]
 
     if _runs_in_plain_eager([t for t in tensors if t is not None]):
         return [*recomputed(definition, tensors), *extra]
     return [*definition(tensors), *extra]
 
 
-def _merge_definition(
-    tensors: Sequence[Tensor | None], eps: float, gain: float, norm: int, norm_eps: float, dtype: torch.dtype | None
-) -> Tensor:
-    """Phase 2 as differentiable aten operations: the online softmax of two sources."""
+def _merge_definition(tensors: Sequence[Tensor | None], eps: float, gain: float, epilogue: Epilogue[Tensor]) -> Tensor:
+    """Phase 2 as differentiable aten operations: the online softmax of two sources.
+
+    The weight and bias of the norm are the last two of `tensors`, not those of the epilogue.
+    """
     mixed, lse, partial, query, key_weight, norm_weight, norm_bias = tensors
     assert mixed is not None and lse is not None and partial is not None
     assert query is not None and key_weight is not None
@@ -234,7 +212,8 @@ def _merge_definition(
     apart = logit - lse.to(held).unsqueeze(-1)
     weights = torch.cat([torch.sigmoid(-apart), torch.sigmoid(apart)], -1) * gain
     out = _mix([mixed, partial], weights.movedim(-1, 0))
-    return normed(out, norm, norm_weight, norm_bias, norm_eps, dtype or result_dtype([mixed, partial]))
+    around = replace(epilogue, norm_weight=norm_weight, norm_bias=norm_bias)
+    return normed(out, around, epilogue.dtype or result_dtype([mixed, partial]))
 
 
 for _schema, _function in ((BATCH_SCHEMA, _batch), (MERGE_SCHEMA, _merge)):

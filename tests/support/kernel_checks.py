@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from attnres_fx.ops import depth_attention, kernels
+from attnres_fx.ops.epilogue import Epilogue
 from attnres_fx.ops.fused import depth_attention_fused
 from attnres_fx.ops.kernels import autograd, kernel_read, layout
 from attnres_fx.ops.kernels import launch as launches
@@ -85,11 +86,7 @@ def compare(
         1e-6,
         gain,
         lambda *_: [],
-        delta=leaves[count],
-        norm=norm,
-        norm_weight=leaves[count + 3],
-        norm_bias=leaves[count + 4],
-        norm_eps=1e-5,
+        epilogue=Epilogue(leaves[count], norm, leaves[count + 3], leaves[count + 4], 1e-5),
         threaded=threaded,
     )
     expected = oracle(

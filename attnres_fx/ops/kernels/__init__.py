@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attnres_fx.ops.epilogue import Epilogue
 from attnres_fx.ops.kernels.availability import kernel_device, why_not
 from attnres_fx.ops.kernels.layout import MOST_SOURCES, MOST_WIDTH
 from attnres_fx.ops.kernels.tuning import Launch, launch_with
@@ -69,12 +70,7 @@ def kernel_read(
     gain: float,
     definition: "Definition",
     *,
-    delta: Tensor | None = None,
-    norm: int = 0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 0.0,
-    dtype: torch.dtype | None = None,
+    epilogue: Epilogue[Tensor] = Epilogue(),  # noqa: B008 (frozen)
     carry: Tensor | None = None,
     carry_lse: Tensor | None = None,
     threaded: bool = False,
@@ -88,11 +84,11 @@ def kernel_read(
     """
     from attnres_fx.ops.kernels.autograd import KernelRead, ReadOptions
 
-    kept = dtype or result_dtype([*sources, *(t for t in (delta, carry) if t is not None)])
-    options = ReadOptions(eps, gain, kept, norm, norm_eps, delta is not None, threaded)
-    out, partial, *rest = KernelRead.apply(
-        options, definition, query, key_weight, delta, norm_weight, norm_bias, carry, carry_lse, *sources
-    )
+    delta = epilogue.delta
+    dtype = epilogue.dtype or result_dtype([*sources, *(t for t in (delta, carry) if t is not None)])
+    options = ReadOptions(eps, gain, dtype, epilogue.norm, epilogue.norm_eps, delta is not None, threaded)
+    beside = (query, key_weight, delta, epilogue.norm_weight, epilogue.norm_bias, carry, carry_lse)
+    out, partial, *rest = KernelRead.apply(options, definition, *beside, *sources)
     return [out, *([partial] if delta is not None else []), *rest]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnres_fx.ops.epilogue import NormKind
 from attnres_fx.ops.kernels import launch
 from attnres_fx.ops.kernels.layout import MOST_SOURCES
 from attnres_fx.ops.recompute import Definition, gradients_again
@@ -21,12 +22,12 @@ _BESIDE = 7
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What of a read is no tensor. norm: 0 none, 1 RMSNorm, 2 LayerNorm; dtype: of the result."""
+    """What of a read is no tensor. norm: a `NormKind`; dtype: of the result."""
 
     eps: float
     gain: float
     dtype: torch.dtype
-    norm: int = 0
+    norm: int = NormKind.NONE
     norm_eps: float = 0.0
     delta: bool = False
     threaded: bool = False
@@ -62,7 +63,7 @@ class KernelRead(torch.autograd.Function):
         carried = _carry_rows(carry, carry_lse)
         for group in _groups(len(rows)):
             last = group.stop == len(rows)
-            norm = options.norm if last else 0
+            norm = int(options.norm) if last else 0
             out, partial, lse, stats, norm_stats = torch.ops.attnres_fx.read_forward(
                 rows[group],
                 query,
@@ -187,7 +188,7 @@ def _backward(
             options.gain if last else 1.0,
             carry,
             carry_lse,
-            options.norm if last else 0,
+            int(options.norm) if last else 0,
             norm_weight if last else None,
             norm_bias if last else None,
             lse,

@@ -15,19 +15,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import GraphModule, Node
 
-from attnres_fx.ops.fused import NO_NORM
+from attnres_fx.ops.epilogue import Epilogue
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes.graph.nodes import insert_attribute, nodes_without_gradients
 from attnres_fx.passes.graph.operations import has_side_effects, is_aten, op_name
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.lowering.norms import NormMatch, Number, asks_of, match_norm, settled
 from attnres_fx.passes.lowering.read_calls import (
-    ReadCall,
+    DepthReadCall,
+    as_depth_read,
     available,
     have_values,
     known,
     move_before,
-    read_call,
 )
 from attnres_fx.passes.normalize.inline_regions import getattr_path
 
@@ -63,14 +63,14 @@ def plan_norm_fusions(gm: GraphModule) -> tuple[NormFusion, ...]:
     return tuple(fusion for fusion, _, _ in _find(gm))
 
 
-def _find(gm: GraphModule) -> list[tuple[NormFusion, ReadCall, NormMatch]]:
+def _find(gm: GraphModule) -> list[tuple[NormFusion, DepthReadCall, NormMatch]]:
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     frozen = nodes_without_gradients(gm.graph)
     barriers = [i for n, i in order.items() if has_side_effects(n)]
-    found: list[tuple[NormFusion, ReadCall, NormMatch]] = []
+    found: list[tuple[NormFusion, DepthReadCall, NormMatch]] = []
     for node in gm.graph.nodes:
-        call = read_call(node)
-        if call is None or call.norm != NO_NORM or call.dtype is not None or not have_values(call.sources):
+        call = as_depth_read(node)
+        if call is None or call.normed_or_cast or not have_values(call.sources):
             continue
         read = call.output
         if read is None:
@@ -88,7 +88,7 @@ def _find(gm: GraphModule) -> list[tuple[NormFusion, ReadCall, NormMatch]]:
     return found
 
 
-def _planned(call: ReadCall, match: NormMatch) -> NormFusion:
+def _planned(call: DepthReadCall, match: NormMatch) -> NormFusion:
     dtype: torch.dtype | None = known(match.out).dtype
     # A symbolic trace has no dtypes of its own: its model may be cast later, and the result follows the sources.
     traced = not is_aten(match.out) and "val" in match.out.meta
@@ -99,7 +99,7 @@ def _planned(call: ReadCall, match: NormMatch) -> NormFusion:
     return NormFusion(call.node.name, match.out.name, match.kind, weight, bias, match.eps, dtype, modules)
 
 
-def _stands_alone(call: ReadCall, read: Node, match: NormMatch) -> bool:
+def _stands_alone(call: DepthReadCall, read: Node, match: NormMatch) -> bool:
     """Whether the nodes of a norm can go: whoever else looks at them asks only for what a source knows too."""
     source = _stand_in(call, read)
     for node in match.nodes - {match.out}:
@@ -112,12 +112,12 @@ def _stands_alone(call: ReadCall, read: Node, match: NormMatch) -> bool:
     return True
 
 
-def _stand_in(call: ReadCall, read: Node) -> Node | None:
+def _stand_in(call: DepthReadCall, read: Node) -> Node | None:
     """A source with the dtype of the read: shape, device and dtype may be asked of it instead."""
     return next((s for s in call.sources if known(s).dtype == known(read).dtype), None)
 
 
-def _rewrite(gm: GraphModule, fusion: NormFusion, call: ReadCall, match: NormMatch) -> None:
+def _rewrite(gm: GraphModule, fusion: NormFusion, call: DepthReadCall, match: NormMatch) -> None:
     graph, read = gm.graph, call.output
     assert read is not None
     call = _refreshed(call)
@@ -130,14 +130,9 @@ def _rewrite(gm: GraphModule, fusion: NormFusion, call: ReadCall, match: NormMat
             with graph.inserting_before(call.node):
                 given = insert_attribute(graph, given, like=match.out, value=getattr_path(gm, given))
         weights.append(given)
-    fused = replace(
-        call,
-        norm=fusion.kind,
-        norm_weight=weights[0],
-        norm_bias=weights[1],
-        norm_eps=settled(fusion.eps),
-        dtype=fusion.dtype,
-    )
+    eps = settled(fusion.eps)
+    epilogue: Epilogue[Node] = Epilogue(call.epilogue.delta, fusion.kind, weights[0], weights[1], eps, fusion.dtype)
+    fused = replace(call, epilogue=epilogue)
     out, partial = fused.insert()
     out.meta.update({k: v for k, v in match.out.meta.items() if k not in ("val", "example_value")})
     match.out.replace_all_uses_with(out)
@@ -145,14 +140,14 @@ def _rewrite(gm: GraphModule, fusion: NormFusion, call: ReadCall, match: NormMat
     _erase(call, read, match)
 
 
-def _refreshed(call: ReadCall) -> ReadCall:
+def _refreshed(call: DepthReadCall) -> DepthReadCall:
     """The call as the node stands now: what it takes may have been replaced since it was looked at."""
-    now = read_call(call.node)
+    now = as_depth_read(call.node)
     assert now is not None
     return now
 
 
-def _replace_partial(call: ReadCall, partial: Node | None) -> None:
+def _replace_partial(call: DepthReadCall, partial: Node | None) -> None:
     for user in list(call.node.users):
         if call.node.target is not DEPTH_ATTENTION and op_name(user) == "getitem" and user.args[1] == 1:
             assert partial is not None
@@ -160,7 +155,7 @@ def _replace_partial(call: ReadCall, partial: Node | None) -> None:
             user.graph.erase_node(user)
 
 
-def _erase(call: ReadCall, read: Node, match: NormMatch) -> None:
+def _erase(call: DepthReadCall, read: Node, match: NormMatch) -> None:
     graph, stand_in = read.graph, _stand_in(call, read)
     order = {n: i for i, n in enumerate(graph.nodes)}
     going = sorted(match.nodes, key=order.__getitem__, reverse=True)

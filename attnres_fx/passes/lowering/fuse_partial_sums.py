@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from attnres_fx.ops.fused import NO_NORM
+from attnres_fx.ops.epilogue import NormKind
 from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import nodes_without_gradients, same_shape
 from attnres_fx.passes.graph.operations import has_side_effects, op_name
 from attnres_fx.passes.graph.result import PassResult
-from attnres_fx.passes.lowering.read_calls import ReadCall, have_values, read_call
+from attnres_fx.passes.lowering.read_calls import DepthReadCall, as_depth_read, have_values
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def plan_sum_fusions(gm: GraphModule) -> tuple[SumFusion, ...]:
     barriers = [i for n, i in order.items() if has_side_effects(n)]
     plan = []
     for node in gm.graph.nodes:
-        call = read_call(node)
+        call = as_depth_read(node)
         if call is None or (terms := foldable(call, order)) is None:
             continue
         total = call.sources[-1]
@@ -60,9 +60,9 @@ def plan_sum_fusions(gm: GraphModule) -> tuple[SumFusion, ...]:
     return tuple(plan)
 
 
-def foldable(call: ReadCall, order: dict[Node, int]) -> tuple[Node, Node] | None:
+def foldable(call: DepthReadCall, order: dict[Node, int]) -> tuple[Node, Node] | None:
     """Partial sum and addend of the addition that a read's last source is, None where it must stand alone."""
-    if call.delta is not None or call.norm != NO_NORM or not have_values(call.sources):
+    if call.epilogue.delta is not None or call.epilogue.norm != NormKind.NONE or not have_values(call.sources):
         return None
     total = call.sources[-1]
     added = match_addition(total)
@@ -82,7 +82,7 @@ def foldable(call: ReadCall, order: dict[Node, int]) -> tuple[Node, Node] | None
 
 
 def _fold(nodes: dict[str, Node], fusion: SumFusion) -> dict[str, Node]:
-    call = read_call(nodes[fusion.read])
+    call = as_depth_read(nodes[fusion.read])
     assert call is not None
     total = call.sources[-1]
     fused = call.with_last(nodes[fusion.partial], nodes[fusion.delta])

@@ -14,11 +14,11 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from attnres_fx.ops.epilogue import NormKind
 from attnres_fx.passes.graph.nodes import shape_of, sizes_agree, tensor_of, value_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import called_module, has_trait, op_name
 
-RMS, LAYER = 1, 2
 Number = float | torch.SymFloat
 _UNCHANGED = frozenset(["contiguous", "alias"])
 _ONLY_SHAPES = frozenset(["sym_size", "size", "dim", "numel", "ndim", "is_floating_point"])
@@ -28,12 +28,12 @@ _ONLY_SHAPES = frozenset(["sym_size", "size", "dim", "numel", "ndim", "is_floati
 class NormMatch:
     """A norm of a value.
 
-    kind: 1 RMSNorm, 2 LayerNorm. weight, bias: nodes [D], or the path of an attribute. eps: a number, or the symbol
+    weight, bias: nodes [D], or the path of an attribute. eps: a number, or the symbol
     that Dynamo has for a number of the model's; `settled` makes a number of it. out: the node that holds the
     result. nodes: everything between the value and `out`, both ends of it included, in no order.
     """
 
-    kind: int
+    kind: NormKind
     weight: Node | str | None
     bias: Node | str | None
     eps: Number
@@ -128,7 +128,7 @@ def _library(value: Node, casts: frozenset[Node], users: set[Node], arithmetic: 
     out, ignored = _first_output(norm)
     if out is None:
         return None
-    kind = RMS if name == "rms_norm" else LAYER
+    kind = NormKind.RMS if name == "rms_norm" else NormKind.LAYER
     return NormMatch(kind, weight, bias, eps, out, casts | {norm, out} | ignored)
 
 
@@ -198,7 +198,7 @@ def _written_out(value: Node, casts: frozenset[Node], users: set[Node], arithmet
     chain = _reciprocal_root(squares[0])
     if chain is None or _dtype(product) != arithmetic or not _scales(product, casts, chain.end, chain.divides):
         return None
-    return NormMatch(RMS, None, None, chain.eps, product, casts | frozenset(chain.nodes) | {product})
+    return NormMatch(NormKind.RMS, None, None, chain.eps, product, casts | frozenset(chain.nodes) | {product})
 
 
 def _square_of(node: Node, casts: Iterable[Node]) -> bool:
@@ -312,7 +312,7 @@ def _scales(product: Node, casts: Iterable[Node], by: Node, divides: bool) -> bo
 def _with_tail(match: NormMatch) -> NormMatch:
     """A norm with the casts and the multiplication by a weight that follow it, as far as they belong to it."""
     out, weight, nodes = match.out, match.weight, set(match.nodes)
-    weighted = weight is not None or match.bias is not None or match.kind == LAYER
+    weighted = weight is not None or match.bias is not None or match.kind == NormKind.LAYER
     width = shape_of(out)[-1]
     while (user := _only_user(out)) is not None:
         if _is_cast(user, out):

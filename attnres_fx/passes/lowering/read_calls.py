@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from attnres_fx.ops.fused import DEPTH_ATTENTION_FUSED, NO_NORM
+from attnres_fx.ops.epilogue import Epilogue, NormKind
+from attnres_fx.ops.fused import DEPTH_ATTENTION_FUSED
 from attnres_fx.ops.kernels import described
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
@@ -31,7 +32,7 @@ _READS = (DEPTH_ATTENTION, DEPTH_ATTENTION_FUSED, DEPTH_ATTENTION_MERGE)
 
 
 @dataclass(frozen=True)
-class ReadCall:
+class DepthReadCall:
     """One read: the node, and what it is called with.
 
     head: what stands before the epilogue, `(sources, query, key_weight, eps, gain)` or
@@ -41,12 +42,7 @@ class ReadCall:
     node: Node
     merge: bool
     head: tuple[Any, ...]
-    delta: Node | None = None
-    norm: int = NO_NORM
-    norm_weight: Node | None = None
-    norm_bias: Node | None = None
-    norm_eps: float = 0.0
-    dtype: torch.dtype | None = None
+    epilogue: Epilogue[Node]
 
     @property
     def sources(self) -> list[Node]:
@@ -61,29 +57,35 @@ class ReadCall:
         firsts = [u for u in self.node.users if op_name(u) == "getitem" and u.args[1] == 0]
         return firsts[0] if len(firsts) == 1 else None
 
-    def with_last(self, last: Node, delta: Node) -> "ReadCall":
+    @property
+    def normed_or_cast(self) -> bool:
+        """Whether a norm or a dtype of its own follows the read already."""
+        return self.epilogue.norm != NormKind.NONE or self.epilogue.dtype is not None
+
+    def with_last(self, last: Node, delta: Node) -> "DepthReadCall":
         """The read with `last + delta` in place of its last source."""
+        epilogue = replace(self.epilogue, delta=delta)
         if self.merge:
-            return replace(self, head=(*self.head[:2], last, *self.head[3:]), delta=delta)
-        return replace(self, head=([*self.head[0][:-1], last], *self.head[1:]), delta=delta)
+            return replace(self, head=(*self.head[:2], last, *self.head[3:]), epilogue=epilogue)
+        return replace(self, head=([*self.head[0][:-1], last], *self.head[1:]), epilogue=epilogue)
 
     @property
     def source_dtype(self) -> torch.dtype:
         """The dtype that its sources, the delta among them, promote to."""
-        nodes = [*self.sources, *([self.delta] if self.delta is not None else [])]
+        nodes = [*self.sources, *([self.epilogue.delta] if self.epilogue.delta is not None else [])]
         return reduce(torch.promote_types, (known(n).dtype for n in nodes))
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        epilogue = (self.norm, self.norm_weight, self.norm_bias, self.norm_eps, self.dtype)
-        return (*self.head, self.delta, *epilogue)
+        return (*self.head, *self.epilogue.to_arguments())
 
     def values(self) -> list[torch.Tensor]:
         """What its outputs are like: the read, and the partial sum with a delta."""
-        values = [fake_like(known(self.sources[0]), self.dtype or self.source_dtype)]
-        if self.delta is not None:
+        values = [fake_like(known(self.sources[0]), self.epilogue.dtype or self.source_dtype)]
+        delta = self.epilogue.delta
+        if delta is not None:
             last = known(self.sources[-1])
-            values.append(fake_like(last, torch.promote_types(last.dtype, known(self.delta).dtype)))
+            values.append(fake_like(last, torch.promote_types(last.dtype, known(delta).dtype)))
         return values
 
     def insert(self) -> tuple[Node, Node | None]:
@@ -110,17 +112,17 @@ def insert_outputs(
     return [insert_call(graph, operator.getitem, (call, i), like=like, value=v) for i, v in enumerate(values[:taken])]
 
 
-def read_call(node: Node) -> ReadCall | None:
+def as_depth_read(node: Node) -> DepthReadCall | None:
     """A node as a read; None for every other node, phase 1 among them."""
     if node.target not in _READS or node.op != "call_function" or node.kwargs:
         return None
     if node.target is DEPTH_ATTENTION:
-        return ReadCall(node, False, tuple(node.args))
+        return DepthReadCall(node, False, tuple(node.args), Epilogue())
     merge = node.target is DEPTH_ATTENTION_MERGE
     length = 7 if merge else 5
     if len(node.args) != length + 6:
         return None
-    return ReadCall(node, merge, tuple(node.args[:length]), *node.args[length:])  # type: ignore[arg-type]
+    return DepthReadCall(node, merge, tuple(node.args[:length]), Epilogue.from_arguments(*node.args[length:]))
 
 
 def known(node: Node) -> torch.Tensor:
@@ -131,7 +133,7 @@ def known(node: Node) -> torch.Tensor:
 
 def kernels_of(gm: GraphModule) -> set[str]:
     """What the reads of a graph run on, in words."""
-    calls = [c for n in gm.graph.nodes if (c := read_call(n)) is not None and have_values(c.sources)]
+    calls = [c for n in gm.graph.nodes if (c := as_depth_read(n)) is not None and have_values(c.sources)]
     return {described([known(s) for s in c.sources]) for c in calls}
 
 

@@ -13,7 +13,7 @@ read; inside the kernel it is one access more.
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch.fx import GraphModule, Node
@@ -24,11 +24,11 @@ from attnres_fx.passes.graph.nodes import insert_call, nodes_without_gradients
 from attnres_fx.passes.graph.operations import writes_in_place
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.lowering.read_calls import (
-    ReadCall,
+    DepthReadCall,
+    as_depth_read,
     have_values,
     insert_outputs,
     known,
-    read_call,
 )
 
 #: Under `"auto"` only reads on such a device are threaded: its kernels add the gradients.
@@ -71,14 +71,14 @@ def plan_threads(gm: GraphModule, choose: bool | Literal["auto"]) -> tuple[Threa
     frozen = nodes_without_gradients(gm.graph)
     plan = []
     for place, (node, sources) in enumerate(reads):
-        call = read_call(node)
+        call = as_depth_read(node)
         # Under recomputation a view handed out of the region would run the read twice.
         if call is None or node in frozen or "recompute" in node.meta or call.output is None:
             continue
         if choose == "auto" and known(sources[0]).device.type != AUTO_DEVICE:
             continue
         later = {s for _, taken in reads[place + 1 :] for s in taken}
-        again = sources[:-1] if call.delta is not None else sources
+        again = sources[:-1] if call.epilogue.delta is not None else sources
         handed_on = tuple(dict.fromkeys(s.name for s in again if s in later))
         if handed_on:
             plan.append(Thread(node.name, handed_on))
@@ -91,18 +91,18 @@ def _sources(node: Node) -> list[Node]:
         given = node.args[0]
         assert isinstance(given, list | tuple)
         return [s for s in given if isinstance(s, Node)] if have_values(given) else []
-    call = read_call(node)
+    call = as_depth_read(node)
     return call.sources if call is not None and not call.merge and have_values(call.sources) else []
 
 
 def _hand_on(
     node: Node, sources: Sequence[Node], taken: Sequence[Node], names: set[str], latest: dict[Node, Node]
 ) -> None:
-    call = read_call(node)
+    call = as_depth_read(node)
     assert call is not None and call.output is not None
-    threaded = ReadCall(node, False, (list(taken), *call.head[1:]), *call.arguments[5:])
-    outputs = 1 if call.delta is None else 2
-    again = list(sources[:-1] if call.delta is not None else sources)
+    threaded = replace(call, head=(list(taken), *call.head[1:]))
+    outputs = 1 if call.epilogue.delta is None else 2
+    again = list(sources[:-1] if call.epilogue.delta is not None else sources)
     with node.graph.inserting_before(node):
         made, call_node = _insert(threaded, [known(s) for s in again])
         for place, source in enumerate(again):
@@ -111,7 +111,7 @@ def _hand_on(
                 args = (call_node, outputs + place)
                 latest[source] = insert_call(node.graph, operator.getitem, args, like=node, value=value)
     old = [call.output]
-    if call.delta is not None:
+    if call.epilogue.delta is not None:
         old += [u for u in node.users if u.args[1:] == (1,)]
     for before, after in zip(old, made, strict=False):
         after.meta.update({k: v for k, v in before.meta.items() if k not in ("val", "example_value")})
@@ -121,7 +121,7 @@ def _hand_on(
             node.graph.erase_node(gone)
 
 
-def _insert(call: ReadCall, again: Sequence[object]) -> tuple[list[Node], Node]:
+def _insert(call: DepthReadCall, again: Sequence[object]) -> tuple[list[Node], Node]:
     values = [*call.values(), *again]
     target = DEPTH_ATTENTION_THREADED
     made = insert_outputs(

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule, Node
 
-from attnres_fx.ops.fused import NO_NORM
+from attnres_fx.ops.epilogue import Epilogue
 from attnres_fx.ops.kernels import batches
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
@@ -38,12 +38,12 @@ from attnres_fx.passes.lowering.block_cost import MEMORY_SHARE, BlockReads, Phas
 from attnres_fx.passes.lowering.fuse_partial_sums import foldable
 from attnres_fx.passes.lowering.read_calls import (
     OPERATORS,
+    as_depth_read,
     available,
     have_values,
     insert_outputs,
     known,
     move_before,
-    read_call,
 )
 from attnres_fx.passes.lowering.saved_estimate import kept_between
 
@@ -183,7 +183,7 @@ def _counted(completed: tuple[Node, ...], reads: list[Node], order: dict[Node, i
 
 
 def _folds(read: Node, order: dict[Node, int]) -> bool:
-    call = read_call(read)
+    call = as_depth_read(read)
     return call is not None and foldable(call, order) is not None
 
 
@@ -242,6 +242,6 @@ def _merged(read: Node, mixed: Node, lse: Node) -> Node:
     _, query, key_weight, eps, gain = read.args
     partial = _sources(read)[-1]
     value = fake_like(known(mixed), _promoted([mixed, partial]))
-    args = (mixed, lse, partial, query, key_weight, eps, gain, None, NO_NORM, None, None, 0.0, None)
+    args = (mixed, lse, partial, query, key_weight, eps, gain, *Epilogue().to_arguments())
     with read.graph.inserting_before(read):
         return insert_outputs(read.graph, DEPTH_ATTENTION_MERGE, args, like=read, values=[value])[0]
