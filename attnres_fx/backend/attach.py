@@ -20,8 +20,8 @@ from attnres_fx.backend.attachment import (
     require_attached,
     unwrapped,
 )
+from attnres_fx.capture.capture import capture
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.capture.programs import capture
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import AlreadyConvertedError, AttachError, ConfigError

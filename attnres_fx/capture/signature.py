@@ -114,6 +114,12 @@ def _is_constant(value: Any) -> bool:
     return not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
 
 
+def child_specs(spec: Any) -> list[Any]:
+    """The specs that a pytree's spec is made of."""
+    children = getattr(spec, "children", None)
+    return list(children() if callable(children) else spec.children_specs)
+
+
 @dataclass(frozen=True)
 class InputShape:
     """A tensor argument: its sizes, a number where fixed and a symbol's name where free, and its dtype's kind.

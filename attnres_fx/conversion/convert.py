@@ -8,8 +8,9 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from attnres_fx.capture.capture import capture
+from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.capture.programs import Captured, capture
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.report import ConversionReport, StreamReport

@@ -11,8 +11,8 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.capture.programs import CapturedGraph
 from attnres_fx.capture.signature import CallSignature, InputShape, check_shapes
 from attnres_fx.capture.sizes import Guards
 from attnres_fx.conversion.files import ModelParts, load_parts, save_parts

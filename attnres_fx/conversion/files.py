@@ -4,34 +4,29 @@ The file holds one exported program a mode, the weights once, and config and rep
 runs no pickled code. Output classes (a Hugging Face model output, say) are imported by name.
 """
 
-import dataclasses
 import importlib
-import inspect
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.fx import GraphModule
-from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from attnres_fx._version import __version__
+from attnres_fx.capture.captured import CapturedGraph, flat_module
 from attnres_fx.capture.isolated_run import Mode, in_mode
-from attnres_fx.capture.programs import CapturedGraph
-from attnres_fx.capture.signature import CallSignature, InputShape
-from attnres_fx.capture.sizes import Guards, take_guards
+from attnres_fx.capture.signature import CallSignature, InputShape, child_specs
+from attnres_fx.capture.sizes import Guards
+from attnres_fx.conversion.flat_export import export_flat, in_graph_order, reads_of_export
 from attnres_fx.conversion.plain_data import from_plain, to_plain
 from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.errors import SaveError
-from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.parameters import AttnResParameters, DepthRead
-from attnres_fx.passes.graph.nodes import plain_size
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
@@ -139,12 +134,7 @@ def _dump_spec(spec: Any) -> str | None:
 
 def _types_in(spec: Any) -> list[type]:
     own = [spec.type] if isinstance(spec.type, type) else []
-    return own + [t for child in _children(spec) for t in _types_in(child)]
-
-
-def _children(spec: Any) -> list[Any]:
-    children = getattr(spec, "children", None)
-    return list(children() if callable(children) else spec.children_specs)
+    return own + [t for child in child_specs(spec) for t in _types_in(child)]
 
 
 def _names(root: nn.Module) -> list[list[Any]]:
@@ -169,35 +159,6 @@ def _weights(root: nn.Module) -> dict[str, Tensor]:
     return {name: tensors[name] for name, _, shared, _ in _names(root) if name == shared}
 
 
-def in_graph_order(gm: GraphModule, replacements: Sequence[Replacement]) -> list[Replacement]:
-    """The reads of a graph in the order of their nodes."""
-    order = {n.name: i for i, n in enumerate(gm.graph.nodes)}
-    return sorted(replacements, key=lambda r: order[r.node])
-
-
-class _FlatModel(nn.Module):
-    """A graph as a module: the model's tensors under their own names, flat inputs and outputs."""
-
-    def __init__(self, root: nn.Module, captured: CapturedGraph) -> None:
-        super().__init__()
-        for store in ("_parameters", "_buffers", "_modules"):
-            getattr(self, store).update(getattr(root, store))
-        self._non_persistent_buffers_set |= root._non_persistent_buffers_set
-        self.training = root.training
-        call, guards = type(captured.gm).forward, captured.guards
-
-        def forward(*leaves: Any) -> Any:
-            if guards is not None:
-                guards(*leaves)
-            return call(self, *leaves)
-
-        # Named, so that what the loaded graph says of its inputs can be understood.
-        names = [n.name for n, _ in _inputs(captured)]
-        ordered = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
-        forward.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
-        self.forward = forward
-
-
 def _exported(root: nn.Module, mode: Mode, captured: CapturedGraph) -> Tensor:
     with in_mode(root, mode):
         exported = export_flat(root, captured)
@@ -210,41 +171,6 @@ def _exported(root: nn.Module, mode: Mode, captured: CapturedGraph) -> Tensor:
     except Exception as error:
         raise SaveError(f"the {mode} graph cannot be written: {type(error).__name__}: {error}") from error
     return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-
-
-def export_flat(root: nn.Module, captured: CapturedGraph) -> torch.export.ExportedProgram:
-    """A graph as `torch.export` traces it again, flat inputs and outputs, in aten operations.
-
-    Raises:
-        SaveError: it cannot be traced.
-    """
-    flat = _FlatModel(root, captured)
-    example, free = zip(*(_example(n, s) for n, s in _inputs(captured)), strict=True)
-    errors = []
-    for shapes in (tuple(free), None):
-        try:
-            return torch.export.export(flat, tuple(example), strict=False, dynamic_shapes=shapes)
-        except Exception as error:
-            errors.append(error)
-    raise SaveError(f"the converted graph could not be exported again: {errors[0]}") from errors[0]
-
-
-def _inputs(captured: CapturedGraph) -> list[tuple[Any, InputShape | None]]:
-    nodes = [n for n in captured.gm.graph.nodes if n.op == "placeholder"]
-    return list(zip(nodes, captured.shapes, strict=True))
-
-
-def _example(node: Any, shape: InputShape | None) -> tuple[Any, Any]:
-    """A stand-in for one input, and which of its sizes are free."""
-    value = node.meta.get("val", node.meta.get("example_value"))
-    if not isinstance(value, Tensor):
-        return value, None
-    plain = [plain_size(s) for s in value.shape]
-    sizes = [s if isinstance(s, int) else s.node.hint for s in plain]
-    free = {i: Dim.AUTO for i, s in enumerate(plain) if not isinstance(s, int)}
-    if shape is None:
-        free = {i: Dim.AUTO for i, s in enumerate(sizes[:2]) if s > 1}
-    return torch.zeros(sizes, dtype=value.dtype, device=value.device), free or None
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -266,7 +192,7 @@ def _parts_of(about: dict[str, Any], stored: dict[str, Any]) -> ModelParts:
             # A symbolic trace returned its outputs in their structure; exported again, it returns them flat.
             graphs[name] = CapturedGraph(gm, _load_spec(program["out_spec"]) or out_spec, shapes, ranges, guards)
         reads = from_plain(tuple[Replacement, ...], program["replacements"], f"{mode}.replacements", error=SaveError)
-        by_mode[mode] = (graphs[name], renamed(graphs[name].gm, reads))
+        by_mode[mode] = (graphs[name], reads_of_export(graphs[name].gm, reads))
     return ModelParts(
         root=_tree(about["names"], tensors),
         attnres=attnres,
@@ -322,19 +248,4 @@ def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _loaded_graph(data: Tensor, tensors: dict[str, Tensor]) -> tuple[GraphModule, Guards | None, Any]:
     program = torch.export.load(io.BytesIO(data.cpu().numpy().tobytes()))
     program.state_dict.update(tensors)
-    gm = program.module()
-    assert isinstance(gm, GraphModule)
-    guards = take_guards(gm)
-    gm.graph.set_codegen(CodeGen())
-    gm.recompile()
-    return gm, guards, program.call_spec.out_spec
-
-
-def renamed(gm: GraphModule, replacements: Sequence[Replacement]) -> tuple[Replacement, ...]:
-    """The reads of a graph that was exported again, in order, with the names their nodes have there."""
-    nodes = [n for n in gm.graph.nodes if n.target is DEPTH_ATTENTION]
-    renamed = []
-    for node, placed in zip(nodes, replacements, strict=True):
-        sources = tuple(s.name for s in node.args[0])
-        renamed.append(dataclasses.replace(placed, node=node.name, source_nodes=sources))
-    return tuple(renamed)
+    return *flat_module(program), program.call_spec.out_spec

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode, run_untouched
-from attnres_fx.capture.programs import Captured
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import CheckError
 

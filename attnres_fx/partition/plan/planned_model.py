@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from attnres_fx.capture.programs import Captured, capture
+from attnres_fx.capture.capture import capture
+from attnres_fx.capture.captured import Captured
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.convert import Model, convert, refuse_converted, rewrite_
 from attnres_fx.conversion.converted_model import ConvertedModel
@@ -21,7 +22,7 @@ from attnres_fx.partition.split.chained_model import (
     chains_of,
     name_as_the_model_does,
 )
-from attnres_fx.partition.split.stage_graphs import split_chain
+from attnres_fx.partition.split.split_chain import split_chain
 from attnres_fx.passes import DepthSchedule, analyze_, plan_depth_reads
 from attnres_fx.passes.normalize.inline_regions import getattr_path
 from attnres_fx.passes.rewrite.parameters import make_parameters

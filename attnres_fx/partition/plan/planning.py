@@ -27,7 +27,7 @@ from attnres_fx.partition.plan.planned_model import (
 )
 from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest
 from attnres_fx.partition.planner.search import find_partition
-from attnres_fx.partition.split.stage_graphs import refuse_empty_stages, split_chain
+from attnres_fx.partition.split.split_chain import refuse_empty_stages, split_chain
 
 
 def plan(

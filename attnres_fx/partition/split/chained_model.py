@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
-from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.captured import flat_module
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
-from attnres_fx.capture.sizes import take_guards
 from attnres_fx.conversion.converted_model import CapturedProgram, ConvertedModel, flat_arguments
-from attnres_fx.conversion.files import export_flat, in_graph_order, renamed
+from attnres_fx.conversion.flat_export import export_flat, in_graph_order, reads_of_export
 from attnres_fx.partition.split.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
 from attnres_fx.partition.split.input_sizes import ask_inputs_for_sizes_pass
-from attnres_fx.partition.split.stage_graphs import refuse_empty_stages, split_chain, stage_graphs, sublayer_graphs
+from attnres_fx.partition.split.split_chain import refuse_empty_stages, split_chain
+from attnres_fx.partition.split.stage_graphs import stage_graphs, sublayer_graphs
 from attnres_fx.partition.split.stages import Stage, Stages
 from attnres_fx.passes import Replacement, Stream
 from attnres_fx.passes.graph.result import run_pass
@@ -113,12 +113,8 @@ def _in_aten(converted: ConvertedModel, mode: Mode) -> tuple[GraphModule, tuple[
         return converted.graph_module(mode), program.replacements, program.out_spec
     captured = converted.captured(mode)
     exported = export_flat(converted, captured)
-    gm = exported.module()
-    assert isinstance(gm, GraphModule)
-    take_guards(gm)
-    gm.graph.set_codegen(CodeGen())
-    gm.recompile()
-    reads = renamed(gm, in_graph_order(captured.gm, program.replacements))
+    gm, _ = flat_module(exported)
+    reads = reads_of_export(gm, in_graph_order(captured.gm, program.replacements))
     return gm, reads, exported.call_spec.out_spec
 
 

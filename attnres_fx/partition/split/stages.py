@@ -15,7 +15,8 @@ from attnres_fx.conversion.graph_runner import GraphRunner, P, Program
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.split.input_sizes import concrete_shape, sizes_for
 from attnres_fx.partition.split.routes import StageRoute, StageValue
-from attnres_fx.partition.split.stage_graphs import Split, StageGraph
+from attnres_fx.partition.split.split_chain import Split
+from attnres_fx.partition.split.stage_graphs import StageGraph
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.nodes import tensor_of
 from attnres_fx.passes.lowering.lower import Lowering

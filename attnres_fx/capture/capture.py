@@ -1,0 +1,45 @@
+"""Model to traced graphs, whatever was given: a module, a graph module or an exported program."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from attnres_fx.capture.captured import Captured
+from attnres_fx.capture.exported_module import capture_module
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.traced_graph import capture_graph_module, capture_program
+from attnres_fx.errors import ArgumentError, CaptureError
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    dynamic_shapes: Any = None,
+    modes: Sequence[Mode] = ("train", "eval"),
+) -> Captured:
+    """Trace a model in the modes asked for, its own first; a graph module is taken as it is.
+
+    Raises CaptureError where the model's own mode, and every other, cannot be traced.
+    """
+    if isinstance(args, Tensor) or not isinstance(args, Sequence):
+        raise ArgumentError(
+            f"args must be a tuple of example arguments; it is a {type(args).__name__}. Write (x,) for a single one."
+        )
+    args, kwargs = tuple(args), dict(kwargs or {})
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a TorchScript module cannot be captured: pass the nn.Module it was made from.")
+    if isinstance(model, ExportedProgram):
+        return capture_program(model, args, kwargs)
+    if isinstance(model, GraphModule):
+        return capture_graph_module(model, args, kwargs)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}: pass an nn.Module, a torch.fx.GraphModule or an ExportedProgram."
+        )
+    return capture_module(model, args, kwargs, dynamic_shapes, modes)

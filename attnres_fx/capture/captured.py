@@ -1,0 +1,78 @@
+"""What a capture returns: a model's graphs by mode, and how it is called."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.signature import CallSignature, InputShape
+from attnres_fx.capture.sizes import Guards, input_shapes, sizes_of, take_guards
+
+
+@dataclass
+class CapturedGraph:
+    """One mode of a model as a graph with flat inputs and outputs.
+
+    gm: ours to change; its tensors are the model's own. out_spec: pytree of the outputs, None where the
+    graph returns them in their structure. shapes: one entry an input. ranges: sizes of each symbol.
+    guards: checks the flat inputs for what the tracer took for granted.
+    """
+
+    gm: GraphModule
+    out_spec: Any
+    shapes: tuple[InputShape | None, ...]
+    ranges: dict[str, tuple[int, int | None]]
+    guards: Guards | None = None
+
+
+@dataclass
+class Captured:
+    """All graphs of a model.
+
+    graphs: by mode. failures: by mode, why there is none. root: the modules that hold the model's
+    parameters and buffers, ours. in_spec: pytree of (args, kwargs), None where the graph takes them as
+    they are. notes: what a user should know.
+    """
+
+    graphs: dict[Mode, CapturedGraph]
+    failures: dict[Mode, str]
+    root: nn.Module
+    signature: CallSignature
+    in_spec: Any
+    training: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def flatten_arguments_(gm: GraphModule) -> Guards | None:
+    """Make the module of an export take flat inputs and return flat outputs, in place.
+
+    Args:
+        gm: what `ExportedProgram.module()` returns.
+
+    Returns:
+        The check of the flat inputs that it held, None where it held none.
+    """
+    guards = take_guards(gm)
+    gm.graph.set_codegen(CodeGen())
+    gm.recompile()
+    return guards
+
+
+def flat_module(program: ExportedProgram) -> tuple[GraphModule, Guards | None]:
+    """An export as a graph module with flat inputs and outputs, and the check of its inputs."""
+    gm = program.module()
+    assert isinstance(gm, GraphModule)
+    return gm, flatten_arguments_(gm)
+
+
+def graph_of_export(program: ExportedProgram) -> CapturedGraph:
+    """An export as a captured graph."""
+    gm, guards = flat_module(program)
+    ranges = {str(symbol): sizes_of(bounds) for symbol, bounds in program.range_constraints.items()}
+    return CapturedGraph(gm, program.call_spec.out_spec, input_shapes(gm), ranges, guards)
