@@ -5,7 +5,7 @@ depth reads, whose outputs are inputs of the body, as are parameters and what ot
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from attnres_fx.passes.graph.nodes import nodes_without_gradients, value_of
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait
 from attnres_fx.passes.normalize.inline_regions import getattr_path
 
 #: Where bodies run, wherever their graph was captured: kernels of other devices refuse each some dtypes or layouts.
@@ -269,22 +271,9 @@ def describe_value(value: Any) -> Any:
 
 def computes(node: Node) -> bool:
     """Whether a node is part of a body: a call that makes a value, and no depth read."""
-    if node.op != "call_function" or is_read(node) or node.target in _MODE_SWITCHES:
+    if node.op != "call_function" or is_read(node):
         return False
-    return not (isinstance(node.target, OpOverload) and node.target._schema.name in _CHECKS)
-
-
-_MODE_SWITCHES: frozenset[Callable[..., Any]] = frozenset(
-    (
-        torch.is_grad_enabled,
-        torch._C._set_grad_enabled,
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
-    )
-)
-_CHECKS = frozenset(
-    ("aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::_assert_async", "aten::sym_constrain_range")
-)
+    return not has_trait(node, Trait.SWITCHES_MODE | Trait.ASKS_MODE | Trait.CHECK)
 
 
 def is_higher_order(node: Node) -> bool:

@@ -24,7 +24,8 @@ class Trait(enum.Flag):
     allow one. VIEW: a view, although its schema calls it a copy. RESHAPE_IN_PLACE: another shape for the same
     tensor. NO_WRITE: an underscore, yet no write. MIXES: contracts over copies of a stream. WIDENS: may change the
     last dimension. CHANNELS_FIRST: features are in dimension 1. SWITCHES_MODE, ASKS_MODE: autocast or gradients, for
-    the calls that follow. MODE_REGION: a body that runs in another mode.
+    the calls that follow. MODE_REGION: a body that runs in another mode. CHECK: states something of a value and has
+    none. SAVES_INPUTS: backward needs what it takes in.
     """
 
     CAST = enum.auto()
@@ -48,6 +49,8 @@ class Trait(enum.Flag):
     SWITCHES_MODE = enum.auto()
     ASKS_MODE = enum.auto()
     MODE_REGION = enum.auto()
+    CHECK = enum.auto()
+    SAVES_INPUTS = enum.auto()
 
 
 NONE = Trait(0)
@@ -76,15 +79,15 @@ CAST, IDENTITY, RESHAPE, MOVE, LIGHT = Trait.CAST, Trait.IDENTITY, Trait.RESHAPE
 SAME, AS, COPIES = Trait.SAME_AT_SAME_SHAPE, Trait.SHAPED_AS, Trait.MAYBE_COPIES
 DROPOUT = Trait.DROPOUT | Trait.LIGHT
 CHANNELS = Trait.CHANNELS_FIRST
+SAVES = Trait.SAVES_INPUTS
 
 OPERATIONS = (
     # Arithmetic
     Operation("add", aten="add.Tensor", function=torch.add),
     Operation("sub", also=("subtract",), aten="sub.Tensor", function=torch.sub),
-    Operation("mul", also=("multiply",), aten="mul.Tensor", function=torch.mul),
-    Operation(
-        "div", also=("divide", "true_divide"), operators=(operator.truediv,), aten="div.Tensor", function=torch.div
-    ),
+    Operation("mul", SAVES, also=("multiply",), aten="mul.Tensor", function=torch.mul),
+    Operation("div", SAVES, ("divide", "true_divide"), (operator.truediv,), aten="div.Tensor", function=torch.div),
+    *(Operation(n, SAVES) for n in ("pow", "exp")),
     Operation("rsub", aten="rsub.Scalar", function=torch.rsub),
     Operation("neg", also=("negative",)),
     Operation("bitwise_and", operators=(operator.and_,)),
@@ -152,8 +155,9 @@ OPERATIONS = (
     # Elementwise, although aten's tag does not say so of each form
     Operation("dropout", DROPOUT, modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)),
     *(Operation(n, DROPOUT) for n in ("native_dropout", "feature_dropout", "alpha_dropout")),
-    *(Operation(n, LIGHT) for n in ("gelu", "silu", "relu", "tanh", "sigmoid", "glu", "softplus", "leaky_relu")),
-    *(Operation(n, LIGHT) for n in ("elu", "mish", "hardswish", "hardtanh", "hardsigmoid")),
+    *(Operation(n, LIGHT | SAVES) for n in ("gelu", "silu", "relu", "tanh", "sigmoid", "softplus")),
+    *(Operation(n, LIGHT) for n in ("glu", "leaky_relu", "elu", "mish", "hardswish", "hardtanh", "hardsigmoid")),
+    Operation("softmax", SAVES),
     *(Operation(n, LIGHT) for n in ("masked_fill", "where", "pos", "to_copy")),
     # Tensors made
     Operation("zeros_like", LIGHT, aten="zeros_like.default", function=torch.zeros_like),
@@ -169,17 +173,20 @@ OPERATIONS = (
     *(Operation(n, Trait.REDUCTION) for n in ("mean", "sum", "var", "std", "var_mean", "std_mean")),
     *(Operation(n, Trait.REDUCTION) for n in ("norm", "linalg_vector_norm", "amax")),
     # Contractions
-    Operation("mm", Trait.MIXES, aten="mm.default", function=torch.mm),
-    Operation("bmm", Trait.MIXES, aten="bmm.default", function=torch.bmm),
-    *(Operation(n, Trait.MIXES) for n in ("einsum", "matmul", "tensordot")),
-    Operation("conv", CHANNELS, also=("convolution", "conv1d", "conv2d", "conv3d")),
+    Operation("mm", Trait.MIXES | SAVES, aten="mm.default", function=torch.mm),
+    Operation("bmm", Trait.MIXES | SAVES, aten="bmm.default", function=torch.bmm),
+    *(Operation(n, Trait.MIXES | SAVES) for n in ("einsum", "matmul")),
+    Operation("tensordot", Trait.MIXES),
+    *(Operation(n, SAVES) for n in ("linear", "addmm", "baddbmm", "dot")),
+    Operation("conv", CHANNELS | SAVES, also=("convolution", "conv1d", "conv2d", "conv3d")),
     *(Operation(n, CHANNELS) for n in ("max_pool2d", "avg_pool2d")),
-    Operation("sdpa", also=("scaled_dot_product_attention",)),
+    Operation("sdpa", SAVES, also=("scaled_dot_product_attention",)),
     # Shapes, dtypes and checks
     *(Operation(n, Trait.METADATA) for n in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")),
     *(Operation(n, Trait.METADATA) for n in ("size", "dim", "ndim", "numel", "stride", "storage_offset")),
     *(Operation(n, Trait.METADATA) for n in ("is_floating_point", "getattr")),
-    *(Operation(n, Trait.METADATA) for n in ("_assert_tensor_metadata", "_assert_scalar")),
+    *(Operation(n, Trait.METADATA | Trait.CHECK) for n in ("_assert_tensor_metadata", "_assert_scalar")),
+    *(Operation(n, Trait.CHECK) for n in ("_assert_async", "sym_constrain_range")),
     # Modes
     Operation("_set_grad_enabled", Trait.SWITCHES_MODE),
     Operation("_enter_autocast", Trait.SWITCHES_MODE),

@@ -6,10 +6,8 @@ import torch
 from torch.fx import Node
 
 from attnres_fx.passes.graph.nodes import tensor_of
-from attnres_fx.passes.graph.operations import moves_data, op_name
-
-_CONTRACTIONS = frozenset(["linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum", "conv", "sdpa", "dot"])
-_NONLINEAR = frozenset(["silu", "gelu", "relu", "tanh", "sigmoid", "softplus", "softmax", "mul", "div", "pow", "exp"])
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, moves_data
 
 
 def kept_between(first: Node, last: Node) -> float:
@@ -21,8 +19,7 @@ def kept_between(first: Node, last: Node) -> float:
     kept: set[Node] = set()
     node = first.next
     while node is not last and node.op not in ("root", "output"):
-        name = op_name(node)
-        if name in _CONTRACTIONS or name in _NONLINEAR or node.op == "call_module":
+        if has_trait(node, Trait.SAVES_INPUTS) or node.op == "call_module":
             kept |= {_held(n) for n in node.all_input_nodes}
         node = node.next
     size = _size(first)
