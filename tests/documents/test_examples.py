@@ -8,11 +8,19 @@ import pytest
 from attnres_fx.cli import main
 from tests.support.paths import EXAMPLES
 
+OPTIONS = {
+    "convert_symbolic_trace": [],
+    "convert_huggingface": [],
+    "train_converted": [],
+    "deploy_aot": ["--layers", "1"],
+}
 
-@pytest.mark.parametrize("name", ["convert_symbolic_trace", "convert_huggingface", "train_converted", "deploy_aot"])
+
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.slow
 def test_an_example_runs(name):
-    done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, EXAMPLES / f"{name}.py", *OPTIONS[name]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "v_0" in done.stdout or "agree" in done.stdout
 

@@ -151,20 +151,10 @@ def test_a_buffer_zeroed_filled_and_reused_for_every_sublayer():
         out.zero_()
         return m.head(m.norm_f(h))
 
-    expected = """
-        stream stream from embed
-          1: add
-          2: add
-          3: add
-          norm_2 reads 1
-          norm_3 reads 2
-          norm_f reads 3
-    """
     model = toy(program)
     for source in (torch.fx.symbolic_trace(model), model):
         found = ax.inspect(source, (tokens(),)).streams
         assert [[r.name for r in s.depth_reads] for s in found] == [["norm_2", "norm_3", "norm_f"]]
-    assert expected.count("reads") == 3
     check_preserved_in_all_variants(program, (tokens(),))
 
 
