@@ -20,13 +20,6 @@ def small_gpt(layers=2, dropout=0.0):
     return SmallGPT(GPTConfig(layers=layers, width=32, context=32, dropout=dropout))
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def batches(count):
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(97, 105, (4, 17), generator=generator) for _ in range(count)]

@@ -1,0 +1,156 @@
+"""The backend never computes plain residuals in silence, and refuses what it cannot compile by name."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import attnres_fx as ax
+from attnres_fx.errors import AttachError, BackendError, EagerCallError, NoStreamError
+from tests.support.attached import (
+    VARIANTS,
+    Broken,
+    attached,
+    built,
+)
+from tests.support.families import IDS
+
+
+def test_an_eager_call_of_an_attached_model_raises_and_plain_runs_the_original():
+    original, kwargs = built()
+    model, _ = built()
+    ax.attach(model, kwargs=kwargs)
+    with pytest.raises(EagerCallError, match=r"model\.compile\(backend='attnres'"):
+        model(**kwargs)
+    with ax.plain(model):
+        torch.testing.assert_close(model(**kwargs).logits, original(**kwargs).logits)
+    with pytest.raises(EagerCallError):
+        model(**kwargs)
+
+
+def test_running_out_of_recompilations_raises():
+    model, _ = attached(fullgraph=False, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(EagerCallError, match="recompiles"):
+        for length in range(3, 9):
+            model(input_ids=IDS[:, :length], use_cache=False)
+
+
+def test_a_graph_break_inside_the_stream_is_an_error_that_shows_the_line():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
+    model.breaks = True
+    model.compile(backend="attnres", options={"inner": "eager"})
+    with pytest.raises(BackendError, match=rf"graph break at {inspect.getfile(Broken)}:\d+"):
+        model(x)
+
+
+def test_a_model_changed_after_attach_names_the_reads_that_no_longer_match():
+    model, kwargs = attached()
+    model.model.layers = model.model.layers[:1]
+    with pytest.raises(BackendError, match=r"1 of the 4 reads.*model\.layers\.1\.post_attention_layernorm"):
+        model(**kwargs)
+
+
+BAD = {
+    "an unknown option": ({"outer": 1}, r"'outer' are unknown.*inner, mode, inductor"),
+    "an inner backend that does not exist": ({"inner": "nothing"}, "'nothing', which is no backend here"),
+    "a mode that does not exist": ({"mode": "nonsense"}, "none of Inductor's"),
+    "an Inductor option that does not exist": ({"inductor": {"no_such": 1}}, "Inductor does not know"),
+    "Inductor's options for another compiler": ({"inner": "eager", "mode": "max-autotune"}, "for inner='inductor'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.slow_after(1)
+def test_options_that_mean_nothing(name):
+    options, words = BAD[name]
+    model, kwargs = built()
+    ax.attach(model, kwargs=kwargs)
+    model.compile(backend="attnres", fullgraph=True, options=options)
+    with pytest.raises(BackendError, match=words):
+        model(**kwargs)
+
+
+def test_compile_refuses_bad_options_before_it_touches_the_model():
+    model, kwargs = built()
+    with pytest.raises(BackendError, match="no backend here"):
+        ax.compile(model, kwargs=kwargs, inner="nothing")
+    assert not hasattr(model, "attnres")
+
+
+def test_attaching_and_compiling_twice_are_errors():
+    model, kwargs = attached()
+    with pytest.raises(AttachError, match="attached already"):
+        ax.attach(model, kwargs=kwargs)
+    with pytest.raises(BackendError, match="compiled already"):
+        ax.compile(model, kwargs=kwargs)
+
+
+def test_a_model_without_a_stream_is_left_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.raises(NoStreamError):
+        ax.compile(model, (torch.randn(2, 4),))
+    assert not hasattr(model, "attnres") and "forward" not in vars(model)
+
+
+def test_queries_on_another_device_or_of_another_dtype_are_refused():
+    model, kwargs = attached()
+    model.attnres.to(torch.bfloat16)
+    with pytest.raises(BackendError, match=r"float32 and its query torch\.bfloat16"):
+        model(**kwargs)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_an_attached_model_behind_another_backend_raises(backend):
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
+    with pytest.raises(Exception, match="would compute plain residuals"):
+        torch.compile(model, backend=backend)(x)
+
+
+def test_an_attached_model_cannot_be_exported_as_what_it_is_not():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
+    with pytest.raises(ax.AttnResError):
+        torch.export.export(model, (x,)).run_decompositions().module()(x)
+
+
+def test_parts_attached_by_themselves_are_refused_inside_a_larger_model():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Broken(), Broken()
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model, x = Two(), torch.randn(2, 4, 8)
+    ax.attach(model.a, (x,))
+    ax.attach(model.b, (x,))
+    with pytest.raises(BackendError, match="part of a larger compiled one"):
+        torch.compile(model, backend="attnres", options={"inner": "eager"})(x)
+
+
+def test_compiling_an_attached_model_with_another_config_is_an_error():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,), config=VARIANTS["full"])
+    with pytest.raises(AttachError, match="another config"):
+        ax.compile(model, (x,), config=VARIANTS["block"])
+
+
+def test_an_attached_model_is_converted_after_detach():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
+    for call in (ax.convert, ax.inspect):
+        with pytest.raises(ax.errors.AlreadyConvertedError, match="detach"):
+            call(model, (x,))
+
+
+def test_a_config_that_cannot_be_read_is_named():
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
+    state = model.state_dict()
+    state["attnres._extra_state"] = torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises(ax.errors.ConfigError, match="_extra_state"):
+        model.load_state_dict(state)

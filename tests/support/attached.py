@@ -1,0 +1,80 @@
+"""Models that are compiled by the backend: attached with random queries, compared with what convert makes of them."""
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import attnres_fx as ax
+from tests.support.families import FAMILIES, GROUPED, SMALL, TEXT, family
+
+VARIANTS = {
+    "full": ax.AttnResConfig(variant="full"),
+    "block": ax.AttnResConfig(variant="block", num_blocks=2),
+    "local": ax.AttnResConfig(variant="local", num_blocks=2),
+}
+#: One layer of each is as much as a slow compiler needs to see.
+MODELS = {
+    **FAMILIES,
+    "llama, one layer": lambda: family("llama", TEXT, 2, **{**GROUPED, "num_hidden_layers": 1}),
+    "bert, one layer": lambda: family("bert", TEXT, 2, "AutoModel", **{**SMALL, "num_hidden_layers": 1}),
+}
+
+
+def built(name="llama"):
+    model, kwargs, _ = MODELS[name]()
+    return model, kwargs
+
+
+def with_random_queries(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for read in model.attnres.reads:
+            read.query.normal_(generator=generator)
+            read.key_weight.add_(torch.randn(read.key_weight.shape, generator=generator), alpha=0.1)
+            if read.gate is not None:
+                read.gate.fill_(0.7)
+    return model
+
+
+def attached(name="llama", *, inner="eager", seed=0, config=VARIANTS["block"], **options):
+    model, kwargs = built(name)
+    ax.compile(model, kwargs=kwargs, config=config, inner=inner, **options)
+    return with_random_queries(model, seed), kwargs
+
+
+def outputs_and_gradients(model, kwargs):
+    leaves = [x for x in pytree.tree_leaves(model(**kwargs)) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    total = torch.zeros((), dtype=leaves[0].dtype)
+    for i, leaf in enumerate(leaves):
+        if leaf.requires_grad:
+            total = total + (leaf * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(i)).to(leaf)).sum()
+    model.zero_grad()
+    total.backward()
+    return leaves, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training(model, converted, kwargs, tolerance=1e-5):
+    expected, wanted = outputs_and_gradients(converted, kwargs)
+    bound = converted.signature.bound_values
+    found, gradients = outputs_and_gradients(model, {**bound, **kwargs})
+    for x, y in zip(found, expected, strict=True):
+        assert (x - y).abs().max() <= tolerance * y.abs().max()
+    largest = max(g.abs().max() for g in wanted.values())
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert (gradients[name] - gradient).abs().max() <= tolerance * max(gradient.abs().max(), 1e-3 * largest), name
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.breaks = False
+
+    def forward(self, x):
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            x = x + layer(norm(x))
+            if self.breaks:
+                torch._dynamo.graph_break()
+        return self.norms[-1](x)
