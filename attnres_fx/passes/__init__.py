@@ -16,7 +16,8 @@ from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pa
 from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 from attnres_fx.passes.normalize.normalization import NORMALIZATION, normalize_, propagate_values_
 from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
-from attnres_fx.passes.rewrite.depth_attention import ReadParameters, Replacement, insert_depth_attention_pass
+from attnres_fx.passes.rewrite.depth_attention import Replacement, insert_depth_attention_pass
+from attnres_fx.passes.rewrite.insertion import ReadParameters
 from attnres_fx.passes.rewrite.read_plan import (
     BlockEnd,
     DepthReadPlan,

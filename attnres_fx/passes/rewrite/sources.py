@@ -7,56 +7,18 @@ replayed on it, and replays are shared.
 
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from attnres_fx.passes.graph.emit import emit
-from attnres_fx.passes.graph.nodes import (
-    copy_call,
-    fake_like,
-    same_shape,
-    shape_of,
-    shapes_agree,
-    tensor_of,
-)
-from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import has_trait
+from attnres_fx.passes.graph.nodes import fake_like, same_shape, tensor_of
 from attnres_fx.passes.rewrite.read_plan import Group
+from attnres_fx.passes.rewrite.steps import Detach, Replay, Scale, SpreadLike, Step, insert_step, simplified
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
 
 #: What a node takes instead of one of its former arguments, where a read was put between the two.
 Moved = dict[tuple[Node, Node], Node]
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Do to an entry what a row map of the graph does to the state."""
-
-    node: Node
-    state: Node
-    kind: str
-
-
-@dataclass(frozen=True)
-class Scale:
-    factor: float
-
-
-@dataclass(frozen=True)
-class SpreadLike:
-    """Expand an entry to the shape of a node."""
-
-    node: Node
-
-
-@dataclass(frozen=True)
-class Detach:
-    """Let no gradient through: the state was computed where gradients are off."""
-
-
-Step = Replay | Scale | SpreadLike | Detach
 
 
 @dataclass(eq=False)
@@ -71,6 +33,8 @@ class PendingSum:
 
 @dataclass(frozen=True)
 class Entry:
+    """A node, or a sum still to be written, and the steps that wait on it."""
+
     base: Node | PendingSum
     steps: tuple[Step, ...] = ()
 
@@ -171,7 +135,7 @@ class SourceBuilder:
         steps = entry.steps
         if node in self.frozen:
             steps = tuple(s for s in steps if not isinstance(s, Detach))
-        for step in _simplified(node, steps):
+        for step in simplified(node, steps):
             node = self.apply(step, node)
         return node
 
@@ -184,72 +148,23 @@ class SourceBuilder:
     def apply(self, step: Step, node: Node) -> Node:
         key = (node, step)
         if key not in self._built:
-            self._built[key] = self._apply(step, node)
+            self._built[key] = insert_step(self.graph, step, node)
         return self._built[key]
 
-    def _apply(self, step: Step, node: Node) -> Node:
-        value = tensor_of(node)
-        assert value is not None
-        if isinstance(step, Detach):
-            return emit(self.graph, "detach", (node,), like=node, value=value)
-        if isinstance(step, Scale):
-            return emit(self.graph, "mul", (node, step.factor), like=node, value=value)
-        if isinstance(step, SpreadLike):
-            if same_shape(node, step.node):
-                return node
-            spread = value.expand(shape_of(step.node))
-            return emit(self.graph, "expand_as", (node, step.node), like=node, value=spread, dialect=step.node)
-        mapped, before = tensor_of(step.node), tensor_of(step.state)
-        assert mapped is not None and before is not None
-        changes_dtype = step.kind == "cast" or before.dtype != mapped.dtype
-        dtype = mapped.dtype if changes_dtype else value.dtype
-        return copy_call(step.node, {step.state: node}, value=fake_like(mapped, dtype))
+    def replay_maps(self, value: Node, site: Node, seen: Node) -> Node:
+        """What takes a state's place at `site`, through the row maps between it and what a consumer saw."""
+        path = self.sums.row_map_path(seen)
+        for node in path[path.index(site) + 1 :]:
+            step = self.sums.states[node]
+            assert isinstance(step, Mapped)
+            # Beside the original: what else it takes (a shape, an index) may be computed just before it.
+            with self.graph.inserting_after(node):
+                value = self.apply(Replay(node, step.state, step.kind), value)
+        return value
 
 
 def _scaled(factor: float) -> tuple[Step, ...]:
     return () if factor == 1 else (Scale(factor),)
-
-
-def _simplified(base: Node, steps: tuple[Step, ...]) -> list[Step]:
-    """Steps without those that change nothing, and without views that are undone by later ones."""
-    value = tensor_of(base)
-    assert value is not None
-    shapes, dtype = [tuple(value.shape)], value.dtype
-    kept: list[Step] = []
-    for step in steps:
-        if isinstance(step, Replay):
-            mapped = tensor_of(step.node)
-            assert mapped is not None
-            shape = tuple(mapped.shape)
-            if step.kind == "identity" or (step.kind == "cast" and mapped.dtype == dtype):
-                continue
-            unmoved = step.kind == "reshape" or has_trait(step.node, Trait.SAME_AT_SAME_SHAPE)
-            if unmoved and shapes_agree(shape, shapes[-1]):
-                continue
-            if step.kind == "reshape" and (back := _undone(kept, shapes, shape)) is not None:
-                del kept[back:], shapes[back + 1 :]
-                continue
-            dtype = mapped.dtype if step.kind == "cast" else dtype
-            shapes.append(shape)
-        elif isinstance(step, SpreadLike):
-            shapes.append(shape_of(step.node))
-        elif step in kept and isinstance(step, Detach):
-            continue
-        else:
-            shapes.append(shapes[-1])
-        kept.append(step)
-    return kept
-
-
-def _undone(kept: list[Step], shapes: list[tuple[Any, ...]], shape: tuple[Any, ...]) -> int | None:
-    """How far back a run of reshapes goes to a point that had this shape already."""
-    for i in range(len(kept) - 1, -1, -1):
-        step = kept[i]
-        if not (isinstance(step, Replay) and step.kind == "reshape"):
-            return None
-        if shapes_agree(shapes[i], shape):
-            return i
-    return None
 
 
 def insert_add(graph: Graph, left: Node, right: Node, *, like: Node) -> Node:

@@ -15,7 +15,7 @@ from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import describe, module_path, shape_of, source_line
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, is_norm_step, may_be_in_norm, op_name
-from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root, find_formal_sums
+from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged, Root, find_formal_sums
 from attnres_fx.passes.streams.refusals import Refusal, find_refusals
 
 
@@ -219,18 +219,11 @@ class _RawStream:
             return True
         return state not in self.sums.parents(user)
 
-    def _path(self, state: Node) -> list[Node]:
-        """Row maps from a core to a state, core first."""
-        path = [state]
-        while isinstance(step := self.sums.states[path[-1]], Mapped) and step.kind != "factor":
-            path.append(step.state)
-        return path[::-1]
-
     def _core(self, state: Node) -> Node:
-        return self._path(state)[0]
+        return self.sums.row_map_path(state)[0]
 
     def _site(self, core: Node, states: list[Node]) -> Node:
-        paths = [self._path(s) for s in states]
+        paths = [self.sums.row_map_path(s) for s in states]
         shared = [step[0] for step in zip(*paths, strict=False) if all(n is step[0] for n in step)]
         while len(shared) > 1 and self.sums.states[shared[-1]].kind in ("cast", "identity"):  # type: ignore[union-attr]
             shared.pop()

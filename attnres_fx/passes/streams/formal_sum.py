@@ -91,6 +91,13 @@ class FormalSums:
         state = self.states[term]
         return state.addend if isinstance(state, Extended) else None
 
+    def row_map_path(self, node: Node) -> list[Node]:
+        """The state that a node shows, and the row maps from it to the node; a factor begins a state of its own."""
+        path = [node]
+        while isinstance(step := self.states[path[-1]], Mapped) and step.kind != "factor":
+            path.append(step.state)
+        return path[::-1]
+
     def terms(self, node: Node) -> tuple[Node, ...]:
         """Extended nodes (and the root) whose addends make up a state, in the order they were added."""
         seen: dict[Node, None] = {}

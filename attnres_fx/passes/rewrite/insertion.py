@@ -1,0 +1,61 @@
+"""The nodes of one read: the operator, and on post-norm streams the gate behind it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch.fx import Node
+
+from attnres_fx.errors import RewriteError
+from attnres_fx.ops.operator import DEPTH_ATTENTION
+from attnres_fx.passes.graph.emit import emit
+from attnres_fx.passes.graph.nodes import fake_like, insert_call, tensor_of
+from attnres_fx.passes.rewrite.read_plan import DepthReadPlan
+
+
+@dataclass(frozen=True)
+class ReadParameters:
+    """The nodes that hold the parameters of a read.
+
+    Attributes:
+        query: The query, [D].
+        key_weight: The key gain, [D].
+        gate: The gate, [], of a read on a post-norm stream.
+    """
+
+    query: Node
+    key_weight: Node
+    gate: Node | None = None
+
+
+def insert_read(
+    read: DepthReadPlan, site: Node, sources: Sequence[Node], parameters: ReadParameters, eps: float
+) -> tuple[Node, Node]:
+    """Insert a read at the graph's insertion point.
+
+    Args:
+        read: What was planned.
+        site: The node whose value it replaces.
+        sources: The nodes of the plan's sources, each [..., D].
+        parameters: The nodes of its parameters.
+        eps: Added to the mean square of a source.
+
+    Returns:
+        The node that takes the place of the site, and the depth-attention node; without a gate they are one.
+
+    Raises:
+        RewriteError: The read is gated and has no gate.
+    """
+    values = [v for v in map(tensor_of, sources) if v is not None]
+    out = fake_like(values[0], reduce(torch.promote_types, (v.dtype for v in values)))
+    args = (list(sources), parameters.query, parameters.key_weight, eps, read.gain)
+    node = insert_call(site.graph, DEPTH_ATTENTION, args, like=site, value=out)
+    if not read.gated:
+        return node, node
+    if parameters.gate is None:
+        raise RewriteError(f"the read {read.read!r} is on a post-norm stream and needs a gate.")
+    # r + g * (read - r): exactly r while the gate is zero.
+    difference = emit(site.graph, "sub", (node, site), like=site, value=out)
+    scaled = emit(site.graph, "mul", (difference, parameters.gate), like=site, value=out)
+    return emit(site.graph, "add", (site, scaled), like=site, value=out), node
