@@ -43,11 +43,9 @@ def ask_inputs_for_sizes_pass(gm: GraphModule) -> PassResult:
     first = inputs[-1].next
     for node in list(gm.graph.nodes):
         value = value_of(node)
-        if not isinstance(value, torch.SymInt) or node.op == "placeholder" or not node.users:
+        if node in asked.values() or not _is_replaceable(node, symbols):
             continue
         expression = value.node.expr
-        if node in asked.values() or not expression.free_symbols <= symbols.keys() or _asks_an_input(node):
-            continue
         with gm.graph.inserting_before(first):
             for symbol in sorted(expression.free_symbols, key=str):
                 if symbol not in asked:
@@ -61,6 +59,14 @@ def ask_inputs_for_sizes_pass(gm: GraphModule) -> PassResult:
     if replaced:
         gm.graph.lint()
     return PassResult(gm, bool(replaced), tuple(replaced))
+
+
+def _is_replaceable(node: Node, symbols: Symbols) -> bool:
+    """Whether a node is a size that follows from the inputs' and is not asked of one already."""
+    value = value_of(node)
+    if not isinstance(value, torch.SymInt) or node.op == "placeholder" or not node.users:
+        return False
+    return value.node.expr.free_symbols <= symbols.keys() and not _asks_an_input(node)
 
 
 def _asks_an_input(node: Node) -> bool:

@@ -50,21 +50,11 @@ def split_chain(gm: GraphModule, chain: Chain, starts: Sequence[int], labels: Ma
     Raises PlanError for a value that cannot travel, or a buffer that two stages share and one writes.
     """
     stage = {n: _stage_of(u, starts, chain.num_sublayers) for n, u in chain.unit.items()}
-    last = len(starts) - 1
-    used: dict[Node, set[int]] = {}
-    for node in chain.graph.nodes:
-        if node in stage:
-            at = {last if u.op == "output" else stage[u] for u in node.users if u.op == "output" or u in stage}
-            used[node] = {t for t in at if t > stage[node]}
+    used = _later_stages(chain.graph, stage, last=len(starts) - 1)
     repeated = _repeated(chain.graph, stage, used)
-    crossing = [n for n in chain.graph.nodes if used.get(n)]
-    for node in crossing:
-        if not isinstance(value_of(node), torch.Tensor):
-            raise PlanError(
-                f"{describe(node)} is made in virtual stage {stage[node]} and needed in {min(used[node])}, but it is "
-                f"no tensor ({type(value_of(node)).__name__}), and only tensors travel: move the stage boundary, or "
-                f"compute it from the model's inputs."
-            )
+    cut = [n for n in chain.graph.nodes if used.get(n)]
+    for node in cut:
+        _require_tensor(node, stage[node], min(used[node]))
     _refuse_shared_state(gm, chain, stage)
     with_gradient = _with_gradient(gm, chain.writes)
     values = tuple(
@@ -76,9 +66,28 @@ def split_chain(gm: GraphModule, chain: Chain, starts: Sequence[int], labels: Ma
             n in with_gradient,
             labels.get(n.name, n.name),
         )
-        for n in crossing
+        for n in cut
     )
-    return Split(gm, chain, tuple(starts), stage, values, {n.name: n for n in crossing}, repeated)
+    return Split(gm, chain, tuple(starts), stage, values, {n.name: n for n in cut}, repeated)
+
+
+def _later_stages(graph: Graph, stage: Mapping[Node, int], last: int) -> dict[Node, set[int]]:
+    """The later stages that use each node."""
+    later: dict[Node, set[int]] = {}
+    for node in graph.nodes:
+        if node in stage:
+            at = {last if u.op == "output" else stage[u] for u in node.users if u.op == "output" or u in stage}
+            later[node] = {t for t in at if t > stage[node]}
+    return later
+
+
+def _require_tensor(node: Node, produced: int, used: int) -> None:
+    if not isinstance(value_of(node), torch.Tensor):
+        raise PlanError(
+            f"{describe(node)} is made in virtual stage {produced} and needed in {used}, but it is no tensor "
+            f"({type(value_of(node)).__name__}), and only tensors travel: move the stage boundary, or compute it "
+            f"from the model's inputs."
+        )
 
 
 def refuse_empty_stages(split: Split) -> None:

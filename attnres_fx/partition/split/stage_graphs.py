@@ -48,24 +48,13 @@ def _stage_graph(split: Split, route: StageRoute) -> StageGraph:
     output = next(n for n in source.nodes if n.op == "output")
     produced = [split.nodes[name] for name in route.produced]
     wanted = list(output.all_input_nodes) if is_last else produced
-    own = {n for n, s in split.stage.items() if s == route.stage} | split.repeated.get(route.stage, frozenset())
-    taken = {split.nodes[name] for name in route.takes}
-    writes = split.chain.writes
-    # What another stage has written is in what was received from it.
-    done = {w for w in writes.targets if w not in own and w not in split.chain.floating}
-    kept = _closure(writes, [*wanted, *(n for n in own if n in writes.targets)], stop=taken | done)
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    for name in route.takes:
-        node = split.nodes[name]
-        copies[node] = graph.placeholder(name)
-        copies[node].meta = dict(node.meta)
+    needed = _needed(split, route, wanted)
     placeholders = [n for n in source.nodes if n.op == "placeholder"]
-    inputs = tuple(i for i, n in enumerate(placeholders) if n in kept)
-    for i in inputs:
-        copies[placeholders[i]] = graph.node_copy(placeholders[i])
+    inputs = tuple(i for i, n in enumerate(placeholders) if n in needed)
+    graph = Graph()
+    copies = _copied_inputs(graph, split, route, [placeholders[i] for i in inputs])
     for node in source.nodes:
-        if node.op not in ("placeholder", "output") and (node in kept or is_mode_switch(node)):
+        if node.op not in ("placeholder", "output") and (node in needed or is_mode_switch(node)):
             copies[node] = graph.node_copy(node, copies.__getitem__)
     _drop_empty_regions(graph)
     if is_last:
@@ -74,6 +63,27 @@ def _stage_graph(split: Split, route: StageRoute) -> StageGraph:
         graph.output(tuple(_own_memory(graph, copies[n]) for n in produced))
     graph.lint()
     return StageGraph(graph, route, inputs)
+
+
+def _needed(split: Split, route: StageRoute, wanted: Iterable[Node]) -> set[Node]:
+    """What a stage computes: its results and its writes, back to the values it takes."""
+    writes = split.chain.writes
+    own = {n for n, s in split.stage.items() if s == route.stage} | split.repeated.get(route.stage, frozenset())
+    taken = {split.nodes[name] for name in route.takes}
+    # What another stage has written is in what was received from it.
+    done = {w for w in writes.targets if w not in own and w not in split.chain.floating}
+    return _closure(writes, [*wanted, *(n for n in own if n in writes.targets)], stop=taken | done)
+
+
+def _copied_inputs(graph: Graph, split: Split, route: StageRoute, inputs: Iterable[Node]) -> dict[Node, Node]:
+    """The inputs of a stage's graph: the values it takes, then inputs of the model."""
+    copies: dict[Node, Node] = {}
+    for name in route.takes:
+        node = split.nodes[name]
+        copies[node] = graph.placeholder(name)
+        copies[node].meta = dict(node.meta)
+    copies.update((node, graph.node_copy(node)) for node in inputs)
+    return copies
 
 
 def sublayer_graphs(split: Split, graphs: Sequence[StageGraph]) -> tuple[tuple[StageGraph, ...], ...]:
