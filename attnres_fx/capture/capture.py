@@ -25,7 +25,21 @@ def capture(
 ) -> Captured:
     """Trace a model in the modes asked for, its own first; a graph module is taken as it is.
 
-    Raises CaptureError where the model's own mode, and every other, cannot be traced.
+    Args:
+        model: the model, or a graph that was traced from one.
+        args: example arguments by position: tensors of any dtype, and what is no tensor and so becomes part of the
+            graph.
+        kwargs: example arguments by keyword.
+        dynamic_shapes: which sizes are free, as for `torch.export.export`; by default the first two dimensions of
+            each tensor, or as many of them as the tracer accepts.
+        modes: for an `nn.Module`, the modes to trace.
+
+    Returns:
+        The graphs by mode, and how they are called. The model is as it was, and its tensors are shared.
+
+    Raises:
+        ArgumentError: `args` is no sequence.
+        CaptureError: no mode could be traced.
     """
     if isinstance(args, Tensor) or not isinstance(args, Sequence):
         raise ArgumentError(

@@ -17,9 +17,12 @@ from attnres_fx.capture.sizes import Guards, input_shapes, sizes_of, take_guards
 class CapturedGraph:
     """One mode of a model as a graph with flat inputs and outputs.
 
-    gm: ours to change; its tensors are the model's own. out_spec: pytree of the outputs, None where the
-    graph returns them in their structure. shapes: one entry an input. ranges: sizes of each symbol.
-    guards: checks the flat inputs for what the tracer took for granted.
+    Attributes:
+        gm: the graph, free to be changed; its tensors are the model's own.
+        out_spec: pytree of the outputs, None where the graph returns them in their structure.
+        shapes: one entry per input, None where it is no tensor.
+        ranges: the least and the greatest size of each symbol, None where there is no greatest.
+        guards: checks the flat inputs for what the tracer took for granted.
     """
 
     gm: GraphModule
@@ -31,11 +34,18 @@ class CapturedGraph:
 
 @dataclass
 class Captured:
-    """All graphs of a model.
+    """All graphs of a model, and how they are called.
 
-    graphs: by mode. failures: by mode, why there is none. root: the modules that hold the model's
-    parameters and buffers, ours. in_spec: pytree of (args, kwargs), None where the graph takes them as
-    they are. notes: what a user should know.
+    Attributes:
+        graphs: by mode; modes may share one.
+        failures: by mode, why there is no graph.
+        root: modules of their own that hold the model's parameters and buffers.
+        signature: the arguments of a call.
+        in_spec: pytree of (args, kwargs), None where the graph takes them as they are.
+        training: whether the model was in train mode.
+        args: example arguments by position.
+        kwargs: example arguments by keyword, with those that the capture bound.
+        notes: what a user should know.
     """
 
     graphs: dict[Mode, CapturedGraph]

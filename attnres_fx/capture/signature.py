@@ -16,9 +16,13 @@ from attnres_fx.errors import ArgumentError
 class CallSignature:
     """The arguments a model was captured with, in the order in which its own `forward` names them.
 
-    positional: names that may be given by position. args, kwargs: the captured arguments by name; `args`
-        in order. constants: captured values that are no tensors (by name); a call may leave them out or
-        repeat them, not change them. bound: those of them that were bound by the capture itself.
+    Attributes:
+        positional: names that may be given by position.
+        args: names of the arguments captured by position, in order.
+        kwargs: names of the arguments captured by keyword.
+        constants: captured values that are no tensors, by name; a call may leave them out or repeat them, but not
+            change them.
+        bound: names of the constants that the capture itself bound.
     """
 
     positional: tuple[str, ...]
@@ -49,10 +53,22 @@ class CallSignature:
 
     @property
     def bound_values(self) -> dict[str, Any]:
+        """The values of `bound`, by name."""
         return {n: self.constants[n] for n in self.bound}
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a call in the captured structure. Raises ArgumentError naming what does not fit."""
+        """Arguments of a call in the captured structure.
+
+        Args:
+            args: by position.
+            kwargs: by keyword.
+
+        Returns:
+            The values of `self.args`, and those of `self.kwargs` by name.
+
+        Raises:
+            ArgumentError: an argument is missing, unknown, given twice, or another constant; it is named.
+        """
         given = dict(kwargs)
         if len(args) > len(self.positional):
             raise ArgumentError(
@@ -122,9 +138,12 @@ def child_specs(spec: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class InputShape:
-    """A tensor argument: its sizes, a number where fixed and a symbol's name where free, and its dtype's kind.
+    """A tensor argument's sizes and kind of dtype.
 
-    kind: `"floating"`, `"integer"`, `"boolean"` or `"complex"`; `""` where it does not matter.
+    Attributes:
+        name: of the argument.
+        sizes: of each dimension, a number where it is fixed and a symbol's name where it is free.
+        kind: `"floating"`, `"integer"`, `"boolean"` or `"complex"`; `""` where it does not matter.
     """
 
     name: str

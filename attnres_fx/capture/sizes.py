@@ -144,22 +144,34 @@ def refused_ones(
     tensors = [*(x for x in leaves if isinstance(x, Tensor)), *model.parameters()]
     if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors) or len(leaves) != len(shapes):
         return {}
-    places = [(s, i) for s in shapes if s is not None for i, size in enumerate(s.sizes) if isinstance(size, str)]
-    refused = {}
     bare = GraphModule(gm, copy_graph(gm.graph))  # without the hooks that export puts on its modules
-    for symbol in dict.fromkeys(str(shape.sizes[i]) for shape, i in places):
+    refused = {}
+    for symbol, place in _places_of_symbols(shapes).items():
         cut = [_cut_to_one(leaf, shape, symbol) for leaf, shape in zip(leaves, shapes, strict=True)]
-        cut_args, cut_kwargs = pytree.tree_unflatten(cut, spec)
-        try:
-            expected = pytree.tree_leaves(run_untouched(model, cut_args, cut_kwargs, mode))
-            found = pytree.tree_leaves(run_untouched(bare, cut, {}, mode))
-            agree = len(expected) == len(found) and all(map(_is_same, expected, found))
-        except Exception:  # whatever either raises: the graph was not shown to hold
-            agree = False
-        if not agree:
-            shape, i = next((s, i) for s, i in places if s.sizes[i] == symbol)
-            refused[symbol] = f"dimension {i} of {shape.name!r}"
+        if not _agree(model, bare, cut, spec, mode):
+            refused[symbol] = place
     return refused
+
+
+def _places_of_symbols(shapes: Sequence[InputShape | None]) -> dict[str, str]:
+    """The first dimension that each symbol is the size of, in words."""
+    places: dict[str, str] = {}
+    for shape in shapes:
+        for i, size in enumerate(shape.sizes if shape is not None else ()):
+            if shape is not None and isinstance(size, str):
+                places.setdefault(size, f"dimension {i} of {shape.name!r}")
+    return places
+
+
+def _agree(model: nn.Module, graph: GraphModule, leaves: list[Any], spec: Any, mode: Mode) -> bool:
+    """Whether a model and its flat graph return the same for the same inputs."""
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    try:
+        expected = pytree.tree_leaves(run_untouched(model, args, kwargs, mode))
+        actual = pytree.tree_leaves(run_untouched(graph, leaves, {}, mode))
+        return len(expected) == len(actual) and all(map(_is_same, expected, actual))
+    except Exception:  # whatever either raises: the graph was not shown to hold
+        return False
 
 
 def _cut_to_one(leaf: Any, shape: InputShape | None, symbol: str) -> Any:
@@ -171,7 +183,7 @@ def _cut_to_one(leaf: Any, shape: InputShape | None, symbol: str) -> Any:
     return leaf
 
 
-def _is_same(expected: Any, found: Any) -> bool:
+def _is_same(expected: Any, actual: Any) -> bool:
     if not isinstance(expected, Tensor):
-        return bool(expected == found)
-    return isinstance(found, Tensor) and expected.shape == found.shape and _is_first_half(expected, found)
+        return bool(expected == actual)
+    return isinstance(actual, Tensor) and expected.shape == actual.shape and _is_first_half(expected, actual)

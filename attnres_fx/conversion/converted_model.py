@@ -42,8 +42,16 @@ class CapturedProgram(Program):
 class ConvertedModel(GraphRunner):
     """A model whose residual streams are read by attention over depth.
 
-    Call it with the arguments it was captured with, by position or keyword; it returns what the original
-    returns. `attnres` holds the added parameters, `report` what was found and changed.
+    Call it with the arguments it was captured with, by position or keyword; it returns what the original returns.
+    Made by `convert` and by `load`.
+
+    Attributes:
+        attnres: the added parameters, one `DepthRead` per read.
+        report: the streams, their reads and blocks, and what was left alone.
+        programs: by mode, the program that a call runs.
+        failures: by mode, why there is no program.
+        signature: the arguments of a call.
+        in_spec: pytree of (args, kwargs), None where the graphs take them as they are.
     """
 
     attnres: AttnResParameters
@@ -132,7 +140,14 @@ class ConvertedModel(GraphRunner):
         return pytree.tree_unflatten(outputs, program.out_spec)
 
     def flatten_arguments(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """The arguments of a call as the flat inputs of the current program.
+        """The arguments of a call as the flat inputs of the current mode's program.
+
+        Args:
+            *args: of the call, by position.
+            **kwargs: of the call, by keyword.
+
+        Returns:
+            One value per input of the program, in order.
 
         Raises:
             ArgumentError: they do not fit what was captured.
@@ -140,11 +155,22 @@ class ConvertedModel(GraphRunner):
         return flat_arguments(self.programs[self.mode], self.signature, self.in_spec, args, kwargs)
 
     def replacements(self, mode: Mode | None = None) -> tuple[Replacement, ...]:
-        """The depth-attention nodes of a mode's graph, in execution order."""
+        """The depth-attention nodes of a mode's graph.
+
+        Args:
+            mode: `"train"` or `"eval"`, by default the current one.
+
+        Returns:
+            One entry per read, in execution order.
+        """
         return self.programs[mode or self.mode].replacements
 
     def captured(self, mode: Mode) -> CapturedGraph:
-        """A copy of a mode's graph as a capture returns it, on this model's own tensors."""
+        """A copy of a mode's graph as a capture returns it, on this model's own tensors.
+
+        Args:
+            mode: `"train"` or `"eval"`.
+        """
         program = self.programs[mode]
         gm = GraphModule(self, copy_graph(program.graph))
         return CapturedGraph(gm, program.out_spec, program.shapes, dict(program.ranges), program.guards)

@@ -114,33 +114,34 @@ class _Placing:
         self.nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         self.nodes = [n for n in self.nodes if not is_mode_switch(n)]
         self.last = sum(s.count for s in streams)
-        first = {s.name: s.first for s in streams}
-        count = {s.name: s.count for s in streams}
         by_name = {n.name: n for n in gm.graph.nodes}
         self.anchor: dict[Node, int] = {}
         self.wrote: dict[Node, int] = {}  # of a read: the sublayer that made the last of its sources
-        for read in reads:
-            node = by_name[read.node]
-            unit = first[read.stream] + read.position
-            self.wrote[node] = max(unit - 1, 0)
-            ends_stream = read.position == count[read.stream] and unit != self.last
-            self.anchor[node] = unit - 1 if read.summary or ends_stream else unit
-        chain_reads = set(self.wrote)
-        for read in reads:
-            if read.summary:
-                summary, unit = by_name[read.summary], first[read.stream] + read.position
-                self.anchor[summary] = unit - 1
-                self.anchor |= {u: unit for u in summary.users if u not in chain_reads and u.op != "output"}
+        self._anchor_reads(streams, reads, by_name)
         self.opening = self._opening(streams, reads, by_name)
         self.writes = find_writes(gm.graph)
         self.owners = {o for owners in self.writes.targets.values() for o in owners}
-        self.followers: dict[Node, list[Node]] = {}
-        for node, before in self.writes.needs.items():
-            for write in before:
-                self.followers.setdefault(write, []).append(node)
+        self.followers = _followers(self.writes)
         self.early: dict[Node, int] = {}
         self.floating: set[Node] = set()
         self.unit: dict[Node, int] = {}
+
+    def _anchor_reads(
+        self, streams: Sequence[ChainStream], reads: Sequence[ChainRead], by_name: Mapping[str, Node]
+    ) -> None:
+        """A read opens the sublayer after its sources; one that ends a block or a stream closes the one before."""
+        by_stream = {s.name: s for s in streams}
+        for read in reads:
+            stream, node = by_stream[read.stream], by_name[read.node]
+            unit = stream.first + read.position
+            self.wrote[node] = max(unit - 1, 0)
+            ends_stream = read.position == stream.count and unit != self.last
+            self.anchor[node] = unit - 1 if read.summary or ends_stream else unit
+        for read in reads:
+            if read.summary:
+                summary, unit = by_name[read.summary], by_stream[read.stream].first + read.position
+                self.anchor[summary] = unit - 1
+                self.anchor |= {u: unit for u in summary.users if u not in self.wrote and u.op != "output"}
 
     def _opening(
         self, streams: Sequence[ChainStream], reads: Sequence[ChainRead], by_name: dict[str, Node]
@@ -190,19 +191,19 @@ class _Placing:
             if node in self.floating or node in unused:
                 continue
             late = min((self._wanted(node, user) for user in self._users(node) if user not in unused), default=None)
-            early = self.early.get(node)
-            if node in self.opening and early is None:
-                self.unit[node] = -1
-            elif node in self.anchor or late is None:
-                self.unit[node] = early if early is not None else -1
-            elif early is None:
-                self.unit[node] = late
-            else:
-                self.unit[node] = max(early, late) if self._goes_with_its_users(node) else early
+            self.unit[node] = self._unit_of(node, self.early.get(node), late)
         for node in unused:  # what is run for its effect: beside what it takes
             self.unit[node] = max((self.unit[i] for i in node.all_input_nodes if i in self.unit), default=-1)
         for write, owners in self.writes.targets.items():
             self._keep_together(write, owners)
+
+    def _unit_of(self, node: Node, early: int | None, late: int | None) -> int:
+        """The sublayer of a node that can run no earlier than `early` and no later than `late`."""
+        if early is None:
+            return -1 if node in self.opening or node in self.anchor or late is None else late
+        if node in self.anchor or late is None or not self._goes_with_its_users(node):
+            return early
+        return max(early, late)
 
     def _keep_together(self, write: Node, owners: Sequence[Node]) -> None:
         """A write where its storage is made: it must not write into what came from another stage."""
@@ -236,6 +237,15 @@ class _Placing:
         if any(i.op == "get_attr" for i in node.all_input_nodes):
             return True
         return sum(size_in_bytes(i) for i in carried) <= size_in_bytes(node)
+
+
+def _followers(writes: Writes) -> dict[Node, list[Node]]:
+    """Of each write, the nodes that must run after it."""
+    followers: dict[Node, list[Node]] = {}
+    for node, before in writes.needs.items():
+        for write in before:
+            followers.setdefault(write, []).append(node)
+    return followers
 
 
 def _sources_of(read: Node) -> Sequence[Node]:

@@ -15,8 +15,8 @@ from attnres_fx.conversion.converted_model import CapturedProgram, ConvertedMode
 from attnres_fx.conversion.flat_export import export_flat, in_graph_order, reads_of_export
 from attnres_fx.partition.split.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
 from attnres_fx.partition.split.input_sizes import ask_inputs_for_sizes_pass
-from attnres_fx.partition.split.split_chain import refuse_empty_stages, split_chain
-from attnres_fx.partition.split.stage_graphs import stage_graphs, sublayer_graphs
+from attnres_fx.partition.split.split_chain import Split, refuse_empty_stages, split_chain
+from attnres_fx.partition.split.stage_graphs import StageGraph, stage_graphs, sublayer_graphs
 from attnres_fx.partition.split.stages import Stage, Stages
 from attnres_fx.passes import Replacement, Stream
 from attnres_fx.passes.graph.result import run_pass
@@ -118,6 +118,25 @@ def _in_aten(converted: ConvertedModel, mode: Mode) -> tuple[GraphModule, tuple[
     return gm, reads, exported.call_spec.out_spec
 
 
+@dataclass(frozen=True, eq=False)
+class CutGraph:
+    """One mode's graph as graphs of its virtual stages.
+
+    sublayers: for each stage the graphs of its sublayers, where these are run again in backward; else empty.
+    """
+
+    split: Split
+    stages: tuple[StageGraph, ...]
+    sublayers: tuple[tuple[StageGraph, ...], ...] = ()
+
+
+def _cut(chained: ChainedGraph, starts: Sequence[int], *, num_ranks: int, cache: bool, recompute: bool) -> CutGraph:
+    split = split_chain(chained.gm, chained.chain, starts, chained.labels)
+    refuse_empty_stages(split)
+    stages = stage_graphs(split, num_ranks=num_ranks, cache=cache)
+    return CutGraph(split, stages, sublayer_graphs(split, stages) if recompute else ())
+
+
 def stages_of(
     converted: ConvertedModel,
     starts: Sequence[int],
@@ -134,23 +153,19 @@ def stages_of(
     chains: `chains_of(converted)`, where the caller has it.
     """
     chains = chains_of(converted) if chains is None else chains
-    distinct = {id(c): c for c in chains.values()}  # modes that share one graph share its cut
-    cuts = {i: split_chain(c.gm, c.chain, starts, c.labels) for i, c in distinct.items()}
-    for split in cuts.values():
-        refuse_empty_stages(split)
-    whole = {i: stage_graphs(s, num_ranks=num_stages, cache=cache) for i, s in cuts.items()}
-    sublayers = {i: sublayer_graphs(s, whole[i]) for i, s in cuts.items()} if recompute else {}
-    splits = {m: cuts[id(c)] for m, c in chains.items()}
-    graphs = {m: whole[id(c)] for m, c in chains.items()}
-    parts = {m: sublayers[id(c)] for m, c in chains.items()} if recompute else {}
+    cuts: dict[ChainedGraph, CutGraph] = {}  # modes that share one graph share its cut
+    for chained in chains.values():
+        if chained not in cuts:
+            cuts[chained] = _cut(chained, starts, num_ranks=num_stages, cache=cache, recompute=recompute)
+    by_mode = {mode: cuts[chained] for mode, chained in chains.items()}
     roots = [converted, *(c.gm for c in chains.values())]
     stages = [
         Stage(
             roots,
             i,
-            {m: g[i] for m, g in graphs.items()},
+            {m: c.stages[i] for m, c in by_mode.items()},
             lowering or converted.lowering,
-            {m: p[i] for m, p in parts.items()},
+            {m: c.sublayers[i] for m, c in by_mode.items() if c.sublayers},
         )
         for i in range(len(starts))
     ]
@@ -158,7 +173,7 @@ def stages_of(
     call = Call(converted.signature, converted.in_spec, dict(converted.programs), specs)
     return Stages(
         stages,
-        splits,
+        {m: c.split for m, c in by_mode.items()},
         num_stages=num_stages,
         virtual_stages=virtual_stages,
         cache=cache,

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 class StageValue:
     """A tensor that leaves the virtual stage it is made in.
 
-    name: unique. produced: virtual stage that makes it. used: later virtual stages that take it, ascending.
-    bytes: per microbatch. differentiable: whether its gradient travels back. label: what it is to a reader
-    (`v_0`, `b_2`, `b_3[:2]`, `c_2`, or its name).
+    Attributes:
+        name: of its node, unique.
+        produced: virtual stage that makes it.
+        used: later virtual stages that take it, ascending.
+        bytes: of one microbatch.
+        differentiable: whether its gradient travels back.
+        label: what it is to a reader (`v_0`, `b_2`, `b_3[:2]`, `c_2`, or its name).
     """
 
     name: str
@@ -28,11 +32,15 @@ class StageValue:
 
 @dataclass(frozen=True)
 class StageRoute:
-    """What one virtual stage takes in and gives out, as names of values; all in the order of the values given.
+    """What one virtual stage takes and produces, as names of values, each in the order in which they are made.
 
-    takes: inputs of its module, out of `received` and `cached`. received: over the hop from the stage before.
-    cached: received or produced earlier by another stage of the same rank. produced: made here, needed later.
-    sent: over the hop to the next stage; each is received, produced here, or (without the cache never) in the cache.
+    Attributes:
+        stage: which virtual stage it is, from 0.
+        takes: inputs of its module, each received or cached.
+        received: over the hop from the stage before.
+        cached: received or produced earlier by another stage of the same rank.
+        produced: made here and needed later.
+        sent: over the hop to the next stage: received, produced here, or out of the rank's cache where it has one.
     """
 
     stage: int
@@ -46,10 +54,16 @@ class StageRoute:
 def route_values(
     values: Sequence[StageValue], *, num_stages: int, virtual_stages: int = 1, cache: bool = True
 ) -> tuple[StageRoute, ...]:
-    """Routes of all virtual stages, fewest bytes over every hop.
+    """Routes of all virtual stages, with the fewest bytes over every hop.
 
-    values: in any fixed order. num_stages: ranks P; virtual_stages: V. cache: whether ranks keep values; without,
-    every hop carries all that any later stage needs.
+    Args:
+        values: what leaves a stage, in any fixed order.
+        num_stages: pipeline ranks P.
+        virtual_stages: virtual stages per rank V.
+        cache: whether ranks keep values; without, every hop carries all that any later stage needs.
+
+    Returns:
+        P * V routes, in order of the stages.
     """
     count = num_stages * virtual_stages
     hops = {v.name: hops_of(v, num_stages, cache=cache) for v in values}

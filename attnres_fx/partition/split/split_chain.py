@@ -20,10 +20,16 @@ from attnres_fx.passes.normalize.inline_regions import getattr_path
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """How one mode's graph is divided.
+    """One mode's graph divided among virtual stages.
 
-    values: what leaves a stage, in graph order, with the node of each. repeated: cheap nodes that stages make again
-    from a value they have, by stage.
+    Attributes:
+        gm: holds what the graph takes its attributes from.
+        chain: the graph in order of its sublayers.
+        starts: first sublayer of every virtual stage.
+        stage: the virtual stage of each node.
+        values: what leaves a stage, in graph order.
+        nodes: the node of each value, by name.
+        repeated: by stage, views and casts that it makes again from a value it has.
     """
 
     gm: GraphModule
@@ -46,8 +52,14 @@ class Split:
 def split_chain(gm: GraphModule, chain: Chain, starts: Sequence[int], labels: Mapping[str, str]) -> Split:
     """Divide a chain at the sublayers where stages after the first begin.
 
-    starts: first sublayer of every virtual stage, the first 0. labels: what nodes are to a reader, by name.
-    Raises PlanError for a value that cannot travel, or a buffer that two stages share and one writes.
+    Args:
+        gm: holds what the graph takes its attributes from.
+        chain: the graph in order of its sublayers.
+        starts: first sublayer of every virtual stage, the first 0.
+        labels: what nodes are to a reader, by name.
+
+    Raises:
+        PlanError: a value that cannot travel, or a buffer that two stages share and one writes.
     """
     stage = {n: _stage_of(u, starts, chain.num_sublayers) for n, u in chain.unit.items()}
     used = _later_stages(chain.graph, stage, last=len(starts) - 1)

@@ -49,10 +49,8 @@ def _stage_graph(split: Split, route: StageRoute) -> StageGraph:
     produced = [split.nodes[name] for name in route.produced]
     wanted = list(output.all_input_nodes) if is_last else produced
     needed = _needed(split, route, wanted)
-    placeholders = [n for n in source.nodes if n.op == "placeholder"]
-    inputs = tuple(i for i, n in enumerate(placeholders) if n in needed)
     graph = Graph()
-    copies = _copied_inputs(graph, split, route, [placeholders[i] for i in inputs])
+    copies, inputs = _copied_inputs(graph, split, route, needed)
     for node in source.nodes:
         if node.op not in ("placeholder", "output") and (node in needed or is_mode_switch(node)):
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -75,15 +73,23 @@ def _needed(split: Split, route: StageRoute, wanted: Iterable[Node]) -> set[Node
     return _closure(writes, [*wanted, *(n for n in own if n in writes.targets)], stop=taken | done)
 
 
-def _copied_inputs(graph: Graph, split: Split, route: StageRoute, inputs: Iterable[Node]) -> dict[Node, Node]:
-    """The inputs of a stage's graph: the values it takes, then inputs of the model."""
+def _copied_inputs(
+    graph: Graph, split: Split, route: StageRoute, needed: set[Node]
+) -> tuple[dict[Node, Node], tuple[int, ...]]:
+    """The inputs of a stage's graph, by what they stand for: the values it takes, then the model's that it needs.
+
+    The latter also by number.
+    """
     copies: dict[Node, Node] = {}
     for name in route.takes:
         node = split.nodes[name]
         copies[node] = graph.placeholder(name)
         copies[node].meta = dict(node.meta)
-    copies.update((node, graph.node_copy(node)) for node in inputs)
-    return copies
+    placeholders = [n for n in split.chain.graph.nodes if n.op == "placeholder"]
+    inputs = tuple(i for i, n in enumerate(placeholders) if n in needed)
+    for i in inputs:
+        copies[placeholders[i]] = graph.node_copy(placeholders[i])
+    return copies, inputs
 
 
 def sublayer_graphs(split: Split, graphs: Sequence[StageGraph]) -> tuple[tuple[StageGraph, ...], ...]:

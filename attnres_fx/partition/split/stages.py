@@ -41,6 +41,10 @@ class Stage(GraphRunner, GraphModule):
 
     Returns the values of `route.produced` as a tuple; the last stage returns the model's flat outputs. Holds the
     parameters it uses under the names they have in the converted model. `train()` and `eval()` choose the graph.
+
+    Attributes:
+        index: which virtual stage it is, from 0.
+        programs: by mode, what it computes.
     """
 
     index: int
@@ -84,6 +88,7 @@ class Stage(GraphRunner, GraphModule):
 
     @property
     def route(self) -> StageRoute:
+        """The values it takes and produces, in the current mode."""
         return self.programs[self.mode].route
 
     @property
@@ -97,6 +102,13 @@ class Stage(GraphRunner, GraphModule):
         What a conversion adds starts as it does there: queries and gates 0, key gains 1. Buffers that no checkpoint
         holds (rotary tables, constants of the graph) are made NaN, and named in a warning: whoever forgets to set them
         must not get numbers.
+
+        Args:
+            device: where the memory is.
+            recurse: also of submodules.
+
+        Returns:
+            The stage itself.
         """
         kept = set(self.state_dict())
         unsaved = [name for name, buffer in self.named_buffers() if buffer.is_meta and name not in kept]
@@ -175,10 +187,13 @@ def _has(root: nn.Module, target: str) -> bool:
 
 
 class Stages(Sequence[Stage]):
-    """The virtual stages of a model in order, and what they have in common.
+    """The virtual stages of a model in order, and what they have in common. Made by `build_stages`.
 
-    num_stages: ranks P; virtual_stages: V; stage c runs on rank c mod P. tied: groups of (stage, parameter name)
-    that are one and the same parameter. cache: whether the stages of a rank share what they have seen.
+    Attributes:
+        num_stages: pipeline ranks P.
+        virtual_stages: virtual stages per rank V; stage c runs on rank c mod P.
+        cache: whether the stages of a rank share the values they have received or produced.
+        tied: groups of (stage, parameter name) that are one and the same parameter.
     """
 
     def __init__(
@@ -215,13 +230,24 @@ class Stages(Sequence[Stage]):
         return iter(self._stages)
 
     def of_rank(self, rank: int) -> tuple[Stage, ...]:
-        """The stages a rank runs, in order."""
+        """The stages that a rank runs.
+
+        Args:
+            rank: pipeline rank, from 0.
+
+        Returns:
+            Its V stages, in order.
+
+        Raises:
+            PlanError: there is no such rank.
+        """
         if not 0 <= rank < self.num_stages:
             raise PlanError(f"there is no rank {rank}: the plan has {self.num_stages}.")
         return self._stages[rank :: self.num_stages]
 
     @property
     def mode(self) -> Mode:
+        """The mode whose graphs run."""
         return self._stages[0].mode
 
     @property
@@ -230,19 +256,34 @@ class Stages(Sequence[Stage]):
         return self._splits[self.mode].values
 
     def shapes(self, inputs: Sequence[Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every value that travels, for a microbatch's flat inputs."""
+        """Shape and dtype of every value that travels.
+
+        Args:
+            inputs: a microbatch's flat inputs, as `flatten` returns them.
+
+        Returns:
+            By name of the value, its shape and dtype in the current mode.
+        """
         split = self._splits[self.mode]
         nodes = [n for n in split.chain.graph.nodes if n.op == "placeholder"]
         sizes = sizes_for(split.symbols, dict(zip(nodes, inputs, strict=True)))
-        found = {}
+        shapes = {}
         for name, node in split.nodes.items():
             value = tensor_of(node)
             assert value is not None
-            found[name] = (concrete_shape(value, sizes), value.dtype)
-        return found
+            shapes[name] = (concrete_shape(value, sizes), value.dtype)
+        return shapes
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """A call's arguments as the model's flat inputs."""
+        """A call's arguments as the model's flat inputs.
+
+        Args:
+            args: by position.
+            kwargs: by keyword.
+
+        Raises:
+            ArgumentError: they do not fit what was captured.
+        """
         return self._flatten(self.mode, args, kwargs)
 
     def unflatten(self, outputs: Any) -> Any:
@@ -250,15 +291,25 @@ class Stages(Sequence[Stage]):
         return self._unflatten(self.mode, outputs)
 
     def train(self, mode: bool = True) -> Self:
+        """Choose the train graphs of all stages, or the eval ones."""
         for stage in self._stages:
             stage.train(mode)
         return self
 
     def eval(self) -> Self:
+        """Choose the eval graphs of all stages."""
         return self.train(False)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """All stages one after another in this process: what the pipeline computes, for comparisons."""
+        """All stages one after another in this process: what the pipeline computes, for comparisons.
+
+        Args:
+            *args: of a call of the model, by position.
+            **kwargs: of a call of the model, by keyword.
+
+        Returns:
+            What the model returns.
+        """
         leaves = self.flatten(args, kwargs)
         held: dict[str, Any] = {}
         outputs: Any = ()
