@@ -15,6 +15,7 @@ L = 2
 ZAMBA_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"]
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 TEXT = {"input_ids": IDS}
+SHORT = {"input_ids": IDS[:, :5]}  # where one step a token is unrolled
 PAIR = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
 SMALL = {
     "vocab_size": 96,
@@ -130,10 +131,10 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "gemma2": lambda: family("gemma2", TEXT, 2 * L, head_dim=8, **GROUPED),
     "granite": lambda: family("granite", TEXT, 2 * L, residual_multiplier=0.5, **GROUPED),
     "mixtral": lambda: family("mixtral", TEXT, 2 * L, num_local_experts=4, **GROUPED),
-    "mamba": lambda: family("mamba", TEXT, L, vocab_size=96, hidden_size=32, num_hidden_layers=L, state_size=4),
+    "mamba": lambda: family("mamba", SHORT, L, vocab_size=96, hidden_size=32, num_hidden_layers=L, state_size=4),
     "zamba": lambda: family(
         "zamba",
-        TEXT,
+        SHORT,
         len(ZAMBA_LAYERS) + ZAMBA_LAYERS.count("hybrid"),
         vocab_size=96,
         hidden_size=32,
