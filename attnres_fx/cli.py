@@ -14,7 +14,14 @@ from attnres_fx.errors import AttnResError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, or 2 after an error, which is one paragraph."""
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit code: 0, 130 after an interrupt, 2 after an error, which is printed as one paragraph.
+    """
     options = _parser().parse_args(argv)
     try:
         return int(options.run(options))

@@ -52,11 +52,20 @@ def inspect(
     *,
     dynamic_shapes: Any = None,
 ) -> StreamReport:
-    """Find the residual streams of a model; changes nothing.
+    """Find the residual streams of a model; the model is left as it is.
 
-    model: an nn.Module, a GraphModule or an ExportedProgram. args, kwargs: example arguments.
-    Returns a StreamReport: `print` it, or look at `.streams` and `.refusals`.
-    Raises CaptureError where the model cannot be traced.
+    Args:
+        model: An `nn.Module`, a `GraphModule` or an `ExportedProgram`.
+        args: Example arguments.
+        kwargs: Example keyword arguments.
+        dynamic_shapes: As `torch.export.export` takes them; by default batch and sequence are free.
+
+    Returns:
+        A report: print it, or look at `.streams` and `.refusals`.
+
+    Raises:
+        AlreadyConvertedError: The model reads through depth attention already.
+        CaptureError: The model cannot be traced.
     """
     refuse_converted(model)
     mode: Mode = "train" if getattr(model, "training", False) else "eval"
@@ -77,18 +86,32 @@ def convert(
 ) -> ConvertedModel:
     """Replace the residual streams of a model by attention over depth.
 
-    model: an nn.Module (captured with `torch.export`), a GraphModule or an ExportedProgram; it is left as
-        it is. args, kwargs: example arguments; other batch sizes and lengths work where they can.
-    config: AttnResConfig(); dynamic_shapes: as `torch.export.export` takes them, by default batch and
-        sequence are free. check: run original and result once at zero queries and compare (mode `"sum"`).
-    lowering: what is folded into the reads when the model runs, Lowering() by default; reports, `graph_module` and
-        files keep the reads as they were put in.
-    Returns a ConvertedModel that shares the original's weights and keeps their names; what it adds is
-    under `attnres`.
+    Args:
+        model: An `nn.Module` (captured with `torch.export`), a `GraphModule` or an `ExportedProgram`; it is left as
+            it is.
+        args: Example arguments; other batch sizes and lengths work where they can.
+        kwargs: Example keyword arguments.
+        config: Variant, blocks and output mode; `AttnResConfig()` by default.
+        dynamic_shapes: As `torch.export.export` takes them; by default batch and sequence are free.
+        check: Run original and result once at zero queries, and compare (output `"sum"`).
+        lowering: What is folded into the reads when the model runs, `Lowering()` by default; reports, `graph_module`
+            and files keep the reads as they were put in.
 
-    Raises CaptureError, NoStreamError, NotAdditiveError, StreamWidthError, StreamNameError,
-    ScheduleError, AlreadyConvertedError or CheckError.
-    Source: arXiv 2603.15031, section 3.
+    Returns:
+        A model that shares the original's weights and keeps their names; what it adds is under `attnres`, in the
+        dtype most of the weights have. Source: arXiv 2603.15031, section 3.
+
+    Raises:
+        ConfigError: `config` or `lowering` is no such thing.
+        AlreadyConvertedError: The model reads through depth attention already.
+        CaptureError: The model cannot be traced.
+        NoStreamError: It has no residual stream.
+        NotAdditiveError: A stream is not a sum of its sublayers' outputs.
+        StreamWidthError: The features of a stream are not in a last dimension of fixed size.
+        StreamNameError: `config.streams` names a stream that does not exist.
+        ScheduleError: The blocks of the config do not fit a stream.
+        RewriteError: The train and the eval graph do not have the same reads.
+        CheckError: The result does not compute what the original computes.
     """
     config = config or AttnResConfig()
     if not isinstance(config, AttnResConfig):
@@ -96,20 +119,14 @@ def convert(
     lowering = checked_lowering(lowering)
     refuse_converted(model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    distinct = {id(g): (mode, g) for mode, g in captured.graphs.items()}
-    found = {mode: analyze_(graph.gm) for mode, graph in distinct.values()}
-    mode, streams = next(iter(found.items()))
-    selected = select_streams(streams, config, _name(model))
-    _require_same_reads(found, selected)
-    plans = {m: plan_depth_reads(s, _same_streams(s, selected), config) for m, s in found.items()}
-    parameters = make_parameters(captured.graphs[mode].gm.graph, captured.root, plans[mode], config)
-    rewritten = {m: rewrite_(captured.graphs[m].gm, s, plans[m], parameters) for m, s in found.items()}
-    replacements = {m: rewritten[distinct[id(g)][0]] for m, g in captured.graphs.items()}
-    report = _report(model, captured, streams, plans[mode], config)
+    analyses = _analyze(captured)
+    plans = _plan(analyses, config, _name(model))
+    parameters, replacements = _rewrite(captured, analyses, plans, config)
+    report = _report(model, captured, next(iter(analyses.values())), next(iter(plans.values())), config)
     converted = ConvertedModel(
         captured.root,
         parameters,
-        {m: (g, replacements[m]) for m, g in captured.graphs.items()},
+        {m: (g, replacements[id(g)]) for m, g in captured.graphs.items()},
         captured.failures,
         captured.signature,
         captured.in_spec,
@@ -120,6 +137,30 @@ def convert(
     if check:
         check_conversion(model, converted, captured)
     return converted
+
+
+def _analyze(captured: Captured) -> dict[Mode, StreamSet]:
+    """The streams of each graph, by its first mode: modes may share a graph."""
+    first_mode: dict[int, Mode] = {}
+    for mode, graph in captured.graphs.items():
+        first_mode.setdefault(id(graph), mode)
+    return {mode: analyze_(captured.graphs[mode].gm) for mode in first_mode.values()}
+
+
+def _plan(analyses: Mapping[Mode, StreamSet], config: AttnResConfig, model: str) -> dict[Mode, ReadPlan]:
+    selected = select_streams(next(iter(analyses.values())), config, model)
+    _require_same_reads(analyses, selected)
+    return {m: plan_depth_reads(s, _same_streams(s, selected), config) for m, s in analyses.items()}
+
+
+def _rewrite(
+    captured: Captured, analyses: Mapping[Mode, StreamSet], plans: Mapping[Mode, ReadPlan], config: AttnResConfig
+) -> tuple[AttnResParameters, dict[int, tuple[Replacement, ...]]]:
+    """New parameters, which the graphs of all modes share, and the replacements in each graph, by its id."""
+    mode, plan = next(iter(plans.items()))
+    parameters = make_parameters(captured.graphs[mode].gm.graph, captured.root, plan, config)
+    graphs = {m: captured.graphs[m] for m in plans}
+    return parameters, {id(g): rewrite_(g.gm, analyses[m], plans[m], parameters) for m, g in graphs.items()}
 
 
 def _starting_mode(captured: Captured) -> Mode:

@@ -17,7 +17,14 @@ _SHOWN_OF_A_KIND = 4
 
 @dataclass(frozen=True)
 class StreamReport:
-    """The residual streams of a model, as `inspect` found them. `print` it, or ask for `.reads_table()`."""
+    """The residual streams of a model, as `inspect` sees them: print it, or ask for `.reads_table()`.
+
+    Attributes:
+        model: Name of the model's class.
+        streams: The streams, in graph order.
+        refusals: What looks like a stream and is none, with the reason.
+        notes: What the capture has to say.
+    """
 
     model: str
     streams: tuple[Stream, ...]
@@ -43,10 +50,17 @@ class StreamReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` found, changed and left alone.
+    """What `convert` changed and what it left alone: print it, or ask for `.reads_table()`.
 
-    streams: those rewritten. left: those left alone, with the reason. modes: the programs there are.
-    difference: largest difference of outputs at zero queries, over the largest output; None unchecked.
+    Attributes:
+        model: Name of the model's class.
+        config: The config of the conversion.
+        streams: The plans of the streams that were rewritten.
+        left: The streams left alone, with the reason.
+        refusals: What looks like a stream and is none, with the reason.
+        modes: The modes that have a graph.
+        difference: Largest difference of outputs at zero queries, over the largest output; None unchecked.
+        notes: What the capture has to say.
     """
 
     model: str
@@ -65,6 +79,7 @@ class ConversionReport:
 
     @property
     def num_reads(self) -> int:
+        """Reads that got an operator."""
         return len(self.reads)
 
     @property

@@ -19,7 +19,13 @@ from attnres_fx.errors import CheckError
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """How far one output leaf is off: largest absolute difference, and that over the largest output."""
+    """How far one output tensor is off.
+
+    Attributes:
+        name: Where it stands in what the model returns.
+        absolute: Largest absolute difference, in float64.
+        relative: That over the largest absolute value of the original's output.
+    """
 
     name: str
     absolute: float
@@ -28,7 +34,13 @@ class OutputDifference:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Differences of a converted model's outputs from the original's, at zero queries, in one mode."""
+    """Differences of a converted model's outputs from the original's, at zero queries, in one mode.
+
+    Attributes:
+        mode: `"train"` or `"eval"`.
+        outputs: One difference for each floating-point output.
+        tolerance: The relative difference that is allowed, by the dtypes of the outputs.
+    """
 
     mode: str
     outputs: tuple[OutputDifference, ...]
@@ -41,6 +53,7 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
+        """Whether no output differs by more than the tolerance."""
         return self.worst <= self.tolerance
 
     def __str__(self) -> str:
@@ -61,9 +74,21 @@ def verify(
 ) -> VerifyReport:
     """Run original and converted model once, with queries and gates at zero and key gains at one.
 
-    Both run in the converted model's mode, without gradients, from one random state; neither is changed.
-    Returns a VerifyReport: the worst differences, output by output. In mode `"mean"` outputs of a network
-    with norms differ by what their eps makes of it, and `local` starts elsewhere (docs/semantics.md).
+    Both run in the converted model's mode, without gradients, from one random state; neither is changed. With output
+    `"mean"` a network with norms differs by what their eps makes of it, and `local` starts elsewhere
+    (docs/semantics.md).
+
+    Args:
+        model: The original.
+        converted: What `convert` made of it.
+        args: Arguments to run both with.
+        kwargs: Keyword arguments to run both with.
+
+    Returns:
+        The largest differences, output by output.
+
+    Raises:
+        CheckError: The two return other numbers of values, or values of other shapes or dtypes.
     """
     mode, kwargs = converted.mode, dict(kwargs or {})
     before = run_untouched(model, args, {**converted.signature.bound_values, **kwargs}, mode)

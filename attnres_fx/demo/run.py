@@ -44,7 +44,18 @@ SIZES = {
 
 
 def run_demo(*, steps: int | None, more_steps: int | None, size: str, seed: int, output: Path) -> int:
-    """Run the demo; returns the exit code, 1 where a converted model does not agree with the original."""
+    """Train a small GPT, convert it to every variant, train each further, and draw what the reads attend to.
+
+    Args:
+        steps: Training steps before the conversion; by default those of the preset.
+        more_steps: Training steps after it, for each model.
+        size: Name of a preset in `SIZES`.
+        seed: Seed of weights and batches.
+        output: The folder for losses, picture and saved model.
+
+    Returns:
+        The exit code: 1 where a converted model does not agree with the original, otherwise 0.
+    """
     preset = SIZES[size]
     steps = preset.steps if steps is None else steps
     more_steps = preset.more_steps if more_steps is None else more_steps

@@ -65,11 +65,12 @@ class SourceSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class DepthSchedule:
-    """Blocks of one stream, and what each read position sees.
+    """Blocks of one stream, and what each read position sees (arXiv 2603.15031, section 3.2).
 
-    variant: the variant the sources follow.
-    starts: first sublayer of each block; `starts[0] == 0`.
-    num_sublayers: L.
+    Attributes:
+        variant: The variant the sources follow.
+        starts: First sublayer of each block, from 0; `starts[0] == 0`.
+        num_sublayers: L.
     """
 
     variant: Variant
@@ -197,8 +198,15 @@ def backward_passes(num_sources: int) -> int:
 def plan_schedule(num_sublayers: int, config: AttnResConfig) -> DepthSchedule:
     """Blocks and connectivity of a stream of `num_sublayers` sublayers.
 
-    Raises ScheduleError where the blocks asked for do not fit that number.
-    Source: arXiv 2603.15031, section 3.2; design words "block" and "source".
+    Args:
+        num_sublayers: L, at least one.
+        config: Variant and blocks.
+
+    Returns:
+        The blocks; what each read position sees follows from them (arXiv 2603.15031, section 3.2).
+
+    Raises:
+        ScheduleError: The blocks asked for do not fit that number of sublayers.
     """
     if num_sublayers < 1:
         raise ScheduleError(f"a stream needs at least one sublayer; this one has {num_sublayers}.")
