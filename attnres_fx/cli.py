@@ -97,10 +97,10 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> int | tuple[int, int]:
-    found = _indices(text)
-    if len(found) > 2:
+    numbers = _indices(text)
+    if len(numbers) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} should be a number, or the fewest and the most: 4,12")
-    return found[0] if len(found) == 1 else (found[0], found[1])
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def _bytes(text: str) -> int:
@@ -177,8 +177,8 @@ def _plan(options: argparse.Namespace) -> int:
         block_size=options.block_size,
         boundaries=options.boundaries,
     )
-    given = {"flops": options.flops, "memory_bandwidth": options.memory_bandwidth}
-    speed = DeviceSpeed(**{name: float(value) for name, value in given.items() if value is not None})
+    speeds = {"flops": options.flops, "memory_bandwidth": options.memory_bandwidth}
+    speed = DeviceSpeed(**{name: float(value) for name, value in speeds.items() if value is not None})
     plan = ax.plan(
         model,
         args,
@@ -220,11 +220,11 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The model an argument names, and example arguments for it."""
-    given = dict(_parse_input(text) for text in options.input)
+    inputs = dict(_parse_input(text) for text in options.input)
     path = Path(options.model)
     if path.exists():
         model, config = _from_hugging_face(path)
-        return model, (), given or _example_of(model, config)
+        return model, (), inputs or _example_of(model, config)
     module, colon, factory = options.model.partition(":")
     if not colon:
         raise ValueError(
@@ -232,12 +232,12 @@ def _load(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, 
             f"Write the factory after a colon, e.g. mypackage.models:tiny."
         )
     sys.path.insert(0, str(Path.cwd()))
-    made = getattr(importlib.import_module(module), factory)()
-    if not isinstance(made, tuple):
-        return made, (), given
-    model, example = made
-    if given:
-        return model, (), given
+    result = getattr(importlib.import_module(module), factory)()
+    if not isinstance(result, tuple):
+        return result, (), inputs
+    model, example = result
+    if inputs:
+        return model, (), inputs
     return (model, (), dict(example)) if isinstance(example, dict) else (model, tuple(example), {})
 
 

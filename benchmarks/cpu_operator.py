@@ -109,19 +109,32 @@ def measure(count: int, tokens: int, width: int, dtype: torch.dtype, repeats: in
             torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * float(b.detach().abs().max()))
         forward(read)
 
-    held = [torch.empty_like(s) for s in sources]
+    copied = [torch.empty_like(s) for s in sources]
     copies: list[float] = []
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in reads}
     for names in ([n for n in reads if n in compiling], [n for n in reads if n not in compiling]):
         for i in range(repeats):
             if names[0] in compiling:
-                copies.append(seconds(lambda: [h.copy_(s.detach()) for h, s in zip(held, sources, strict=True)]))
+                copies.append(seconds(lambda: [c.copy_(s.detach()) for c, s in zip(copied, sources, strict=True)]))
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 read = reads[name]
                 times[name][0].append(seconds(lambda read=read: forward(read)))
                 times[name][1].append(seconds(lambda read=read: both(read)))
+    return [
+        *as_rows(times, compiling, loops),
+        {"read": "copy of the sources", "forward ms": 1e3 * statistics.median(copies)},
+    ]
+
+
+def as_rows(
+    times: dict[str, tuple[list[float], list[float]]], compiling: dict[str, float], loops: dict[str, str]
+) -> list[dict[str, object]]:
+    """One row a way to compute the read, the slowest first: medians, and how they compare with the stacked definition.
+
+    times: seconds of forward, and of forward and backward, by name. compiling: seconds of the first call, by name.
+    """
     medians = {name: tuple(1e3 * statistics.median(t) for t in pair) for name, pair in times.items()}
-    rows: list[dict[str, object]] = [
+    return [
         {
             "read": name,
             "compile s": compiling.get(name),
@@ -131,9 +144,8 @@ def measure(count: int, tokens: int, width: int, dtype: torch.dtype, repeats: in
             "forward+backward ms": medians[name][1],
             "f+b times faster": medians[base_of(name)][1] / medians[name][1],
         }
-        for name in sorted(reads, key=lambda name: -medians[name][1])
+        for name in sorted(times, key=lambda name: -medians[name][1])
     ]
-    return [*rows, {"read": "copy of the sources", "forward ms": 1e3 * statistics.median(copies)}]
 
 
 def main() -> None:
