@@ -166,7 +166,7 @@ def _plan(options: argparse.Namespace) -> int:
     import torch
 
     import attnres_fx as ax
-    from attnres_fx.partition.costs.model_costs import DeviceSpeed
+    from attnres_fx.partition import DeviceSpeed
 
     with torch.device("meta") if options.meta else contextlib.nullcontext():
         model, args, kwargs = _load(options)

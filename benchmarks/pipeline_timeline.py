@@ -24,7 +24,7 @@ from _measure import RESULTS, environment, write_json
 from tabulate import tabulate
 
 from attnres_fx.config import AttnResConfig
-from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition import DeviceSpeed, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.costs.stage_loads import stage_loads
 from attnres_fx.partition.costs.traffic import Traffic, count_traffic, stage_values
 from attnres_fx.partition.simulate.timeline import simulate

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import PlanError
-from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
+from attnres_fx.partition import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.costs.stage_loads import stage_loads
 from attnres_fx.partition.costs.traffic import count_traffic, size, stage_values
 from attnres_fx.partition.split.routes import StageValue, route_values

@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import PlanError
-from attnres_fx.partition.costs.model_costs import StreamCost
+from attnres_fx.partition import StreamCost
 from attnres_fx.partition.costs.stage_loads import StageLoad
 from attnres_fx.partition.plan import plots as pictures
 from attnres_fx.partition.plan.plots import StageMap, draw_map, draw_plan, draw_timeline

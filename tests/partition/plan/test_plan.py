@@ -12,7 +12,7 @@ import attnres_fx as ax
 from attnres_fx.cli import main
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 from attnres_fx.errors import PlanError
-from attnres_fx.partition.costs.model_costs import DeviceSpeed
+from attnres_fx.partition import DeviceSpeed
 from attnres_fx.partition.costs.traffic import count_traffic, stage_values
 from attnres_fx.partition.split.chained_model import chains_of
 

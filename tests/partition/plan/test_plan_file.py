@@ -12,12 +12,12 @@ from torch import nn
 
 import attnres_fx as ax
 from attnres_fx.errors import PlanError
-from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
-from attnres_fx.partition.costs.stage_loads import stage_loads
+from attnres_fx.partition import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.pipeline_schedule import PipelineSchedule
+from attnres_fx.partition.plan.fingerprint import ModelFingerprint, PartFingerprint
+from attnres_fx.partition.plan.plan import Plan, PlanOptions
 from attnres_fx.partition.planner.objective import evaluate
 from attnres_fx.partition.planner.request import PlanRequest
-from attnres_fx.partition.simulate.timeline import simulate
 from attnres_fx.passes.schedule import DepthSchedule
 
 NASTY = [0, -1, 1, 3, 10**12, 10**400, 1.5, -0.5, float("nan"), float("inf"), "", "1F1B", "x", True, None, [], {}, [-1]]
@@ -118,6 +118,7 @@ def test_what_is_wrong_in_a_file_is_named(file, path, value, said):
 
 
 SIZES = st.integers(0, 10**9)
+PART = PartFingerprint("part", 0, 0, "")
 
 
 @st.composite
@@ -156,34 +157,40 @@ def split_models(draw):
     )
 
 
+def as_plan(request):
+    """The plan of a request whose stages and blocks are given, of a model of which nothing else is known."""
+    return Plan(
+        model=ModelFingerprint("Model", PART, (PART,) * request.num_sublayers, PART),
+        config=ax.AttnResConfig(variant=request.variant),
+        options=PlanOptions(
+            num_stages=request.num_stages,
+            virtual_stages=request.virtual_stages,
+            schedule=request.pipeline_schedule,
+            num_microbatches=request.num_microbatches,
+            align=request.align,
+            recompute=request.recompute,
+            cache=request.cache,
+            memory_limit=request.memory_limit,
+        ),
+        device=request.device,
+        costs=request.costs,
+        partition=evaluate(request, request.starts, request.block_layouts),
+        values=(),
+    )
+
+
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(split_models())
 def test_the_busy_seconds_of_the_timeline_are_those_of_the_partition(request):
-    partition = evaluate(request, request.starts, request.block_layouts)
-    loads = stage_loads(
-        request.costs,
-        request.starts,
-        request.block_layouts,
-        num_stages=request.num_stages,
-        device=request.device,
-        cache=request.cache,
-        recompute=request.recompute,
-    )
-    timeline = simulate(
-        loads,
-        schedule=request.pipeline_schedule,
-        num_stages=request.num_stages,
-        virtual_stages=request.virtual_stages,
-        num_microbatches=request.num_microbatches,
-    )
+    plan = as_plan(request)
+    partition, timeline = plan.partition, plan.timeline
     for rank, actions in enumerate(timeline.ranks):
-        own = range(rank, len(request.starts), request.num_stages)
-        stages = sum(partition.forward_seconds[c] + partition.backward_seconds[c] for c in own)
+        stages = sum(partition.forward_seconds[c] + partition.backward_seconds[c] for c in plan.stages_of(rank))
         busy = sum(action.end - action.start for action in actions)
         assert busy == pytest.approx(request.num_microbatches * stages, rel=1e-9, abs=1e-12)
-    hops = [load.send_forward for load in loads[:-1]], [load.send_backward for load in loads[1:]]
-    for c, (there, back) in enumerate(zip(*hops, strict=True)):
-        assert there + back == pytest.approx(partition.hop_seconds[c], rel=1e-9, abs=1e-12)
+    between_ranks = sum(seconds for seconds in partition.hop_seconds if request.num_stages > 1)
+    sending = sum(hop.end - hop.start for hop in timeline.hops)
+    assert sending == pytest.approx(request.num_microbatches * between_ranks, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize(("schedule", "virtual"), [("1F1B", 1), ("InterleavedZeroBubble", 2)])

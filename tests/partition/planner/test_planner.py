@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from attnres_fx.errors import PlanError
+from attnres_fx.partition import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.costs.in_flight import in_flight
-from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.costs.unit_costs import PICOSECONDS
 from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.planner import search as planner
