@@ -31,7 +31,8 @@ def checked_count(name: str, value: object, *, least: int = 0) -> int:
     Raises PlanError with the name and the value.
     """
     number = _as_float(value)
-    if not number >= least or not number.is_integer():
+    whole = isinstance(value, Integral) or number.is_integer()
+    if not number >= least or not whole:
         raise PlanError(f"{name} must be a whole number of at least {least}; it is {value!r:.80}.")
     if number > LARGEST_COUNT:
         raise PlanError(f"{name} must be no more than 2**60; it is {value!r:.80}.")
@@ -106,4 +107,4 @@ def _as_float(value: object) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf
+        return math.inf if value > 0 else -math.inf

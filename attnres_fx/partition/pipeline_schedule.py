@@ -62,10 +62,13 @@ def check_schedule(schedule: str, *, num_stages: int, virtual_stages: int, num_m
             f"the schedule 1F1B needs as many microbatches as stages: num_microbatches={num_microbatches} is less "
             f"than num_stages={num_stages}; raise num_microbatches or choose schedule='GPipe'."
         )
-    if num_stages * virtual_stages * num_microbatches > MOST_FORWARDS:
+    stages = num_stages * virtual_stages
+    if stages * num_microbatches > MOST_FORWARDS:
+        most = MOST_FORWARDS // stages
+        change = f"num_microbatches of at most {most}" if most else "fewer stages"
         raise PlanError(
             f"num_microbatches={num_microbatches} on num_stages={num_stages} times virtual_stages={virtual_stages} "
-            f"stages are more forwards than can be listed ({MOST_FORWARDS}): choose fewer microbatches a step."
+            f"stages are more forwards than can be listed ({MOST_FORWARDS}): choose {change}."
         )
     rounds = max(1, num_microbatches // num_stages)
     if not known.single_stage and num_microbatches % rounds:

@@ -39,15 +39,13 @@ class _OriginalModel:
         self.captured = _captured(model, args, kwargs)
         self.pristine = next(iter(self.captured.graphs.values())).gm
 
-    def rewritten(
-        self, schedules: Mapping[str, DepthSchedule] | None = None
-    ) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
-        """The graph with depth attention for these blocks, by default those of the config, and its schedules."""
+    def rewritten(self, layouts: BlockLayouts | None = None) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
+        """The graph with depth attention for these blocks, by default those of the config, and its blocks."""
         gm = _copied(self.pristine)
         name_as_the_model_does(gm, self.captured.root)
         found = analyze_(gm)
         selected = select_streams(found, self.config, self.name)
-        plan = plan_depth_reads(found, selected, self.config, schedules=schedules)
+        plan = plan_depth_reads(found, selected, self.config, schedules=layouts)
         parameters = make_parameters(gm.graph, self.captured.root, plan, self.config)
         replacements = rewrite_(gm, found, plan, parameters)
         return chain_graph(gm, selected, replacements), {s.stream.name: s.schedule for s in plan.streams}
@@ -70,10 +68,10 @@ class _TracedModel:
     def __init__(self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig):
         self.model, self.args, self.kwargs, self.config = model, args, kwargs, config
 
-    def rewritten(self, schedules: BlockLayouts | None = None) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
+    def rewritten(self, layouts: BlockLayouts | None = None) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
         config = self.config
-        if schedules:
-            (blocks,) = schedules.values()
+        if layouts:
+            (blocks,) = layouts.values()
             config = replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
         return converted_chain(convert(self.model, self.args, self.kwargs, config=config, check=False))
 

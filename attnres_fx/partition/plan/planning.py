@@ -14,6 +14,7 @@ from attnres_fx.conversion.convert import Model
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.checked_values import checked_amount, checked_index, checked_items
+from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.measure import measure_costs
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule
@@ -27,6 +28,7 @@ from attnres_fx.partition.plan.planned_model import (
 )
 from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest
 from attnres_fx.partition.planner.search import find_partition
+from attnres_fx.partition.split.chained_model import ChainedGraph
 from attnres_fx.partition.split.split_chain import refuse_empty_stages, split_chain
 
 
@@ -82,38 +84,24 @@ def plan(
         PlanError: An option is of another kind, or nothing fits; the error says what to change.
         AttnResError: Whatever `convert` raises.
     """
-    _check_given(starts, num_blocks, optimizer_factor)
-    for name, value, kind in (
-        ("config", config, AttnResConfig),
-        ("device", device, DeviceSpeed),
-        ("costs", costs, ModelCosts),
-    ):
-        if value is not None and not isinstance(value, kind):
-            raise PlanError(f"{name} must be of type {kind.__name__}; it is a {type(value).__name__}.")
-    checked_index("num_stages", num_stages, least=1)
-    options = PlanOptions(
-        num_stages=num_stages,
-        virtual_stages=virtual_stages,
-        schedule=("1F1B" if virtual_stages == 1 else "Interleaved1F1B") if schedule is None else schedule,
-        num_microbatches=4 * num_stages if num_microbatches is None else num_microbatches,
+    _check_given(num_blocks, optimizer_factor)
+    pinned_starts = _checked_starts(starts)
+    _check_types(config=(config, AttnResConfig), device=(device, DeviceSpeed), costs=(costs, ModelCosts))
+    options = _options(
+        num_stages,
+        virtual_stages,
+        num_microbatches,
+        schedule,
         align=align,
         recompute=recompute,
         cache=cache,
         memory_limit=memory_limit,
     )
-    device = device or DeviceSpeed()
-    if link_bandwidth is not None:
-        device = replace(device, link_bandwidth=link_bandwidth)
+    device = _speed(device, link_bandwidth)
     config, given = _config_of(model, config)
     original = None if isinstance(model, ConvertedModel) else original_model(model, args, kwargs, config)
-    chained, schedules = original.rewritten() if original else converted_chain(model)
-    if costs is None:
-        costs = measure_costs(chained.gm, chained.chain, carried=carried_values(chained))
-    elif len(costs.sublayers) != chained.chain.num_sublayers:
-        raise PlanError(
-            f"costs are given for {len(costs.sublayers)} sublayers and the model has {chained.chain.num_sublayers}: "
-            f"give one each, as attnres_fx.inspect lists them."
-        )
+    chained, layouts = original.rewritten() if original else converted_chain(model)
+    costs = _costs_of(chained, costs)
     free = original is not None and not given and config.variant != "full" and len(costs.streams) == 1
     if num_blocks is not None and not free:
         raise PlanError(_why_pinned(original is not None, given, config, num_blocks))
@@ -125,9 +113,9 @@ def plan(
         pipeline_schedule=options.schedule,
         device=device,
         variant=config.variant,
-        block_layouts=None if free else {s.name: schedules[s.name] for s in costs.streams},
+        block_layouts=None if free else {s.name: layouts[s.name] for s in costs.streams},
         num_blocks=_counts(num_blocks, config) if free else None,
-        starts=None if starts is None else tuple(map(int, starts)),
+        starts=pinned_starts,
         align=options.align,
         memory_limit=options.memory_limit,
         optimizer_factor=float(optimizer_factor),
@@ -135,11 +123,10 @@ def plan(
         cache=options.cache,
     )
     partition = find_partition(request)
-    chosen = dict(partition.block_layouts)
     if original is not None and free:
-        (blocks,) = chosen.values()
-        config = replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
-        if chosen != schedules:
+        chosen = dict(partition.block_layouts)
+        config = _with_blocks(config, chosen)
+        if chosen != layouts:
             chained, _ = original.rewritten(chosen)
     split = split_chain(chained.gm, chained.chain, partition.starts, chained.labels)
     refuse_empty_stages(split)
@@ -171,15 +158,41 @@ def load_plan(path: str | Path) -> Plan:
     return Plan.load(path)
 
 
-def _check_given(starts: Any, num_blocks: Any, optimizer_factor: Any) -> None:
+def _check_given(num_blocks: Any, optimizer_factor: Any) -> None:
     """Raises PlanError for options of another kind than they must be."""
     checked_amount("optimizer_factor", optimizer_factor)
     pair = isinstance(num_blocks, tuple | list) and len(num_blocks) == 2 and all(map(_is_whole, num_blocks))
     if num_blocks is not None and not pair and not _is_whole(num_blocks):
         raise PlanError(f"num_blocks must be a number or (fewest, most); it is {num_blocks!r:.80}.")
-    if starts is not None:
-        for i, start in enumerate(checked_items("starts (the first sublayer of every virtual stage)", starts)):
-            checked_index(f"starts[{i}]", start)
+
+
+def _checked_starts(starts: Any) -> tuple[int, ...] | None:
+    if starts is None:
+        return None
+    places = checked_items("starts (the first sublayer of every virtual stage)", starts)
+    return tuple(checked_index(f"starts[{i}]", place) for i, place in enumerate(places))
+
+
+def _options(
+    num_stages: int, virtual_stages: int, num_microbatches: int | None, schedule: str | None, **others: Any
+) -> PlanOptions:
+    """What was asked for, with the default schedule and number of microbatches."""
+    num_stages = checked_index("num_stages", num_stages, least=1)
+    virtual_stages = checked_index("virtual_stages", virtual_stages, least=1)
+    return PlanOptions(
+        num_stages=num_stages,
+        virtual_stages=virtual_stages,
+        schedule=("1F1B" if virtual_stages == 1 else "Interleaved1F1B") if schedule is None else schedule,
+        num_microbatches=4 * num_stages if num_microbatches is None else num_microbatches,
+        **others,
+    )
+
+
+def _check_types(**options: tuple[Any, type]) -> None:
+    """Raises PlanError for an option that is not of its class, where it is given."""
+    for name, (value, kind) in options.items():
+        if value is not None and not isinstance(value, kind):
+            raise PlanError(f"{name} must be of type {kind.__name__}; it is a {type(value).__name__}.")
 
 
 def _is_whole(value: Any) -> bool:
@@ -197,6 +210,29 @@ def _config_of(model: Model, config: AttnResConfig | None) -> tuple[AttnResConfi
         return own, True
     config = config or AttnResConfig()
     return config, config.boundaries is not None or config.block_size is not None
+
+
+def _speed(device: DeviceSpeed | None, link_bandwidth: float | None) -> DeviceSpeed:
+    device = device or DeviceSpeed()
+    return device if link_bandwidth is None else replace(device, link_bandwidth=link_bandwidth)
+
+
+def _costs_of(chained: ChainedGraph, costs: ModelCosts | None) -> ModelCosts:
+    """The costs given, where they fit the model, or those measured."""
+    if costs is None:
+        return measure_costs(chained.gm, chained.chain, carried=carried_values(chained))
+    if len(costs.sublayers) != chained.chain.num_sublayers:
+        raise PlanError(
+            f"costs are given for {len(costs.sublayers)} sublayers and the model has {chained.chain.num_sublayers}: "
+            f"give one each, as attnres_fx.inspect lists them."
+        )
+    return costs
+
+
+def _with_blocks(config: AttnResConfig, layouts: BlockLayouts) -> AttnResConfig:
+    """The config that gives these blocks to a model of one stream."""
+    (blocks,) = layouts.values()
+    return replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
 
 
 def _why_pinned(original: bool, given: bool, config: AttnResConfig, num_blocks: Any) -> str:

@@ -3,15 +3,15 @@
 matplotlib (extra `plot`) is imported when something is drawn, never through pyplot: no window, no global state.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnres_fx.errors import PlanError
+from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import StreamCost
 from attnres_fx.partition.simulate.timeline import TimedAction, Timeline
-from attnres_fx.passes.schedule import DepthSchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,12 +36,12 @@ BAR = 0.74
 class StageMap:
     """What `draw_map` draws: the chain, its blocks and its cuts.
 
-    schedules: by stream name, None for the plain residual. starts: first sublayer of each virtual stage, stage c on
+    block_layouts: by stream name, None for the plain residual. starts: first sublayer of each virtual stage, stage c on
     rank c mod num_stages.
     """
 
     streams: Sequence[StreamCost]
-    schedules: Mapping[str, DepthSchedule] | None
+    block_layouts: BlockLayouts | None
     starts: Sequence[int]
     num_stages: int
 
@@ -50,11 +50,11 @@ class StageMap:
         """Labels and sublayers of the chain's blocks; one without a label where a stream has none."""
         found: list[tuple[str, range]] = []
         for s in self.streams:
-            schedule = None if self.schedules is None else self.schedules[s.name]
-            if schedule is None or schedule.variant == "full":
+            layout = None if self.block_layouts is None else self.block_layouts[s.name]
+            if layout is None or layout.variant == "full":
                 found.append(("", range(s.first, s.first + s.count)))
                 continue
-            found += [(f"b_{n}", range(s.first + b.start, s.first + b.stop)) for n, b in enumerate(schedule.blocks, 1)]
+            found += [(f"b_{n}", range(s.first + b.start, s.first + b.stop)) for n, b in enumerate(layout.blocks, 1)]
         return tuple(found)
 
     @property

@@ -132,7 +132,10 @@ def _check_sizes(request: PlanRequest) -> None:
     kept = float(sum(p.activation_bytes for p in parts) * request.num_microbatches)
     kept += sum(p.parameter_bytes for p in parts) * (2 + request.optimizer_factor) * 1024
     if kept + crossing * request.num_microbatches + crossing * (request.num_virtual + 1) ** 2 > _LARGEST:
-        raise PlanError("the bytes of the model are too many to be added up: give costs in bytes.")
+        raise PlanError(
+            "the bytes of the model are too many to be added up: give costs in bytes, and "
+            "optimizer_factor in bytes per byte of parameter."
+        )
 
 
 def _fewer_stages(request: PlanRequest) -> str:
@@ -161,33 +164,41 @@ def _check_starts(request: PlanRequest) -> None:
 
 
 def _check_blocks(request: PlanRequest) -> None:
-    streams = request.costs.streams
     if request.block_layouts is not None and request.variant != "full":
-        for stream in streams:
-            layout = request.block_layouts.get(stream.name)
-            if layout is None or (layout.variant, layout.num_sublayers) != (request.variant, stream.count):
-                raise PlanError(
-                    f"the stream {stream.name!r} needs blocks of variant {request.variant!r} over its {stream.count} "
-                    f"sublayers; given is {layout}."
-                )
-            begins = layout.starts
-            rising = all(a < b for a, b in pairwise((*begins, stream.count)))
-            if not begins or begins[0] != 0 or not rising:
-                raise PlanError(
-                    f"the blocks of {stream.name!r} begin at {begins!r:.80}: they must begin with 0, rise, and stay "
-                    f"below its {stream.count} sublayers."
-                )
+        _check_layouts(request, request.block_layouts)
         if request.num_blocks is not None:
             raise PlanError("the blocks are given, so num_blocks means nothing: leave one of the two out.")
-    if request.known_layouts is not None:
-        return
+    if request.known_layouts is None:
+        _check_free_blocks(request)
+
+
+def _check_layouts(request: PlanRequest, layouts: BlockLayouts) -> None:
+    for stream in request.costs.streams:
+        layout = layouts.get(stream.name)
+        if layout is None or (layout.variant, layout.num_sublayers) != (request.variant, stream.count):
+            raise PlanError(
+                f"the stream {stream.name!r} needs blocks of variant {request.variant!r} over its {stream.count} "
+                f"sublayers; given is {layout}."
+            )
+        begins = layout.starts
+        rising = all(a < b for a, b in pairwise((*begins, stream.count)))
+        if not begins or begins[0] != 0 or not rising:
+            raise PlanError(
+                f"the blocks of {stream.name!r} begin at {begins!r:.80}: they must begin with 0, rise, and stay "
+                f"below its {stream.count} sublayers."
+            )
+
+
+def _check_free_blocks(request: PlanRequest) -> None:
+    streams = request.costs.streams
     if len(streams) != 1:
         raise PlanError(
             f"blocks are chosen for models of one stream, and this one has {len(streams)} "
             f"({', '.join(s.name for s in streams)}): give the blocks of each stream."
         )
     counts, most = request.block_counts, request.num_sublayers
-    if len(counts) == 0 or counts[0] < 1 or counts[-1] > most:
+    if not 1 <= counts.start < counts.stop <= most + 1:
         raise PlanError(
-            f"num_blocks={request.num_blocks} must be a number, or (fewest, most), between 1 and the {most} sublayers."
+            f"num_blocks={request.num_blocks!r:.80} must be a number, or (fewest, most), between 1 and the {most} "
+            f"sublayers."
         )

@@ -204,3 +204,21 @@ def test_a_plan_that_recomputes_takes_longer_and_keeps_less(schedule, virtual):
             stages = sum(part.forward_seconds[c] + part.backward_seconds[c] for c in own)
             assert sum(a.end - a.start for a in actions) == pytest.approx(4 * stages)
     assert steps[True][0] > steps[False][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"virtual_stages": torch.ones(2)}, "virtual_stages must be a whole number"),
+        ({"num_blocks": (1, 10**30)}, "num_blocks=.* must be a number, or"),
+        ({"num_blocks": (3, 1)}, "num_blocks=.* must be a number, or"),
+        ({"optimizer_factor": 1e300}, "optimizer_factor in bytes per byte"),
+        ({"num_microbatches": 10**6}, "choose num_microbatches of at most 500000"),
+        ({"num_microbatches": 10**400}, "num_microbatches must be no more than"),
+        ({"link_bandwidth": -1}, "link_bandwidth must be a positive finite number"),
+        ({"starts": (0, float("nan"))}, "starts\\[1\\] must be a whole number"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(options, said):
+    with pytest.raises(PlanError, match=said):
+        ax.plan(Net(), (torch.randn(2, 3, 8),), **({"num_stages": 2} | options))
