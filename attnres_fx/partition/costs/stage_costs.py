@@ -23,13 +23,20 @@ Number = TypeVar("Number", int, Tensor)
 class StageCosts:
     """What every virtual stage costs, per microbatch; times in picoseconds.
 
-    forward, backward: of its sublayers and their reads, backward with the recomputation. sublayer_backward: the part of
-    backward without reads and recomputation. hop_forward, hop_backward: of the message to the next stage, and of the
-    gradients that come back over that hop; 0 at the last stage. hop_forward_bytes, hop_backward_bytes: of the same.
-    saved_bytes: activations kept for backward. made_bytes: sources and carried values made here. sent_bytes: those of
-    them that other stages take. received_bytes: what arrives over the hop to it. parameter_bytes: a parameter that
-    several places share counts once on each rank that has one. recomputed_bytes: activations of the largest sublayer
-    that is run again.
+    Args:
+        forward: Of its sublayers and their reads.
+        backward: The same, with the recomputation.
+        sublayer_backward: The part of backward without reads and recomputation.
+        hop_forward: Of the message to the next stage; 0 at the last stage.
+        hop_backward: Of the gradients that come back over that hop; 0 at the last stage.
+        hop_forward_bytes: Of the message to the next stage.
+        hop_backward_bytes: Of the gradients that come back.
+        saved_bytes: Activations kept for backward.
+        made_bytes: Sources and carried values made here.
+        sent_bytes: Those of them that other stages take.
+        received_bytes: What arrives over the hop to it.
+        parameter_bytes: Of its parameters; one that several places share counts once on each rank that has it.
+        recomputed_bytes: Activations of the largest sublayer that is run again.
     """
 
     forward: tuple[int, ...]

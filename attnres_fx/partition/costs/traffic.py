@@ -29,8 +29,10 @@ LABELS_SHOWN = 6
 class HopCount:
     """What one way of sending puts on every hop, per microbatch.
 
-    values: per hop (named by the stage it leaves) the names of what travels. forward: bytes to the next stage.
-    backward: bytes of the gradients that come back.
+    Args:
+        values: Per hop (named by the stage it leaves) the names of what travels.
+        forward: Per hop, bytes to the next stage.
+        backward: Per hop, bytes of the gradients that come back.
     """
 
     values: tuple[tuple[str, ...], ...]
@@ -52,8 +54,15 @@ class HopCount:
 class Traffic:
     """Bytes between stages and bytes kept, per microbatch.
 
-    naive, cached, exact: the three counts. cache_bytes: per rank, everything it receives or makes for later stages,
-    each value once, whatever number of its virtual stages use it.
+    Args:
+        num_stages: Ranks, P.
+        virtual_stages: Stages on each rank, V.
+        values: Every value that a later stage takes from an earlier one.
+        naive: The count where every hop carries all that any later stage needs.
+        cached: The count of what the receiving rank has not received before.
+        exact: The count of what the receiving rank has neither received nor made.
+        cache_bytes: Per rank, everything it receives or makes for later stages, each value once, whatever number of its
+            virtual stages use it.
     """
 
     num_stages: int

@@ -29,8 +29,11 @@ from attnres_fx.passes.schedule import DepthSchedule
 class InputSpec:
     """One argument of the example microbatch.
 
-    name: its keyword, or its number among the positional ones. dtype, shape: of a tensor; dtype is "" for anything
-    else. value: of that, as JSON; None where JSON cannot hold it.
+    Args:
+        name: Its keyword, or its number among the positional ones.
+        dtype: Of a tensor, as `"float32"`; "" for anything else.
+        shape: Of a tensor.
+        value: Of anything else, as JSON; None where JSON cannot hold it.
     """
 
     name: str
@@ -41,7 +44,17 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What was asked for: see `attnres_fx.plan`.
+    """The options of a plan, as `attnres_fx.plan` took them.
+
+    Args:
+        num_stages: Ranks, P.
+        virtual_stages: Stages on each rank, V.
+        schedule: Of the pipeline, by PyTorch's name.
+        num_microbatches: Of one step.
+        align: "require" or "prefer".
+        recompute: Whether sublayers keep only their inputs for backward.
+        cache: Whether ranks keep the values they have seen.
+        memory_limit: Bytes a rank, or None.
 
     Raises:
         PlanError: An option is of another kind, or the schedule cannot run these numbers; the error names the option.
@@ -77,8 +90,16 @@ class PlanOptions:
 class Plan:
     """Blocks and stages of a model; `print` it, `save` it, `plot` it, hand it to `build_stages`.
 
-    model: what it was made for. config: the conversion, with the blocks chosen. partition: stages, blocks, seconds and
-    bytes. values: every tensor that leaves a stage, from the graph itself. inputs: the example microbatch.
+    Args:
+        model: Names, counts and digests of the parameters of the model it was made for.
+        config: The conversion, with the blocks chosen.
+        options: What was asked for.
+        device: Speeds of every rank.
+        costs: Of the model, per microbatch.
+        partition: Stages, blocks, seconds and bytes.
+        values: Every tensor that leaves a stage, from the graph itself.
+        inputs: The example microbatch.
+        notes: Sentences for the reader of the table.
     """
 
     model: ModelFingerprint
@@ -164,11 +185,19 @@ class Plan:
     # --- checks
 
     def check_model(self, found: ModelFingerprint) -> None:
-        """Raises PlanError naming the first difference between the planned model and this one."""
+        """Check that a model is the one that was planned for.
+
+        Raises:
+            PlanError: It is another; the error names the first difference.
+        """
         check_same_model(self.model, found)
 
     def check_config(self, found: AttnResConfig) -> None:
-        """Raises PlanError where a converted model reads otherwise than planned."""
+        """Check that a converted model reads its depth as planned.
+
+        Raises:
+            PlanError: The variant, the output or eps differs.
+        """
         for name in ("variant", "output", "eps"):
             ours, theirs = getattr(self.config, name), getattr(found, name)
             if ours != theirs:
@@ -180,14 +209,25 @@ class Plan:
     # --- files
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, for `attnres_fx.load_plan`."""
+        """Write the plan as JSON, for `attnres_fx.load_plan`.
+
+        Args:
+            path: Of the file, which is replaced where there is one.
+
+        Raises:
+            PlanError: The file cannot be written.
+        """
         content = {f.name: to_plain(getattr(self, f.name), error=PlanError) for f in dataclasses.fields(self)}
         content["config"] = dataclasses.asdict(self.config)
         write_content(content, path)
 
     @staticmethod
     def load(path: str | Path) -> "Plan":
-        """Read what `save` wrote. Raises PlanError for a file that is cut short, edited, or of another format."""
+        """Read what `save` wrote.
+
+        Raises:
+            PlanError: The file is cut short, edited or of another format, or what it holds makes no sense together.
+        """
         return _from_content(read_content(path))
 
     # --- for people
@@ -251,7 +291,14 @@ class Plan:
         return " ".join(found) or "-"
 
     def plot(self, path: str | Path) -> None:
-        """Draw stages, blocks and the simulated step. Raises PlanError where matplotlib is not installed."""
+        """Draw stages, blocks and the simulated step.
+
+        Args:
+            path: Of the picture; its ending says the format, as matplotlib knows it.
+
+        Raises:
+            PlanError: matplotlib is not installed, or the picture cannot be written.
+        """
         from attnres_fx.partition.plan.plots import StageMap, draw_plan
 
         stage_map = StageMap(self.costs.streams, self.block_layouts, self.starts, self.num_stages)

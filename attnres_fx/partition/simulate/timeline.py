@@ -51,8 +51,15 @@ class TimedHop:
 class Timeline:
     """One simulated step.
 
-    ranks: per rank its computations in order. hops: in no order. peak_activation_bytes, peak_cache_bytes: per rank,
-    the most that is kept at any time.
+    Args:
+        schedule: Of the pipeline, by PyTorch's name.
+        num_stages: Ranks, P.
+        virtual_stages: Stages on each rank, V.
+        num_microbatches: Of the step.
+        ranks: Per rank its computations in order, with their seconds.
+        hops: Messages between ranks, in no order.
+        peak_activation_bytes: Per rank, the most that is kept for backward at any time.
+        peak_cache_bytes: Per rank, the most that is kept for other stages at any time.
     """
 
     schedule: str
@@ -66,6 +73,7 @@ class Timeline:
 
     @cached_property
     def step_seconds(self) -> float:
+        """Seconds from the start of the step to the end of its last computation."""
         return max(timed.end for rank in self.ranks for timed in rank)
 
     @cached_property
@@ -91,10 +99,20 @@ def simulate(
     virtual_stages: int = 1,
     num_microbatches: int,
 ) -> Timeline:
-    """Runs one training step through the model in this file's head.
+    """Simulate one training step, as the head of this file describes it.
 
-    loads: one per virtual stage, stage c on rank c mod num_stages.
-    Raises PlanError for numbers that the schedule cannot run.
+    Args:
+        loads: One per virtual stage, stage c on rank c mod num_stages; seconds and bytes of one microbatch.
+        schedule: Of the pipeline, by PyTorch's name.
+        num_stages: Ranks, P.
+        virtual_stages: Stages on each rank, V.
+        num_microbatches: Of the step.
+
+    Returns:
+        Every computation and message with its start and end in seconds, and the peaks in bytes.
+
+    Raises:
+        PlanError: The schedule cannot run these numbers, or the number of loads is another than P times V.
     """
     if len(loads) != num_stages * virtual_stages:
         raise PlanError(
