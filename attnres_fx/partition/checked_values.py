@@ -107,4 +107,4 @@ def _as_float(value: object) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if isinstance(value, Integral) and int(value) < 0 else math.inf
