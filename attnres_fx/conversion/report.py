@@ -8,8 +8,8 @@ from tabulate import tabulate
 
 from attnres_fx.config import AttnResConfig
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, StreamPlan
-from attnres_fx.passes.streams.finding import Stream
 from attnres_fx.passes.streams.refusals import Refusal
+from attnres_fx.passes.streams.stream import Stream
 
 _STYLE = "simple"
 _SHOWN_OF_A_KIND = 4

@@ -28,7 +28,8 @@ from attnres_fx.passes.rewrite.read_plan import (
 )
 from attnres_fx.passes.schedule import DepthSchedule, Source, plan_schedule
 from attnres_fx.passes.streams.analysis import analyze_
-from attnres_fx.passes.streams.finding import Read, Stream, StreamSet, Term, find_streams
+from attnres_fx.passes.streams.finding import find_streams
+from attnres_fx.passes.streams.stream import Read, Stream, StreamSet, Term
 
 __all__ = [
     "NORMALIZATION",

@@ -67,7 +67,7 @@ def _read(node: Node) -> tuple[Node, Node, Node, float, float] | None:
     return addend, left, right, *scales  # type: ignore[return-value]
 
 
-def _hangs_on(products: tuple[Any, ...], addend: Node, order: dict[Node, int]) -> bool:
+def _depends_on(products: tuple[Any, ...], addend: Node, order: dict[Node, int]) -> bool:
     """Whether a factor was computed from the addend, or from what the addend was computed from."""
     roots = {addend, *addend.all_input_nodes}
     earliest = min(order.get(r, 0) for r in roots)
@@ -85,7 +85,7 @@ def _hangs_on(products: tuple[Any, ...], addend: Node, order: dict[Node, int]) -
 
 def _split_product(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
     parts = _read(node)
-    if parts is None or not same_shape(parts[0], node) or not _hangs_on(parts[1:3], parts[0], order):
+    if parts is None or not same_shape(parts[0], node) or not _depends_on(parts[1:3], parts[0], order):
         return False
     addend, left, right, beta, alpha = parts
     name = _FUSED[op_name(node)][0]
@@ -105,7 +105,7 @@ def _split_product(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
 def _split_sum_of_stack(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
     """`stack([h, f], d).sum(d)` is `h + f`."""
     parts = _stacked(node)
-    if len(parts) < 2 or not any(_hangs_on((q,), p, order) for p in parts for q in parts if p is not q):
+    if len(parts) < 2 or not any(_depends_on((q,), p, order) for p in parts for q in parts if p is not q):
         return False
     total: Node = parts[0]
     with graph.inserting_before(node):
@@ -145,7 +145,7 @@ def _split_scatter(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
     if op_name(node) not in ("index_add", "scatter_add") or len(node.args) < 4:
         return False
     state, *rest = node.args
-    if not isinstance(state, Node) or not isinstance(rest[2], Node) or not _hangs_on((rest[2],), state, order):
+    if not isinstance(state, Node) or not isinstance(rest[2], Node) or not _depends_on((rest[2],), state, order):
         return False
     with graph.inserting_before(node):
         zeros = emit(graph, "zeros_like", (state,), like=node)
@@ -160,9 +160,9 @@ def _split_lerp(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
     if op_name(node) != "lerp" or len(node.args) != 3:
         return False
     start, end, weight = node.args
-    if not (isinstance(start, Node) and isinstance(end, Node) and _hangs_on((end,), start, order)):
+    if not (isinstance(start, Node) and isinstance(end, Node) and _depends_on((end,), start, order)):
         return False
-    if isinstance(weight, Node) and (tensor_of(weight) is None or _hangs_on((weight,), start, order)):
+    if isinstance(weight, Node) and (tensor_of(weight) is None or _depends_on((weight,), start, order)):
         return False
     with graph.inserting_before(node):
         if isinstance(weight, Node):

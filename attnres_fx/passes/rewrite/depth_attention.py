@@ -24,7 +24,7 @@ from attnres_fx.passes.rewrite.orphans import remove_orphans
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan
 from attnres_fx.passes.rewrite.sources import Moved
 from attnres_fx.passes.rewrite.stream_states import StreamStates
-from attnres_fx.passes.streams.finding import StreamSet
+from attnres_fx.passes.streams.stream import StreamSet
 
 #: Inserts, at the graph's insertion point, the nodes that hold a read's parameters; the node it is called with is the
 #: one whose metadata and value they take after.

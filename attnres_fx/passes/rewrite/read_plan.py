@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from attnres_fx.config import AttnResConfig, Output
 from attnres_fx.passes.schedule import ROOT, DepthSchedule, Source, plan_schedule
-from attnres_fx.passes.streams.finding import Read, Stream, StreamSet
 from attnres_fx.passes.streams.formal_sum import FormalSums, Mapped
+from attnres_fx.passes.streams.stream import Read, Stream, StreamSet
 
 #: What a term is counted under while a graph is rewritten: a source, or the label of a term outside the chain.
 Group = Source | str

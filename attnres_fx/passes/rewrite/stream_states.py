@@ -7,8 +7,8 @@ from torch.fx import Graph, Node
 from attnres_fx.errors import RewriteError
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, StreamPlan
 from attnres_fx.passes.rewrite.sources import Entry, Moved, SourceBuilder, Table
-from attnres_fx.passes.streams.finding import Stream
 from attnres_fx.passes.streams.formal_sum import FormalSums, Root
+from attnres_fx.passes.streams.stream import Stream
 
 
 class StreamStates:

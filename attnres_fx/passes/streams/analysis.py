@@ -9,8 +9,9 @@ from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.graph.operations import op_name
 from attnres_fx.passes.normalize.inline_regions import hidden_regions
 from attnres_fx.passes.normalize.normalization import normalize_
-from attnres_fx.passes.streams.finding import StreamSet, find_streams
+from attnres_fx.passes.streams.finding import find_streams
 from attnres_fx.passes.streams.refusals import Refusal
+from attnres_fx.passes.streams.stream import StreamSet
 
 
 def analyze_(gm: GraphModule) -> StreamSet:

@@ -2,7 +2,7 @@
 
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import NoStreamError, NotAdditiveError, StreamWidthError
-from attnres_fx.passes.streams.finding import Stream, StreamSet
+from attnres_fx.passes.streams.stream import Stream, StreamSet
 
 
 def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tuple[Stream, ...]:

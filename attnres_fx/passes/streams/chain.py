@@ -1,0 +1,106 @@
+"""The states of one or several roots as one stream: sublayers counted, reads placed between them."""
+
+from collections.abc import Callable, Iterable
+
+from torch.fx import Node
+
+from attnres_fx.passes.graph.nodes import module_path, source_line
+from attnres_fx.passes.streams.formal_sum import Extended
+from attnres_fx.passes.streams.names import number_reads
+from attnres_fx.passes.streams.root_states import RootRead, RootStates
+from attnres_fx.passes.streams.stream import Read, Stream, Term
+
+
+class StreamChain:
+    """One stream: a raw stream, or the raw streams between the norms of a post-norm one."""
+
+    def __init__(self, parts: tuple[RootStates, ...]) -> None:
+        self.parts = parts
+        self.sums = parts[0].sums
+        self.post_norm = len(parts) > 1
+
+    @property
+    def num_sublayers(self) -> int:
+        return sum(len(p.terms) for p in self.parts)
+
+    def computes_inside(self, node: Node) -> bool:
+        """Whether a node is part of what a sublayer computes: it depends on the root, and a term depends on it."""
+        roots = {p.root for p in self.parts}
+        if self.sums.root.get(node) in roots:
+            return False
+        written = {a for p in self.parts for t in p.terms if (a := self.sums.addend(t)) is not None}
+        return _reach(node, lambda n: n.users, written) and _reach(
+            node, lambda n: n.all_input_nodes, {self.parts[0].root}
+        )
+
+    def to_stream(self) -> Stream:
+        chain = (self.parts[0].root, *(t for p in self.parts for t in p.terms))
+        depths = {t: i for i, t in enumerate(chain)}
+        reads = self._chain_reads()
+        prefixes = [_prefix(self._seen(part, read), chain) for part, read in reads]
+        cuts = sorted({1, len(chain), *prefixes})
+        sublayer = {t: sum(cut <= depths[t] for cut in cuts) - 1 for t in chain[1:]}
+        terms = [self._term(t, sublayer[t]) for t in chain[1:]]
+        known = set(chain)
+        named = []
+        for (part, read), prefix in zip(reads, prefixes, strict=True):
+            extra = [t for t in self._seen(part, read) if depths.get(t, len(chain)) >= prefix]
+            terms += [self._term(t, None) for t in extra if t not in known]
+            known.update(extra)
+            named.append(self._read(read, cuts.index(prefix), tuple(t.name for t in extra)))
+        width = self.parts[0].fixed_width
+        assert width is not None
+        return Stream("", self._root(), tuple(terms), number_reads(named), width, self.post_norm)
+
+    def _chain_reads(self) -> list[tuple[RootStates, RootRead]]:
+        """All reads; of a post-norm stream only the norms', since its other states are already normed."""
+        pairs = [(p, r) for p in self.parts for r in p.reads]
+        return [(p, r) for p, r in pairs if not self.post_norm or len(r.terms) > 1]
+
+    def _seen(self, part: RootStates, read: RootRead) -> tuple[Node, ...]:
+        before = self.parts[: self.parts.index(part)]
+        if not before:
+            return read.terms
+        return (self.parts[0].root, *(t for p in before for t in p.terms), *read.terms[1:])
+
+    def _root(self) -> Term:
+        node = self.parts[0].root
+        return Term(node.name, node.name, -1, module_path(node), source_line(node))
+
+    def _term(self, node: Node, sublayer: int | None) -> Term:
+        state = self.sums.states[node]
+        assert isinstance(state, Extended)
+        addend = state.addend
+        return Term(addend.name, node.name, sublayer, module_path(addend), source_line(node))
+
+    def _read(self, read: RootRead, position: int, extras: tuple[str, ...]) -> Read:
+        first = read.consumers[0]
+        name = "output" if first.op == "output" else module_path(first) or first.name
+        return Read(
+            name=name,
+            state=read.core.name,
+            site=read.site.name,
+            position=position,
+            extras=extras,
+            consumers=tuple(c.name for c in read.consumers),
+            module=module_path(first),
+            line=source_line(first) or source_line(read.core),
+        )
+
+
+def _reach(start: Node, step: Callable[[Node], Iterable[Node]], goals: set[Node]) -> bool:
+    """Whether a walk along a graph comes to one of its goals."""
+    stack, seen = [start], {start}
+    while stack:
+        node = stack.pop()
+        if node in goals:
+            return True
+        fresh = [n for n in step(node) if n not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return False
+
+
+def _prefix(seen: Iterable[Node], chain: tuple[Node, ...]) -> int:
+    terms = set(seen)
+    return next((i for i, t in enumerate(chain) if t not in terms), len(chain))

@@ -1,0 +1,100 @@
+"""Which stream is computed inside another's sublayer, added into it, or cut off from it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch.fx import Node
+
+from attnres_fx.passes.graph.additions import match_addition
+from attnres_fx.passes.graph.nodes import describe
+from attnres_fx.passes.graph.operations import asks_only_metadata, op_name
+from attnres_fx.passes.streams.chain import StreamChain
+from attnres_fx.passes.streams.formal_sum import Extended
+from attnres_fx.passes.streams.refusals import Refusal
+from attnres_fx.passes.streams.root_states import RootStates
+from attnres_fx.passes.streams.stream import Stream
+
+
+def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Stream]:
+    return [replace(s, nested_in=_enclosing(c, chains, streams)) for s, c in zip(streams, chains, strict=True)]
+
+
+def _enclosing(chain: StreamChain, chains: list[StreamChain], streams: list[Stream]) -> str | None:
+    """The stream one of whose sublayers the chain is computed in: it depends on that stream's root, and one
+    of that stream's terms depends on it."""
+    depends = chain.sums.dependence
+    assert depends is not None
+    root = chain.parts[0].root
+    for other, stream in zip(chains, streams, strict=True):
+        if other is chain or not depends.at_all(root, other.parts[0].root):
+            continue
+        for part in other.parts:
+            for term in part.terms:
+                state = part.sums.states[term]
+                if isinstance(state, Extended) and (state.addend is root or depends.at_all(state.addend, root)):
+                    return stream.name
+    return None
+
+
+def injected_into(stream: RootStates, others: list[RootStates]) -> RootStates | None:
+    """The stream in whose sublayers a value is only added in: an attention mask or bias shared by all layers.
+
+    Later scores depend on it through earlier ones, so `scores + mask` looks like a residual. But nothing reads
+    it by itself, and what it is added to comes from the states of a stream that it does not depend on.
+    """
+    depends = stream.sums.dependence
+    assert depends is not None
+    alone = {n for n in stream.nodes if stream.sums.terms(n) == (stream.root,)}
+    met: list[Node] = []
+    for user, state in ((u, n) for n in alone for u in n.users if u not in alone and not asks_only_metadata(u, n)):
+        addition = match_addition(user)
+        if addition is None:
+            return None
+        met.append(addition.right if addition.left is state else addition.left)
+    for other in others:
+        carried = (stream.sums.addend(t) for t in other.terms)
+        if other is stream or depends.at_all(stream.root, other.root) or not met:
+            continue
+        if all(depends.at_all(n, other.root) for n in met) and any(
+            c is not None and depends.at_all(c, stream.root) for c in carried
+        ):
+            return other
+    return None
+
+
+def refuse_injected(stream: RootStates, into: RootStates) -> Refusal:
+    where = f"it is added inside the sublayers of the stream from {describe(into.root)}, and carries nothing on"
+    return Refusal("injected", describe(stream.root), where)
+
+
+def allow_inside_sublayers(refused: list[tuple[Node, Refusal]], chains: list["StreamChain"]) -> list[Refusal]:
+    """A refusal stops a conversion, unless what it is about goes on inside one sublayer of a stream.
+
+    A chain of one sublayer that holds many of them is no stream around them but a skip over them all.
+    """
+    inside = {c: [n for n, r in refused if r.stops_conversion and c.computes_inside(n)] for c in chains}
+    harmless = {n for c, nodes in inside.items() if c.num_sublayers > 1 or len(nodes) < 3 for n in nodes}
+    kept = []
+    for node, refusal in refused:
+        if node in harmless:
+            reason = f"{refusal.reason} (inside a sublayer, left as it is)"
+            refusal = replace(refusal, stops_conversion=False, reason=reason)
+        kept.append(refusal)
+    return kept
+
+
+def find_interruptions(streams: Sequence[Stream], chains: Sequence["StreamChain"]) -> list[Refusal]:
+    """Where one stream ends only because something is done to it that is neither sum, factor nor view."""
+    ending = {n: s for s, c in zip(streams, chains, strict=True) for p in c.parts for n in p.nodes}
+    refusals = []
+    for stream, chain in zip(streams, chains, strict=True):
+        root = chain.parts[0].root
+        before = next((ending[n] for n in root.all_input_nodes if n in ending), None)
+        if before is None or before is stream or stream.nested_in == before.name:
+            continue
+        why = (
+            f"{before.name!r} ends here and {stream.name!r} begins, because {op_name(root)!r} is no sum, factor or "
+            f"view of rows: reads after it do not reach what was written before"
+        )
+        refusals.append(Refusal("interrupted", describe(root), why))
+    return refusals

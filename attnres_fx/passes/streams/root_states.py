@@ -1,0 +1,101 @@
+"""The states that one root begins: its terms, and the places that read them."""
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from attnres_fx.passes.graph.nodes import shape_of
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, is_norm_step, may_be_in_norm
+from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged, Root
+
+
+@dataclass
+class RootRead:
+    core: Node
+    site: Node
+    consumers: tuple[Node, ...]
+    terms: tuple[Node, ...]
+
+
+class RootStates:
+    """The states of one root: its chain and the places that consume it."""
+
+    def __init__(self, sums: FormalSums, root: Node) -> None:
+        self.sums = sums
+        self.root = root
+        self.nodes = sorted(sums.of_stream(root), key=sums.order.__getitem__)
+        self.chain = self._chain()
+        self.terms = self.chain[1:]
+        self.reads = self._reads()
+        width = shape_of(root)[-1]
+        self.fixed_width = width if isinstance(width, int) else None
+        self.channels_first = self._find_channels_first()
+
+    def _chain(self) -> tuple[Node, ...]:
+        """The terms of the state that has most of them: the stream itself, as opposed to side states."""
+        sums = [n for n in self.nodes if isinstance(self.sums.states[n], Extended | Merged)]
+        terms = [self.sums.terms(n) for n in sums]
+        return max(reversed(terms), key=len, default=(self.root,))
+
+    def _reads(self) -> list[RootRead]:
+        consumers: dict[Node, list[tuple[Node, Node]]] = {}
+        for state in self.nodes:
+            for user in state.users:
+                if not self._is_consumer(user, state):
+                    continue
+                consumers.setdefault(self._core(state), []).append((user, state))
+        order = self.sums.order
+        reads = [
+            RootRead(
+                core=core,
+                site=self._site(core, [s for _, s in pairs]),
+                consumers=tuple(sorted({u for u, _ in pairs}, key=order.__getitem__)),
+                terms=self.sums.terms(core),
+            )
+            for core, pairs in consumers.items()
+        ]
+        return sorted(reads, key=lambda r: order[r.core])
+
+    def _is_consumer(self, user: Node, state: Node) -> bool:
+        if asks_only_metadata(user, state):
+            return False
+        known = user in self.sums.states and self.sums.root[user] is self.root
+        if not known or isinstance(self.sums.states[user], Root):
+            return True
+        return state not in self.sums.parents(user)
+
+    def _core(self, state: Node) -> Node:
+        return self.sums.row_map_path(state)[0]
+
+    def _site(self, core: Node, states: list[Node]) -> Node:
+        paths = [self.sums.row_map_path(s) for s in states]
+        shared = [step[0] for step in zip(*paths, strict=False) if all(n is step[0] for n in step)]
+        while len(shared) > 1 and self.sums.states[shared[-1]].kind in ("cast", "identity"):  # type: ignore[union-attr]
+            shared.pop()
+        return shared[-1] if shared else core
+
+    def _find_channels_first(self) -> Node | None:
+        users = (u for n in self.nodes if len(shape_of(n)) > 2 for u in n.users)
+        return next((u for u in users if has_trait(u, Trait.CHANNELS_FIRST)), None)
+
+    def is_norm_to(self, read: RootRead, target: Node) -> bool:
+        """Whether everything that consumes a read is a normalisation whose result is `target`."""
+        assert self.sums.dependence is not None
+        inside: set[Node] = set()
+        stack = [target]
+        reached = False
+        while stack:
+            node = stack.pop()
+            if node in inside:
+                continue
+            if node in self.sums.states and self.sums.root[node] is self.root and self._core(node) is read.core:
+                reached = True
+                continue
+            if not self.sums.dependence.at_all(node, self.root) and node is not self.root:
+                continue
+            if node is self.root or not may_be_in_norm(node) or len(inside) > 64:
+                return False
+            inside.add(node)
+            stack.extend(node.all_input_nodes)
+        return reached and any(map(is_norm_step, inside)) and all(c in inside for c in read.consumers)
