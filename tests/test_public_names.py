@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import attnres_fx
+from attnres_fx.passes.lowering.read_calls import OPERATORS
 from tests.support.paths import ROOT
 
 NAMES = sorted(set(attnres_fx.__all__) - {"__version__", "errors", "ops"})
@@ -30,3 +31,10 @@ def test_importing_the_package_alone_is_light():
     program = f"import sys, attnres_fx; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_importing_the_package_alone_registers_every_operator_a_graph_may_hold():
+    in_graphs = {str(o).split(".")[1] for o in OPERATORS} | {"parameters"}
+    code = f"import torch, attnres_fx; [getattr(torch.ops.attnres_fx, n) for n in {sorted(in_graphs)}]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
