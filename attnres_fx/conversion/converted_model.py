@@ -4,6 +4,7 @@ import inspect
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -22,7 +23,6 @@ from attnres_fx.errors import ArgumentError, RewriteError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.lowering.lower import Lowering
-from attnres_fx.passes.normalize.inline_regions import getattr_path
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
 CONSTANTS = "_captured"
@@ -111,9 +111,9 @@ class ConvertedModel(GraphRunner):
 
     def _adopt(self, gm: GraphModule, target: str, mode: Mode) -> str:
         """Where this module keeps an attribute of a captured graph; constants get a place of their own."""
-        value = getattr_path(gm, target)
+        value = attrgetter(target)(gm)
         try:
-            own = getattr_path(self, target)
+            own = attrgetter(target)(self)
         except AttributeError:
             own = None
         if own is value or (isinstance(own, nn.Module) and isinstance(value, nn.Module)):

@@ -7,6 +7,7 @@ depth reads, whose outputs are inputs of the body, as are parameters and what ot
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from torch.utils import _pytree as pytree
 from attnres_fx.passes.graph.nodes import nodes_without_gradients, value_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait
-from attnres_fx.passes.normalize.inline_regions import getattr_path
 
 #: Where bodies run, wherever their graph was captured: kernels of other devices refuse each some dtypes or layouts.
 DEVICE = torch.device("meta")
@@ -109,7 +109,7 @@ def held_value(node: Node) -> Any:
     value = value_of(node)
     root = node.graph.owning_module
     if value is None and node.op == "get_attr" and root is not None:
-        return getattr_path(root, str(node.target))
+        return attrgetter(str(node.target))(root)
     return value
 
 
@@ -118,7 +118,7 @@ def parameter_of(node: Node) -> torch.nn.Parameter | None:
     root = node.graph.owning_module
     if node.op != "get_attr" or root is None:
         return None
-    found = getattr_path(root, str(node.target))
+    found = attrgetter(str(node.target))(root)
     return found if isinstance(found, torch.nn.Parameter) else None
 
 

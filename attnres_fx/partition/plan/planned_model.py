@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,6 @@ from attnres_fx.partition.split.chained_model import (
 )
 from attnres_fx.partition.split.split_chain import split_chain
 from attnres_fx.passes import DepthSchedule, analyze_, plan_depth_reads
-from attnres_fx.passes.normalize.inline_regions import getattr_path
 from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams
 
@@ -104,7 +104,7 @@ def fingerprint(name: str, chained: ChainedGraph) -> ModelFingerprint:
     parts = []
     for unit in range(-1, chain.num_sublayers + 1):
         held = {
-            str(i.target): getattr_path(chained.gm, str(i.target))
+            str(i.target): attrgetter(str(i.target))(chained.gm)
             for n in chain.members(unit)
             for i in n.all_input_nodes
             if i.op == "get_attr" and not str(i.target).startswith("attnres.")

@@ -9,6 +9,7 @@ to nobody: every stage that needs it makes its own.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -19,7 +20,6 @@ from attnres_fx.passes.graph.nodes import describe, tensor_of, value_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, is_random, op_name
 from attnres_fx.passes.graph.result import PassResult
-from attnres_fx.passes.normalize.inline_regions import getattr_path
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class _Placing:
     def _may_be_repeated(self, node: Node) -> bool:
         """Whether a node that depends on nothing of the chain is the same wherever it is computed."""
         for source in self.writes.inputs(node):
-            if source.op == "get_attr" and isinstance(getattr_path(self.gm, str(source.target)), torch.nn.Parameter):
+            if source.op == "get_attr" and isinstance(attrgetter(str(source.target))(self.gm), torch.nn.Parameter):
                 return False
             if source.op not in ("get_attr", "placeholder") and source not in self.floating:
                 return False

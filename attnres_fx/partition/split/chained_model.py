@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,6 @@ from attnres_fx.partition.split.stages import Stage, Stages
 from attnres_fx.passes import Replacement, Stream
 from attnres_fx.passes.graph.result import run_pass
 from attnres_fx.passes.lowering.lower import Lowering
-from attnres_fx.passes.normalize.inline_regions import getattr_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def name_as_the_model_does(gm: GraphModule, model: nn.Module) -> None:
         first.setdefault(id(parameter), name)
     for node in gm.graph.nodes:
         if node.op == "get_attr":
-            node.target = first.get(id(getattr_path(gm, str(node.target))), node.target)
+            node.target = first.get(id(attrgetter(str(node.target))(gm)), node.target)
 
 
 def _in_aten(converted: ConvertedModel, mode: Mode) -> tuple[GraphModule, tuple[Replacement, ...], Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from attnres_fx.passes.graph.mutation_order import Writes
 from attnres_fx.passes.graph.nodes import describe, nodes_without_gradients, tensor_of, value_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, op_name
-from attnres_fx.passes.normalize.inline_regions import getattr_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,7 @@ def _with_gradient(gm: GraphModule, writes: Writes) -> frozenset[Node]:
     while True:
         for node in gm.graph.nodes:
             if node.op == "get_attr":
-                if isinstance(getattr_path(gm, str(node.target)), nn.Parameter):
+                if isinstance(attrgetter(str(node.target))(gm), nn.Parameter):
                     found.add(node)
             elif node not in frozen and _takes_gradients(node) and any(i in found for i in writes.inputs(node)):
                 found.add(node)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Self, overload
 
 import torch
@@ -20,7 +21,6 @@ from attnres_fx.partition.split.stage_graphs import StageGraph
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.nodes import tensor_of
 from attnres_fx.passes.lowering.lower import Lowering
-from attnres_fx.passes.normalize.inline_regions import getattr_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +180,7 @@ def _take_attributes(stage: nn.Module, roots: Sequence[nn.Module], graphs: Itera
 
 def _has(root: nn.Module, target: str) -> bool:
     try:
-        getattr_path(root, target)
+        attrgetter(target)(root)
     except AttributeError:
         return False
     return True

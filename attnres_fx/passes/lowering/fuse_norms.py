@@ -11,6 +11,7 @@ only norms that `match_norm` knows; the rest stays.
 """
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch.fx import GraphModule, Node
@@ -29,7 +30,6 @@ from attnres_fx.passes.lowering.read_calls import (
     known,
     move_before,
 )
-from attnres_fx.passes.normalize.inline_regions import getattr_path
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _rewrite(gm: GraphModule, fusion: NormFusion, call: DepthReadCall, match: No
             move_before(given, call.node, order)
         elif given is not None:
             with graph.inserting_before(call.node):
-                given = insert_attribute(graph, given, like=match.out, value=getattr_path(gm, given))
+                given = insert_attribute(graph, given, like=match.out, value=attrgetter(given)(gm))
         weights.append(given)
     eps = settled(fusion.eps)
     epilogue: Epilogue[Node] = Epilogue(call.epilogue.delta, fusion.kind, weights[0], weights[1], eps, fusion.dtype)

@@ -11,6 +11,7 @@ Checkpointed bodies keep their effect as recompute tags; a `set_grad_enabled` re
 back what it found. Other bodies with no addition of two tensors hide no stream and are left as they are.
 """
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -63,15 +64,9 @@ def _hiding_regions(gm: GraphModule) -> Any:
 
 def _body(gm: GraphModule, argument: Any) -> GraphModule | None:
     if isinstance(argument, Node) and argument.op == "get_attr":
-        found = getattr_path(gm, str(argument.target))
+        found = attrgetter(str(argument.target))(gm)
         return found if isinstance(found, GraphModule) else None
     return None
-
-
-def getattr_path(root: Any, path: str) -> Any:
-    for part in path.split("."):
-        root = getattr(root, part)
-    return root
 
 
 def _bodies_with_additions(gm: GraphModule, node: Node) -> bool:
@@ -122,9 +117,9 @@ def _copied(gm: GraphModule, body: GraphModule, node: Node, mapping: dict[Node, 
 
 def _adopt(gm: GraphModule, body: GraphModule, target: str, owner: str) -> str:
     """Give an attribute of a body a place in the outer module; one that is already there keeps its name."""
-    value = getattr_path(body, target)
+    value = attrgetter(target)(body)
     try:
-        if getattr_path(gm, target) is value:
+        if attrgetter(target)(gm) is value:
             return target
     except AttributeError:
         pass

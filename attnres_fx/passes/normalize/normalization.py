@@ -1,6 +1,7 @@
 """The passes that make a captured graph readable, in order."""
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.nodes import has_values
 from attnres_fx.passes.graph.result import PassResult, run_pass
 from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pass
-from attnres_fx.passes.normalize.inline_regions import getattr_path, inline_regions_pass
+from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
 
 #: In this order, each in place, each linted and logged when it changed something.
@@ -35,7 +36,7 @@ def set_attribute_values_(gm: GraphModule) -> None:
     """Give attribute nodes the tensor they name as their value, where the tracer gave none."""
     for node in gm.graph.nodes:
         if node.op == "get_attr" and "val" not in node.meta and "example_value" not in node.meta:
-            value = getattr_path(gm, str(node.target))
+            value = attrgetter(str(node.target))(gm)
             if isinstance(value, torch.Tensor):
                 node.meta["val"] = value
 
