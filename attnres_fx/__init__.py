@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from attnres_fx.errors import AttnResError
     from attnres_fx.parameters import parameter_groups
     from attnres_fx.partition.plan.build_stages import build_stages
-    from attnres_fx.partition.plan.planning import load_plan, plan
+    from attnres_fx.partition.plan.load_plan import load_plan
+    from attnres_fx.partition.plan.planning import plan
     from attnres_fx.passes.lowering.lower import Lowering
 
 _HOMES = {
@@ -35,7 +36,7 @@ _HOMES = {
     "explain": "attnres_fx.backend.explain",
     "inspect": "attnres_fx.conversion.convert",
     "load": "attnres_fx.conversion.converted_model",
-    "load_plan": "attnres_fx.partition.plan.planning",
+    "load_plan": "attnres_fx.partition.plan.load_plan",
     "parameter_groups": "attnres_fx.parameters",
     "plain": "attnres_fx.backend.attach",
     "plan": "attnres_fx.partition.plan.planning",

@@ -6,25 +6,22 @@ must be possible ones, and what the plan says they cost must be what its costs g
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
 
 import torch
 
 from attnres_fx.errors import PlanError, ScheduleError
 from attnres_fx.partition.checked_values import checked_amount, checked_count
+from attnres_fx.partition.plan.plan import Plan
 from attnres_fx.partition.planner.objective import Partition, evaluate
 from attnres_fx.partition.planner.request import PlanRequest, check_request
 from attnres_fx.passes.schedule import plan_schedule
-
-if TYPE_CHECKING:
-    from attnres_fx.partition.plan.plan import Plan
 
 _HINT = "plan again instead of editing the file."
 #: Of a partition, what the costs and options alone do not give.
 _NOT_DERIVED = ("memory_bytes", "gap")
 
 
-def check_consistency(plan: "Plan") -> None:
+def check_consistency(plan: Plan) -> None:
     """Raises PlanError that names the first part of a plan that does not fit the others."""
     _check_sizes(plan)
     _check_partition(plan)
@@ -32,7 +29,7 @@ def check_consistency(plan: "Plan") -> None:
     _check_inputs(plan)
 
 
-def _check_sizes(plan: "Plan") -> None:
+def _check_sizes(plan: Plan) -> None:
     count = len(plan.costs.sublayers)
     if len(plan.model.sublayers) != count:
         raise PlanError(f"plan.model.sublayers has {len(plan.model.sublayers)} entries and plan.costs {count}: {_HINT}")
@@ -55,7 +52,7 @@ def _check_sizes(plan: "Plan") -> None:
             )
 
 
-def _check_partition(plan: "Plan") -> None:
+def _check_partition(plan: Plan) -> None:
     options, partition = plan.options, plan.partition
     request = PlanRequest(
         costs=plan.costs,
@@ -98,7 +95,7 @@ def _check_partition(plan: "Plan") -> None:
         raise PlanError(f"stages of starts={partition.starts!r:.80} cut blocks, against align='require': {_HINT}")
 
 
-def _check_values(plan: "Plan") -> None:
+def _check_values(plan: Plan) -> None:
     names: set[str] = set()
     for i, value in enumerate(plan.values):
         at = f"plan.values[{i}]"
@@ -114,7 +111,7 @@ def _check_values(plan: "Plan") -> None:
         names.add(value.name)
 
 
-def _check_inputs(plan: "Plan") -> None:
+def _check_inputs(plan: Plan) -> None:
     for i, spec in enumerate(plan.inputs):
         at = f"plan.inputs[{i}]"
         if spec.dtype and not isinstance(getattr(torch, spec.dtype, None), torch.dtype):

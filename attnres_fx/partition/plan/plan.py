@@ -4,86 +4,22 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
 from attnres_fx.config import AttnResConfig
-from attnres_fx.conversion.plain_data import from_plain, to_plain
-from attnres_fx.errors import ConfigError, PlanError
-from attnres_fx.partition.checked_values import checked_choice, checked_count, checked_flag, checked_index
+from attnres_fx.conversion.plain_data import to_plain
+from attnres_fx.errors import PlanError
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.costs.stage_loads import stage_loads
 from attnres_fx.partition.costs.traffic import Traffic, count_traffic, size, stage_values
-from attnres_fx.partition.pipeline_schedule import check_schedule
-from attnres_fx.partition.plan.consistency import check_consistency
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, check_same_model
-from attnres_fx.partition.plan.plan_file import read_content, write_content
+from attnres_fx.partition.plan.options import InputSpec, PlanOptions
+from attnres_fx.partition.plan.plan_file import write_content
 from attnres_fx.partition.planner.objective import Partition
 from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.passes.schedule import DepthSchedule
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One argument of the example microbatch.
-
-    Args:
-        name: Its keyword, or its number among the positional ones.
-        dtype: Of a tensor, as `"float32"`; "" for anything else.
-        shape: Of a tensor.
-        value: Of anything else, as JSON; None where JSON cannot hold it.
-    """
-
-    name: str
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    value: str | None = None
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """The options of a plan, as `attnres_fx.plan` took them.
-
-    Args:
-        num_stages: Ranks, P.
-        virtual_stages: Stages on each rank, V.
-        schedule: Of the pipeline, by PyTorch's name.
-        num_microbatches: Of one step.
-        align: "require" or "prefer".
-        recompute: Whether sublayers keep only their inputs for backward.
-        cache: Whether ranks keep the values they have seen.
-        memory_limit: Bytes a rank, or None.
-
-    Raises:
-        PlanError: An option is of another kind, or the schedule cannot run these numbers; the error names the option.
-    """
-
-    num_stages: int
-    virtual_stages: int
-    schedule: str
-    num_microbatches: int
-    align: str
-    recompute: bool
-    cache: bool
-    memory_limit: int | None
-
-    def __post_init__(self) -> None:
-        for name in ("num_stages", "virtual_stages", "num_microbatches"):
-            object.__setattr__(self, name, checked_index(name, getattr(self, name), least=1))
-        schedule = check_schedule(
-            self.schedule,
-            num_stages=self.num_stages,
-            virtual_stages=self.virtual_stages,
-            num_microbatches=self.num_microbatches,
-        )
-        object.__setattr__(self, "schedule", schedule.value)
-        checked_choice("align", self.align, ("prefer", "require"))
-        for name in ("recompute", "cache"):
-            checked_flag(name, getattr(self, name))
-        if self.memory_limit is not None:
-            object.__setattr__(self, "memory_limit", checked_count("memory_limit", self.memory_limit, least=1))
 
 
 @dataclass(frozen=True)
@@ -221,15 +157,6 @@ class Plan:
         content["config"] = dataclasses.asdict(self.config)
         write_content(content, path)
 
-    @staticmethod
-    def load(path: str | Path) -> "Plan":
-        """Read what `save` wrote.
-
-        Raises:
-            PlanError: The file is cut short, edited or of another format, or what it holds makes no sense together.
-        """
-        return _from_content(read_content(path))
-
     # --- for people
 
     def __str__(self) -> str:
@@ -309,28 +236,6 @@ class Plan:
 
 
 _ALIGN = ("right", "right", "left", "left", "left", *["right"] * 5)
-
-
-def _from_content(content: Any) -> Plan:
-    kinds = {
-        "model": ModelFingerprint,
-        "options": PlanOptions,
-        "device": DeviceSpeed,
-        "costs": ModelCosts,
-        "partition": Partition,
-        "values": tuple[StageValue, ...],
-        "inputs": tuple[InputSpec, ...],
-        "notes": tuple[str, ...],
-    }
-    if not isinstance(content, dict) or content.keys() != {*kinds, "config"}:
-        raise PlanError(f"the plan in the file must have the entries config, {', '.join(kinds)}, and no others.")
-    try:
-        config = AttnResConfig(**content["config"])
-    except (ConfigError, TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"the plan's config cannot be read: {error}") from error
-    plan = Plan(config=config, **{n: from_plain(k, content[n], f"plan.{n}", error=PlanError) for n, k in kinds.items()})
-    check_consistency(plan)
-    return plan
 
 
 def _seconds(count: float) -> str:

@@ -1,13 +1,9 @@
-"""`plan` and `load_plan`: where to cut a model for a pipeline."""
+"""`plan`: where to cut a model for a pipeline."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.convert import Model
@@ -18,7 +14,8 @@ from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.measure import measure_costs
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule
-from attnres_fx.partition.plan.plan import InputSpec, Plan, PlanOptions
+from attnres_fx.partition.plan.options import input_specs, options_with_defaults
+from attnres_fx.partition.plan.plan import Plan
 from attnres_fx.partition.plan.planned_model import (
     carried_values,
     converted_chain,
@@ -87,7 +84,7 @@ def plan(
     _check_given(num_blocks, optimizer_factor)
     pinned_starts = _checked_starts(starts)
     _check_types(config=(config, AttnResConfig), device=(device, DeviceSpeed), costs=(costs, ModelCosts))
-    options = _options(
+    options = options_with_defaults(
         num_stages,
         virtual_stages,
         num_microbatches,
@@ -138,24 +135,9 @@ def plan(
         costs=costs,
         partition=partition,
         values=split.values,
-        inputs=_input_specs(args, kwargs),
+        inputs=input_specs(args, kwargs),
         notes=_notes(options.schedule, costs, original is not None and not given, config),
     )
-
-
-def load_plan(path: str | Path) -> Plan:
-    """Read what `Plan.save` wrote.
-
-    Args:
-        path: Of the file.
-
-    Returns:
-        The plan.
-
-    Raises:
-        PlanError: The file is cut short, edited or of another format, or what it holds makes no sense together.
-    """
-    return Plan.load(path)
 
 
 def _check_given(num_blocks: Any, optimizer_factor: Any) -> None:
@@ -171,21 +153,6 @@ def _checked_starts(starts: Any) -> tuple[int, ...] | None:
         return None
     places = checked_items("starts (the first sublayer of every virtual stage)", starts)
     return tuple(checked_index(f"starts[{i}]", place) for i, place in enumerate(places))
-
-
-def _options(
-    num_stages: int, virtual_stages: int, num_microbatches: int | None, schedule: str | None, **others: Any
-) -> PlanOptions:
-    """What was asked for, with the default schedule and number of microbatches."""
-    num_stages = checked_index("num_stages", num_stages, least=1)
-    virtual_stages = checked_index("virtual_stages", virtual_stages, least=1)
-    return PlanOptions(
-        num_stages=num_stages,
-        virtual_stages=virtual_stages,
-        schedule=("1F1B" if virtual_stages == 1 else "Interleaved1F1B") if schedule is None else schedule,
-        num_microbatches=4 * num_stages if num_microbatches is None else num_microbatches,
-        **others,
-    )
 
 
 def _check_types(**options: tuple[Any, type]) -> None:
@@ -265,16 +232,3 @@ def _notes(schedule: str, costs: ModelCosts, chosen: bool, config: AttnResConfig
     if chosen and len(costs.streams) > 1 and config.variant != "full":
         notes.append("the model has several streams: each has the blocks config gives it, and stages alone are chosen")
     return tuple(notes)
-
-
-def _input_specs(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[InputSpec, ...]:
-    found = []
-    for name, value in [*((str(i), a) for i, a in enumerate(args)), *(kwargs or {}).items()]:
-        if isinstance(value, torch.Tensor):
-            found.append(InputSpec(name, str(value.dtype).removeprefix("torch."), tuple(map(int, value.shape))))
-            continue
-        try:
-            found.append(InputSpec(name, value=json.dumps(value)))
-        except TypeError:
-            found.append(InputSpec(name))
-    return tuple(found)

@@ -15,7 +15,8 @@ from attnres_fx.errors import PlanError
 from attnres_fx.partition import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, PartFingerprint
-from attnres_fx.partition.plan.plan import Plan, PlanOptions
+from attnres_fx.partition.plan.options import PlanOptions
+from attnres_fx.partition.plan.plan import Plan
 from attnres_fx.partition.planner.objective import evaluate
 from attnres_fx.partition.planner.request import PlanRequest
 from attnres_fx.passes.schedule import DepthSchedule
