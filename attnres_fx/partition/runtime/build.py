@@ -22,7 +22,8 @@ from attnres_fx.partition.runtime.pipeline import Pipeline
 from attnres_fx.partition.runtime.process_groups import ProcessGroups, select_device, select_process_groups
 from attnres_fx.partition.runtime.step_log import StepLog
 from attnres_fx.partition.runtime.step_runner import StepRunner
-from attnres_fx.partition.split.stages import Stage, Stages
+from attnres_fx.partition.split.stage import Stage
+from attnres_fx.partition.split.stages import Stages
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -15,7 +15,7 @@ from attnres_fx.partition.plan.plan import Plan
 from attnres_fx.partition.runtime.gradients import TiedGradients, scale_gradients, total_norm
 from attnres_fx.partition.runtime.step_log import HopBytes
 from attnres_fx.partition.runtime.step_runner import StepRunner
-from attnres_fx.partition.split.stages import Stage
+from attnres_fx.partition.split.stage import Stage
 
 if TYPE_CHECKING:
     from attnres_fx.partition.runtime.source_stage import SourceStage

@@ -12,7 +12,8 @@ from attnres_fx.errors import PipelineError
 from attnres_fx.partition.runtime.microbatches import MeanLoss, Microbatches, join_outputs, split_batch
 from attnres_fx.partition.runtime.process_groups import ProcessGroups
 from attnres_fx.partition.runtime.stage_spec import Shapes, StageSpec, shape_of
-from attnres_fx.partition.split.stages import Stage, Stages
+from attnres_fx.partition.split.stage import Stage
+from attnres_fx.partition.split.stages import Stages
 
 if TYPE_CHECKING:
     from attnres_fx.partition.runtime.source_stage import SourceStage

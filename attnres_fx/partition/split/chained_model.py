@@ -17,8 +17,9 @@ from attnres_fx.conversion.flat_export import export_flat, in_graph_order, reads
 from attnres_fx.partition.split.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
 from attnres_fx.partition.split.input_sizes import ask_inputs_for_sizes_pass
 from attnres_fx.partition.split.split_chain import Split, refuse_empty_stages, split_chain
+from attnres_fx.partition.split.stage import Stage
 from attnres_fx.partition.split.stage_graphs import StageGraph, stage_graphs, sublayer_graphs
-from attnres_fx.partition.split.stages import Stage, Stages
+from attnres_fx.partition.split.stages import Stages
 from attnres_fx.passes import Replacement, Stream
 from attnres_fx.passes.graph.result import run_pass
 from attnres_fx.passes.lowering.lower import Lowering
