@@ -226,7 +226,8 @@ class Plan:
         Raises:
             PlanError: matplotlib is not installed, or the picture cannot be written.
         """
-        from attnres_fx.partition.plan.plots import StageMap, draw_plan
+        from attnres_fx.partition.plan.plot_stage_map import StageMap
+        from attnres_fx.partition.plan.plots import draw_plan
 
         stage_map = StageMap(self.costs.streams, self.block_layouts, self.starts, self.num_stages)
         try:

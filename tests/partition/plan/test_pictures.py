@@ -12,8 +12,10 @@ from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import PlanError
 from attnres_fx.partition import StreamCost
 from attnres_fx.partition.costs.stage_loads import StageLoad
-from attnres_fx.partition.plan import plots as pictures
-from attnres_fx.partition.plan.plots import StageMap, draw_map, draw_plan, draw_timeline
+from attnres_fx.partition.plan.plot_stage_map import StageMap, draw_stage_map
+from attnres_fx.partition.plan.plot_style import BAR, BLOCK_COLOURS, COLOURS
+from attnres_fx.partition.plan.plot_timeline import draw_timeline
+from attnres_fx.partition.plan.plots import draw_plan
 from attnres_fx.partition.simulate.timeline import simulate
 from attnres_fx.passes.schedule import plan_schedule
 
@@ -57,7 +59,7 @@ def test_bars_stand_where_computations_do_and_lines_where_hops_do():
         expected = {
             (t.start, rank, t.end) for rank, ts in enumerate(timeline.ranks) for t in ts if t.action.kind == kind
         }
-        bars = rectangles(axes, to_rgb(pictures.COLOURS[kind]))
+        bars = rectangles(axes, to_rgb(COLOURS[kind]))
         assert {(x0, (y0 + y1) / 2, x1) for x0, y0, x1, y1 in bars} == expected
     (lines,) = (c for c in axes.collections if isinstance(c, LineCollection))
     ends = {(seg[0][0], round(seg[0][1]), seg[1][0], round(seg[1][1])) for seg in lines.get_segments()}
@@ -73,16 +75,16 @@ def test_numbers_that_do_not_fit_are_left_out():
 
 def test_the_map_shows_blocks_that_span_stages():
     _, stage_map = plan()
-    axes = drawn(draw_map, stage_map)
+    axes = drawn(draw_stage_map, stage_map)
     assert "5 blocks, 5 of them across stages" in axes.get_title(loc="left")
     styles = {line.get_xdata()[0]: line.get_linestyle() for line in axes.lines}
     assert styles == {n: "-" if n == 15 else "--" for n in range(3, 24, 3)}
     # Stage 1, in the row of rank 1, holds the end of the first block and the beginning of the second.
-    row = [p for p in axes.patches if p.get_fill() and p.get_y() == 1 - pictures.BAR / 2]
+    row = [p for p in axes.patches if p.get_fill() and p.get_y() == 1 - BAR / 2]
     pieces = {(p.get_x(), p.get_width()): p.get_facecolor()[:3] for p in row if p.get_x() < 12}
     assert pieces == {
-        (3, 2): to_rgb(pictures.BLOCK_COLOURS[0]),
-        (5, 1): to_rgb(pictures.BLOCK_COLOURS[1]),
+        (3, 2): to_rgb(BLOCK_COLOURS[0]),
+        (5, 1): to_rgb(BLOCK_COLOURS[1]),
     }
     assert [t.get_text() for t in axes.texts].count("b_3") == 1
 
@@ -92,7 +94,7 @@ def test_maps_without_blocks_say_so():
     full = {"main": plan_schedule(24, AttnResConfig(variant="full"))}
     for schedules in (None, full):
         bare = StageMap(stage_map.streams, schedules, stage_map.starts, 4)
-        assert "no blocks" in drawn(draw_map, bare).get_title(loc="left")
+        assert "no blocks" in drawn(draw_stage_map, bare).get_title(loc="left")
 
 
 @pytest.mark.parametrize(
@@ -125,10 +127,9 @@ def test_no_text_lies_on_another_nor_outside(tmp_path, monkeypatch, shape):
 
 def test_paths_get_pictures(tmp_path):
     timeline, stage_map = plan(microbatches=4)
-    draw_timeline(timeline, tmp_path / "timeline.png")
-    draw_map(stage_map, str(tmp_path / "map.png"))
     draw_plan(timeline, stage_map, tmp_path / "plan.png")
-    for name in ("timeline", "map", "plan"):
+    draw_plan(timeline, stage_map, str(tmp_path / "named.png"))
+    for name in ("plan", "named"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
