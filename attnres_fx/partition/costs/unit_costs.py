@@ -3,6 +3,7 @@
 Times are whole picoseconds, so that sums do not depend on their order and equal plans compare equal.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts, crossing_sources
-from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts, SublayerCost
+from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.passes.schedule import backward_passes, forward_passes
 
 PICOSECONDS = 10**12
@@ -75,14 +76,10 @@ def unit_costs(
             made[sublayer] += stream.value_bytes
             if recompute:
                 saved[sublayer] = stream.value_bytes
-        if block_layouts is None:
-            continue
-        layout = block_layouts[stream.name]
-        for position in range(1, stream.count + 1):
-            sources, reader = layout.num_sources(position), stream.first + layout.reader_of(position)
+        for reader, sources, ends_block in _reads(stream, block_layouts):
             forward[reader] += forward_passes(sources) * value
             backward[reader] += backward_passes(sources) * value
-            if layout.ends_block(position):
+            if ends_block:
                 made[reader] += stream.value_bytes  # the summary
     for carried in costs.carried:
         made[max(carried.produced, 0)] += carried.bytes
@@ -98,6 +95,15 @@ def unit_costs(
         after=_end_costs(costs.after, device),
         crossing=torch.tensor(spans, dtype=torch.long).reshape(-1, 3).T,
     )
+
+
+def _reads(stream: StreamCost, block_layouts: BlockLayouts | None) -> Iterator[tuple[int, int, bool]]:
+    """Of each read: the sublayer that runs it, how many sources it has, and whether it stands at a block's end."""
+    if block_layouts is None:
+        return
+    layout = block_layouts[stream.name]
+    for position in range(1, stream.count + 1):
+        yield stream.first + layout.reader_of(position), layout.num_sources(position), layout.ends_block(position)
 
 
 def _backward_with_recompute(part: SublayerCost, device: DeviceSpeed) -> int:

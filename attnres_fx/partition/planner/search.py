@@ -10,7 +10,7 @@ model was designed with; neither shows in seconds. So among plans whose slowest 
 fastest, aligned ones win, then those with the most even blocks, then `Partition.objective` decides.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from attnres_fx.errors import PlanError
@@ -27,6 +27,9 @@ from attnres_fx.passes.schedule import DepthSchedule, even_starts
 TOLERANCE = 0.02
 #: Choices of blocks that are all tried, times sublayers times stages.
 ENUMERATED = 60_000
+
+#: By the start of the last block: how far all starts are from even ones, and the starts.
+_BlockChoices = dict[int, tuple[int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -162,18 +165,30 @@ def at_stages(stages: Sequence[int], count: int, blocks: int) -> tuple[int, ...]
     even = even_starts(count, blocks)
     forced = set(stages) if blocks >= len(stages) else set()
     places = sorted({*stages} if not forced else range(count))
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, (0,))}
+
+    def may_follow(last: int, place: int) -> bool:
+        return low <= place - last <= high and not any(last < f < place for f in forced)
+
+    choices: _BlockChoices = {0: (0, (0,))}
     for k in range(1, blocks):
-        step: dict[int, tuple[int, tuple[int, ...]]] = {}
-        for last, (cost, starts) in best.items():
-            for place in places:
-                if low <= place - last <= high and not any(last < f < place for f in forced):
-                    candidate = (cost + abs(place - even[k]), (*starts, place))
-                    if place not in step or candidate < step[place]:
-                        step[place] = candidate
-        best = step
-    ends = [found for last, found in best.items() if 1 <= count - last <= high and not any(last < f for f in forced)]
+        choices = _one_block_more(choices, places, even[k], may_follow)
+    ends = [
+        nearest for last, nearest in choices.items() if 1 <= count - last <= high and last >= max(forced, default=0)
+    ]
     return min(ends)[1] if ends else None
+
+
+def _one_block_more(
+    choices: _BlockChoices, places: Iterable[int], even: int, may_follow: Callable[[int, int], bool]
+) -> _BlockChoices:
+    """Choices with one block more, which would begin at `even` if blocks were even; the nearest for each start."""
+    longer: _BlockChoices = {}
+    for last, (distance, starts) in choices.items():
+        for place in places:
+            if may_follow(last, place):
+                candidate = (distance + abs(place - even), (*starts, place))
+                longer[place] = min(candidate, longer.get(place, candidate))
+    return longer
 
 
 def _both(request: PlanRequest, block_layouts: BlockLayouts) -> list[_SearchResult]:
