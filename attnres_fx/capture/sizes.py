@@ -22,7 +22,18 @@ Guards = Callable[..., None]
 
 
 def free_sizes(model: nn.Module, args: Any, kwargs: Any, limit: int) -> Any:
-    """`Dim.AUTO` for leading dimensions, and for later ones of a size that a sequence has (masks)."""
+    """Which sizes of an example are free, where nobody says.
+
+    Args:
+        model: what will be called.
+        args: example arguments by position.
+        kwargs: example arguments by keyword.
+        limit: how many leading dimensions of each tensor.
+
+    Returns:
+        `Dim.AUTO` for leading dimensions, and for later ones of a size that a sequence has (masks), in the form that
+        `torch.export.export` takes as `dynamic_shapes`; None where no size is free.
+    """
     lengths = {
         leaf.shape[1]
         for leaf in pytree.tree_leaves((args, kwargs))
@@ -56,9 +67,16 @@ def _forward_names(model: nn.Module, count: int) -> list[str]:
 
 
 def without_ones(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The example with its sizes of 1 doubled, where the outputs of the first half stay what they were.
+    """The example with its sizes of 1 doubled: a capture would freeze a size of 1.
 
-    A size of 1 in the example would be frozen by the capture.
+    Args:
+        model: what is run.
+        args: example arguments by position.
+        kwargs: example arguments by keyword.
+
+    Returns:
+        args and kwargs with the first two dimensions doubled where they are 1, or the first alone; as they were where
+        the outputs of the first half do not stay what they were.
     """
     for limit in (2, 1):
         doubled = pytree.tree_map(lambda leaf, limit=limit: _doubled(leaf, limit), (args, kwargs))
@@ -98,13 +116,18 @@ def _is_first_half(before: Any, after: Any) -> bool:
 
 
 def sizes_of(bounds: Any) -> tuple[int, int | None]:
-    """Sizes a symbol may have. A lower bound of 2 only says that the tracer set 0 and 1 apart."""
+    """The least and the greatest size of a symbol, None where there is no greatest.
+
+    Args:
+        bounds: of an export's range constraints. A lower bound of 2 only says that the tracer set 0 and 1 apart.
+    """
     low = int(bounds.lower)
     high = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**31 else None
     return (0 if low == 2 else low), high
 
 
 def input_shapes(gm: GraphModule) -> tuple[InputShape | None, ...]:
+    """The shape of each input of a graph, None where it is no tensor."""
     shapes: list[InputShape | None] = []
     for node in gm.graph.nodes:
         if node.op != "placeholder":
@@ -119,26 +142,39 @@ def input_shapes(gm: GraphModule) -> tuple[InputShape | None, ...]:
 
 
 def take_guards(gm: GraphModule) -> Guards | None:
-    """Take out of an exported graph the call that checks its inputs; returns what it called.
+    """Take out of an exported graph the call that checks its inputs.
 
-    It knows what the tracer took for granted of the sizes: that one is even, or smaller than another.
+    Returns:
+        What was called, None where there is no such call. It knows what the tracer took for granted of the sizes:
+        that one is even, or smaller than another.
     """
     for node in list(gm.graph.nodes):
-        if node.op == "call_module" and isinstance(found := gm.get_submodule(str(node.target)), GuardsFn):
+        if node.op == "call_module" and isinstance(guards := gm.get_submodule(str(node.target)), GuardsFn):
             gm.graph.erase_node(node)
             gm.delete_submodule(str(node.target))
             gm.recompile()
-            return found.forward
+            return guards.forward
     return None
 
 
 def refused_ones(
     model: nn.Module, gm: GraphModule, shapes: Sequence[InputShape | None], args: Any, kwargs: Any, mode: Mode
 ) -> dict[str, str]:
-    """Symbols of a fresh capture that must not be 1, each with the dimension it is the size of.
+    """Symbols of a fresh capture that must not be 1.
 
     Tracers set 0 and 1 apart from other sizes, so a graph made at 2 or more may compute something else at 1:
     both are run there once and compared.
+
+    Args:
+        model: what was captured.
+        gm: its graph, with flat inputs and outputs.
+        shapes: of the graph's inputs.
+        args: example arguments by position.
+        kwargs: example arguments by keyword.
+        mode: of the graph.
+
+    Returns:
+        By symbol, the dimension it is the size of, in words.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [*(x for x in leaves if isinstance(x, Tensor)), *model.parameters()]

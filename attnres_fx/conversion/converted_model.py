@@ -30,7 +30,15 @@ CONSTANTS = "_captured"
 
 @dataclass(frozen=True, eq=False)
 class CapturedProgram(Program):
-    """A captured mode's program, and how it is called. replacements: the reads that were put in."""
+    """A captured mode's program, and how it is called.
+
+    Attributes:
+        out_spec: pytree of the outputs, None where the graph returns them in their structure.
+        shapes: one entry per input, None where it is no tensor.
+        ranges: the least and the greatest size of each symbol, None where there is no greatest.
+        replacements: the reads that were put in.
+        guards: checks the flat inputs for what the tracer took for granted.
+    """
 
     out_spec: Any
     shapes: tuple[InputShape | None, ...]
@@ -80,13 +88,13 @@ class ConvertedModel(GraphRunner):
         self.failures = dict(failures)
         self.lowering = lowering or Lowering()
         self.typed = in_spec is not None
-        made: dict[int, CapturedProgram] = {}
+        by_graph: dict[int, CapturedProgram] = {}  # modes may share a graph
         programs = {}
         trained = {id(graph) for mode, (graph, _) in graphs.items() if mode == "train"}
         for mode, (graph, replacements) in graphs.items():
-            if id(graph) not in made:
-                made[id(graph)] = self._captured_program(mode, graph, replacements, id(graph) in trained)
-            programs[mode] = made[id(graph)]
+            if id(graph) not in by_graph:
+                by_graph[id(graph)] = self._captured_program(mode, graph, replacements, id(graph) in trained)
+            programs[mode] = by_graph[id(graph)]
         self.programs = programs
         self.__class__ = _with_signature(signature)
 
@@ -97,11 +105,11 @@ class ConvertedModel(GraphRunner):
         for node in gm.graph.nodes:
             if node.op in ("get_attr", "call_module"):
                 node.target = self._adopt(gm, str(node.target), mode)
-        made = self._program(gm.graph, training)
+        program = self._program(gm.graph, training)
         return CapturedProgram(
-            made.graph,
-            made.call,
-            made.lowered,
+            program.graph,
+            program.call,
+            program.lowered,
             captured.out_spec,
             captured.shapes,
             captured.ranges,
@@ -207,9 +215,9 @@ class ConvertedModel(GraphRunner):
         """Moves as any module does, but keeps its dtypes: the captured graphs have theirs written into them."""
         captured = self.parameters() if self.in_spec is not None else ()
         for dtype in {p.dtype for p in captured if p.is_floating_point()}:
-            if (found := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
+            if (wanted := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
                 raise RewriteError(
-                    f"a converted model cannot change from {dtype} to {found}: its graphs were captured in {dtype}. "
+                    f"a converted model cannot change from {dtype} to {wanted}: its graphs were captured in {dtype}. "
                     f"Cast the original model and convert it again; load_state_dict carries the weights over."
                 )
         return super()._apply(fn, recurse)

@@ -37,9 +37,16 @@ FORMAT = 2
 class ModelParts:
     """What a converted model is made of, as a file holds it.
 
-    root: the modules that hold all tensors; when read, without the added parameters. attnres: the added parameters.
-    graphs: by mode, with the reads of each; modes may share one. failures: by mode, why there is no graph. in_spec:
-    pytree of (args, kwargs), None where the graph takes them as they are.
+    Attributes:
+        root: the modules that hold all tensors; when read, without the added parameters.
+        attnres: the added parameters.
+        graphs: by mode, with the reads of each; modes may share one.
+        failures: by mode, why there is no graph.
+        signature: the arguments of a call.
+        in_spec: pytree of (args, kwargs), None where the graphs take them as they are.
+        report: the streams, their reads and blocks, and what was left alone.
+        lowering: what is folded into the reads when the model runs.
+        training: whether the model was in train mode.
     """
 
     root: nn.Module
@@ -140,17 +147,17 @@ def _types_in(spec: Any) -> list[type]:
 def _names(root: nn.Module) -> list[list[Any]]:
     """Every tensor of the tree: name, kind, and the name it shares its tensor with."""
     first: dict[int, str] = {}
-    found = []
+    entries: list[list[Any]] = []
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        found.append([name, "parameter", first.setdefault(id(parameter), name), parameter.requires_grad])
+        entries.append([name, "parameter", first.setdefault(id(parameter), name), parameter.requires_grad])
     for prefix, module in root.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
             full = f"{prefix}.{name}" if prefix else name
             kind = "constant" if name in module._non_persistent_buffers_set else "buffer"
-            found.append([full, kind, first.setdefault(id(buffer), full), False])
-    return found
+            entries.append([full, kind, first.setdefault(id(buffer), full), False])
+    return entries
 
 
 def _weights(root: nn.Module) -> dict[str, Tensor]:
@@ -211,14 +218,14 @@ def _load_spec(text: str | None) -> Any:
 
 
 def _tensors(names: list[list[Any]], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, kind, shared, requires_grad in names:
-        if shared in made:
-            made[name] = made[shared]
+        if shared in tensors:
+            tensors[name] = tensors[shared]
         else:
             value = weights[name]
-            made[name] = nn.Parameter(value, requires_grad) if kind == "parameter" else value
-    return made
+            tensors[name] = nn.Parameter(value, requires_grad) if kind == "parameter" else value
+    return tensors
 
 
 def _tree(names: list[list[Any]], tensors: dict[str, Tensor]) -> nn.Module:

@@ -24,8 +24,12 @@ NormModule = tuple[type, float | None, tuple[int, ...], tuple[str, ...]] | None
 class LoweredProgram:
     """A lowered copy of a program's graph. It finds its attributes on the module of the call, as the program does.
 
-    norms: modules whose norm was folded into a read, each with what it was when that was done. typed: whether the
-    graph has dtypes written into it, so that it means under autocast what the program means.
+    Attributes:
+        graph: the copy.
+        call: generated code, `call(root, *inputs)`.
+        passes: names of the passes that changed it.
+        norms: modules whose norm was folded into a read, each with what it was when that was done.
+        typed: whether the graph has dtypes written into it, so that it means under autocast what the program means.
     """
 
     graph: Graph
@@ -45,8 +49,10 @@ class LoweredProgram:
 class Program:
     """One mode's graph and its generated code, which find their attributes on the module of the call.
 
-    call: generated code, `call(root, *inputs)`. lowered: what a module's forward runs, the same function with its
-    reads lowered.
+    Attributes:
+        graph: one mode's graph.
+        call: generated code, `call(root, *inputs)`.
+        lowered: what a module's forward runs, the same function with its reads lowered.
     """
 
     graph: Graph
@@ -69,11 +75,16 @@ class GraphRunner(nn.Module):
 
     A subclass sets `programs` and `lowering`, and runs the program of `mode` in its forward. Programs follow when the
     module is moved to another device; copies of the module share them.
+
+    Attributes:
+        programs: by mode.
+        lowering: what is folded into the reads when a program runs.
+        typed: whether the graphs have dtypes written into them.
     """
 
     programs: Mapping[Mode, Program]
     lowering: Lowering
-    typed = True  # whether the graphs have dtypes written into them
+    typed = True
 
     @property
     def mode(self) -> Mode:
@@ -148,8 +159,8 @@ class GraphRunner(nn.Module):
         graph = on_device(program.graph, device)
         if graph is None:
             return program
-        made = self._program(graph, training)
-        return replace(program, graph=made.graph, call=made.call, lowered=made.lowered)
+        here = self._program(graph, training)
+        return replace(program, graph=here.graph, call=here.call, lowered=here.lowered)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = self.__class__.__new__(self.__class__)

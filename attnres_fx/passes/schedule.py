@@ -53,13 +53,16 @@ ROOT = Source("root")
 
 
 class SourceSpan(NamedTuple):
-    """A source that crosses the cuts before the sublayers `made` + 1 to `last`, and no others.
+    """A source that crosses the cuts before the sublayers `maker` + 1 to `last`, and no others.
 
-    made: the sublayer after which it is there; 0 for the root, which is made beside the first sublayer.
+    Args:
+        source: The source.
+        maker: The sublayer after which it is there; 0 for the root, which is made beside the first sublayer.
+        last: The sublayer that begins at the last cut.
     """
 
     source: Source
-    made: int
+    maker: int
     last: int
 
 
@@ -172,7 +175,7 @@ class DepthSchedule:
                 kind: Literal["sublayer", "block"] = "sublayer" if self.variant == "full" else "block"
                 found.append(SourceSpan(Source(kind, block, own.start, own.stop), own.stop - 1, end))
                 found += (SourceSpan(Source("partial", block, own.start, i + 1), i, i + 1) for i in own[:-1])
-        return tuple(span for span in found if span.last > span.made)
+        return tuple(span for span in found if span.last > span.maker)
 
     def maker_of(self, source: Source) -> int:
         """The sublayer after which a source is there; the root counts as made beside the first."""

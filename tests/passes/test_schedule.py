@@ -217,7 +217,7 @@ def test_sources_are_counted_without_making_them(variant):
 def test_spans_say_source_by_source_what_cuts_carry(variant):
     for _, sizes, schedule in cases(variant):
         for cut in range(1, sum(sizes)):
-            crossing = {s.source for s in schedule.spans if s.made < cut <= s.last}
+            crossing = {s.source for s in schedule.spans if s.maker < cut <= s.last}
             assert crossing == set(schedule.carried(cut)), (sizes, cut)
         assert len({s.source for s in schedule.spans}) == len(schedule.spans), sizes
 

@@ -12,9 +12,16 @@ BlockLayouts = Mapping[str, DepthSchedule]
 
 
 class CrossingValue(NamedTuple):
-    """A value that crosses the cuts made + 1 to last. made: the sublayer that makes it. bytes: per microbatch."""
+    """A value that crosses the cuts `maker + 1` to `last`.
 
-    made: int
+    Args:
+        maker: The sublayer that makes it.
+        last: The last cut that it crosses, by the sublayer that begins there.
+        bytes: Per microbatch.
+        differentiable: Whether its gradient crosses the same cuts on the way back.
+    """
+
+    maker: int
     last: int
     bytes: int
     differentiable: bool = True
@@ -34,32 +41,37 @@ def crossing_values(costs: ModelCosts, block_layouts: BlockLayouts) -> list[Cros
 def crossing_sources(streams: Sequence[StreamCost], block_layouts: BlockLayouts | None) -> list[CrossingValue]:
     """The sources of every stream that cross some cut; each stage that begins at one of these cuts takes it.
 
-    block_layouts: None for the plain residual, whose state is the one thing that crosses a cut.
+    Args:
+        streams: Runs of the chain.
+        block_layouts: By stream name; None for the plain residual, whose state is the one thing that crosses a cut.
     """
     return [
-        CrossingValue(stream.first + made, stream.first + last, stream.value_bytes)
+        CrossingValue(stream.first + maker, stream.first + last, stream.value_bytes)
         for stream in streams
-        for made, last in _spans(stream, block_layouts)
+        for maker, last in _spans(stream, block_layouts)
     ]
 
 
 def _spans(stream: StreamCost, block_layouts: BlockLayouts | None) -> list[tuple[int, int]]:
     if block_layouts is None:
         return [(i, i + 1) for i in range(stream.count - 1)]
-    return [(span.made, span.last) for span in block_layouts[stream.name].spans]
+    return [(span.maker, span.last) for span in block_layouts[stream.name].spans]
 
 
 def cut_bytes(values: Sequence[CrossingValue], count: int, since: int = 0) -> tuple[list[int], list[int]]:
     """Bytes that cross a cut at each position 0 to `count`, and of their gradients on the way back.
 
-    since: values that earlier sublayers made are left out.
+    Args:
+        values: What crosses cuts.
+        count: Sublayers of the chain.
+        since: Values that earlier sublayers make are left out.
     """
     forward, backward = [0] * (count + 2), [0] * (count + 2)
     for value in values:
-        if value.made < since:
+        if value.maker < since:
             continue
         for totals in (forward, backward)[: 1 + value.differentiable]:
-            totals[value.made + 1] += value.bytes
+            totals[value.maker + 1] += value.bytes
             totals[value.last + 1] -= value.bytes
     for totals in (forward, backward):
         for position in range(1, count + 1):

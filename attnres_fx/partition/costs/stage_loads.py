@@ -16,11 +16,19 @@ WEIGHT_SHARE = 0.5
 class StageLoad:
     """What one virtual stage costs, per microbatch: seconds and bytes.
 
-    backward_input, backward_weight: the two parts; a backward in one takes their sum. send_forward: the hop of its
-    output to the next stage. send_backward: the hop of its input's gradient to the stage before. activation_bytes:
-    kept from forward to backward. received_bytes, produced_bytes: of values kept for this rank's stages, by what they
-    arrive with or are made in; each value counts in one stage of a rank. recomputed_bytes: activations that exist
-    besides while the backward runs a sublayer again.
+    Of the values that are kept for a rank's stages, each counts in one stage of the rank: where it is received, or
+    where it is produced.
+
+    Args:
+        forward: Seconds.
+        backward_input: Seconds of the part of the backward that the stage before waits for.
+        backward_weight: Seconds of the rest; a backward in one part takes the sum of the two.
+        send_forward: Seconds of the hop of its output to the next stage.
+        send_backward: Seconds of the hop of its input's gradient to the stage before.
+        activation_bytes: Kept from forward to backward.
+        received_bytes: Of kept values that arrive here.
+        produced_bytes: Of kept values that are made here.
+        recomputed_bytes: Activations that exist besides while the backward runs a sublayer again.
     """
 
     forward: float

@@ -137,28 +137,28 @@ def stage_values(
         stream = next(s for s in streams if s.first <= start < s.first + s.count)
         for source in _carried_sources(stream, block_layouts, start - stream.first):
             takers.setdefault((stream, source), []).append(stage)
-    found = []
+    values = []
     for (stream, source), used in takers.items():
         if block_layouts is None:
-            made, label = max(source.stop - 1, 0), f"h[:{source.stop}]"
+            maker, label = max(source.stop - 1, 0), f"h[:{source.stop}]"
         else:
-            made, label = block_layouts[stream.name].maker_of(source), str(source)
+            maker, label = block_layouts[stream.name].maker_of(source), str(source)
         name = f"{stream.name}:{label}"
-        found.append(
-            StageValue(name, stage_of(stream.first + made, starts), tuple(used), stream.value_bytes, label=label)
+        values.append(
+            StageValue(name, stage_of(stream.first + maker, starts), tuple(used), stream.value_bytes, label=label)
         )
-    return (*found, *carried_values(carried, starts))
+    return (*values, *carried_values(carried, starts))
 
 
 def carried_values(carried: Sequence[CarriedValue], starts: Sequence[int]) -> list[StageValue]:
     """Of what travels besides the streams, what some stage takes from an earlier one."""
-    found = []
+    values = []
     for value in carried:
-        made = stage_of(max(value.produced, 0), starts)  # what precedes the first sublayer runs beside it
-        used = sorted({stage_of(u, starts) for u in value.used} - {made})
+        produced = stage_of(max(value.produced, 0), starts)  # what precedes the first sublayer runs beside it
+        used = sorted({stage_of(u, starts) for u in value.used} - {produced})
         if used:
-            found.append(StageValue(value.name, made, tuple(used), value.bytes, value.differentiable, value.name))
-    return found
+            values.append(StageValue(value.name, produced, tuple(used), value.bytes, value.differentiable, value.name))
+    return values
 
 
 def check_starts(starts: Sequence[int], num_sublayers: int) -> None:

@@ -20,7 +20,13 @@ PICOSECONDS = 10**12
 
 @dataclass(frozen=True)
 class EndCosts:
-    """What precedes the chain or follows it: picoseconds forward and backward, and bytes saved for backward."""
+    """What precedes the chain or follows it.
+
+    Args:
+        forward: Picoseconds.
+        backward: Picoseconds.
+        saved: Bytes of activations kept for backward.
+    """
 
     forward: int
     backward: int
@@ -34,13 +40,18 @@ class EndCosts:
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Per sublayer, with the depth reads it runs, for one microbatch.
+    """Times and bytes of every sublayer with the depth reads it runs, for one microbatch.
 
-    forward, backward: picoseconds; backward has the recomputation in it. sublayer_backward: picoseconds of the
-    sublayer's own backward, without reads and recomputation. saved: bytes of activations kept for backward. made: bytes
-    of the sources it makes. recomputed: bytes of activations that exist while it is run again, 0 where it is not.
-    before, after: of what precedes the chain and follows it, which is never run again.
-    crossing: of every source that crosses a cut, the sublayer that makes it, the last cut and the bytes: [3, N].
+    Args:
+        forward: Picoseconds.
+        backward: Picoseconds, with the recomputation.
+        sublayer_backward: Picoseconds of the sublayer's own backward, without reads and recomputation.
+        saved: Bytes of activations kept for backward.
+        made: Bytes of the sources it makes.
+        recomputed: Bytes of activations that exist while it is run again, 0 where it is not.
+        before: Of what precedes the chain, which is never run again.
+        after: Of what follows the chain, which is never run again.
+        crossing: Of every source that crosses a cut, the sublayer that makes it, the last cut and the bytes: [3, N].
     """
 
     forward: tuple[int, ...]
@@ -59,8 +70,11 @@ def unit_costs(
 ) -> UnitCosts:
     """Times and bytes of every sublayer with the reads it runs.
 
-    block_layouts: None for the plain residual, which reads nothing. recompute: sublayers keep one value of their stream
-    and run forward once more in backward.
+    Args:
+        costs: Of the model, per microbatch.
+        block_layouts: By stream name; None for the plain residual, which reads nothing.
+        device: Speeds.
+        recompute: Whether sublayers keep one value of their stream and run forward once more in backward.
     """
     own = [picoseconds(s.backward_flops, device.flops) for s in costs.sublayers]
     forward = [picoseconds(s.forward_flops, device.flops) for s in costs.sublayers]
@@ -83,7 +97,7 @@ def unit_costs(
                 made[reader] += stream.value_bytes  # the summary
     for carried in costs.carried:
         made[max(carried.produced, 0)] += carried.bytes
-    spans = [(v.made, v.last, v.bytes) for v in crossing_sources(costs.streams, block_layouts)]
+    spans = [(v.maker, v.last, v.bytes) for v in crossing_sources(costs.streams, block_layouts)]
     return UnitCosts(
         forward=tuple(forward),
         backward=tuple(backward),

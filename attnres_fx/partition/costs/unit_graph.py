@@ -32,9 +32,12 @@ UNKNOWN_SIZE = 1
 
 @dataclass(frozen=True)
 class BodyInput:
-    """What a body takes. kind: `"parameter"`, `"read"` (a depth read's output that is no source itself) or `"other"`.
+    """One input of a body.
 
-    differentiable: whether its gradient is computed.
+    Args:
+        node: What it stands for.
+        kind: `"parameter"`, `"read"` (a depth read's output that is no source itself) or `"other"`.
+        differentiable: Whether its gradient is computed.
     """
 
     node: Node
@@ -46,8 +49,12 @@ class BodyInput:
 class Body:
     """A unit's own computation as a graph of its own.
 
-    gm: takes `inputs`, returns what others use of it. key: equal for bodies of the same structure: operations,
-    shapes, dtypes, wiring. outputs, nodes: what it was copied from.
+    Args:
+        gm: Takes `inputs`, returns what others use of it.
+        inputs: What it takes.
+        key: Equal for bodies of the same structure: operations, shapes, dtypes, wiring.
+        outputs: The nodes of the model's graph whose values it returns.
+        nodes: The nodes of the model's graph that it was copied from.
     """
 
     gm: GraphModule
@@ -60,9 +67,9 @@ class Body:
         return [_input_tensor(i, mode) for i in self.inputs]
 
 
-def _input_tensor(given: BodyInput, mode: FakeTensorMode) -> Tensor:
-    value = fake_tensor(tensor_value(given.node), mode)
-    return value.requires_grad_() if given.differentiable else value
+def _input_tensor(taken: BodyInput, mode: FakeTensorMode) -> Tensor:
+    value = fake_tensor(tensor_value(taken.node), mode)
+    return value.requires_grad_() if taken.differentiable else value
 
 
 def hint(size: Any) -> Any:
@@ -136,8 +143,11 @@ def is_read(node: Node) -> bool:
 class GraphFacts:
     """What a graph says about its nodes as a whole.
 
-    differentiable: nodes whose gradient a backward pass needs, since they depend on a trained parameter through
-    differentiable steps. frozen: nodes that run where gradients are off. order: place of each node.
+    Args:
+        differentiable: Nodes whose gradient a backward pass needs, since they depend on a trained parameter through
+            differentiable steps.
+        frozen: Nodes that run where gradients are off.
+        order: Place of each node.
     """
 
     differentiable: frozenset[Node]
@@ -243,8 +253,8 @@ class _Extraction:
         return DEVICE if isinstance(arguments, torch.device) else hint(arguments)
 
     def _inputs_key(self) -> Iterable[Any]:
-        for given in self.inputs:
-            yield given.kind, given.differentiable, describe_value(tensor_value(given.node))
+        for taken in self.inputs:
+            yield taken.kind, taken.differentiable, describe_value(tensor_value(taken.node))
 
     def _nodes_key(self) -> Iterable[Any]:
         for node in self.graph.nodes:

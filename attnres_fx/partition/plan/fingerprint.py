@@ -11,9 +11,13 @@ from attnres_fx.errors import PlanError
 
 @dataclass(frozen=True)
 class PartFingerprint:
-    """One sublayer, or what precedes the first or follows the last.
+    """The parameters of one sublayer, or of what precedes the first or follows the last.
 
-    name: as in the costs. parameters: how many tensors. bytes: of all of them. digest: of their names, shapes, dtypes.
+    Args:
+        name: As in the costs.
+        parameters: How many tensors.
+        bytes: Of all of them.
+        digest: Of their names, shapes and dtypes.
     """
 
     name: str
@@ -24,7 +28,14 @@ class PartFingerprint:
 
 @dataclass(frozen=True)
 class ModelFingerprint:
-    """A model as far as a plan depends on it. model: the name of its class."""
+    """A model as far as a plan depends on it.
+
+    Args:
+        model: Name of its class.
+        before: What precedes the first sublayer.
+        sublayers: In the order of the chain.
+        after: What follows the last sublayer.
+    """
 
     model: str
     before: PartFingerprint
@@ -33,6 +44,7 @@ class ModelFingerprint:
 
     @property
     def parts(self) -> tuple[tuple[str, PartFingerprint], ...]:
+        """Every part, with where it stands in words."""
         named = ((f"sublayer {i}", part) for i, part in enumerate(self.sublayers))
         return (
             ("what precedes the first sublayer", self.before),
@@ -42,27 +54,40 @@ class ModelFingerprint:
 
 
 def fingerprint_part(name: str, parameters: Iterable[tuple[str, Tensor]]) -> PartFingerprint:
-    """Of the parameters (and buffers) of one part, in any order. Reads no values, so meta tensors will do."""
-    found = sorted((n, tuple(map(int, p.shape)), str(p.dtype), p.numel() * p.element_size()) for n, p in parameters)
-    text = "\n".join(f"{n} {shape} {dtype}" for n, shape, dtype, _ in found)
+    """The fingerprint of one part.
+
+    Args:
+        name: As in the costs.
+        parameters: Its parameters and buffers by name, in any order. Their values are not read: meta tensors will do.
+    """
+    lines = sorted((n, tuple(map(int, p.shape)), str(p.dtype), p.numel() * p.element_size()) for n, p in parameters)
+    text = "\n".join(f"{n} {shape} {dtype}" for n, shape, dtype, _ in lines)
     return PartFingerprint(
-        name, len(found), sum(size for *_, size in found), hashlib.sha256(text.encode()).hexdigest()[:16]
+        name, len(lines), sum(size for *_, size in lines), hashlib.sha256(text.encode()).hexdigest()[:16]
     )
 
 
-def check_same_model(planned: ModelFingerprint, given: ModelFingerprint) -> None:
-    """Raises PlanError naming the first difference."""
-    if planned == given:
+def check_same_model(planned: ModelFingerprint, actual: ModelFingerprint) -> None:
+    """Check that a model is the one that was planned for.
+
+    Args:
+        planned: The plan's.
+        actual: The model's.
+
+    Raises:
+        PlanError: It is another; the error names the first difference.
+    """
+    if planned == actual:
         return
     hint = "plan again for this model, or build the stages of the model the plan was made for"
-    if planned.model != given.model:
-        raise PlanError(f"the plan was made for a {planned.model} and this model is a {given.model}: {hint}.")
-    if len(planned.sublayers) != len(given.sublayers):
+    if planned.model != actual.model:
+        raise PlanError(f"the plan was made for a {planned.model} and this model is a {actual.model}: {hint}.")
+    if len(planned.sublayers) != len(actual.sublayers):
         raise PlanError(
-            f"the plan was made for {len(planned.sublayers)} sublayers and this model has {len(given.sublayers)}: "
+            f"the plan was made for {len(planned.sublayers)} sublayers and this model has {len(actual.sublayers)}: "
             f"{hint}."
         )
-    for (place, ours), (_, theirs) in zip(planned.parts, given.parts, strict=True):
+    for (place, ours), (_, theirs) in zip(planned.parts, actual.parts, strict=True):
         for what, was, now in (
             ("name", repr(ours.name), repr(theirs.name)),
             ("number of parameter tensors", ours.parameters, theirs.parameters),

@@ -120,22 +120,28 @@ class Plan:
 
     # --- checks
 
-    def check_model(self, found: ModelFingerprint) -> None:
+    def check_model(self, model: ModelFingerprint) -> None:
         """Check that a model is the one that was planned for.
+
+        Args:
+            model: What `fingerprint` returns for it.
 
         Raises:
             PlanError: It is another; the error names the first difference.
         """
-        check_same_model(self.model, found)
+        check_same_model(self.model, model)
 
-    def check_config(self, found: AttnResConfig) -> None:
+    def check_config(self, config: AttnResConfig) -> None:
         """Check that a converted model reads its depth as planned.
+
+        Args:
+            config: With which it was converted.
 
         Raises:
             PlanError: The variant, the output or eps differs.
         """
         for name in ("variant", "output", "eps"):
-            ours, theirs = getattr(self.config, name), getattr(found, name)
+            ours, theirs = getattr(self.config, name), getattr(config, name)
             if ours != theirs:
                 raise PlanError(
                     f"the plan was made for {name}={ours!r} and the model was converted with {name}={theirs!r}: plan "
@@ -203,7 +209,7 @@ class Plan:
 
     def _blocks(self, start: int, stop: int) -> str:
         """Blocks of a stage; `…` where one began before it or goes on after it."""
-        found = []
+        labels = []
         for stream in self.costs.streams:
             schedule = self.block_layouts[stream.name]
             if schedule.variant == "full":
@@ -214,8 +220,8 @@ class Plan:
                 before = "" if inside[0] - stream.first in schedule.starts else "…"
                 ends = inside[-1] + 1 - stream.first
                 after = "" if ends == stream.count or ends in schedule.starts else "…"
-                found.append(before + (f"{first + 1}" if first == last else f"{first + 1}-{last + 1}") + after)
-        return " ".join(found) or "-"
+                labels.append(before + (f"{first + 1}" if first == last else f"{first + 1}-{last + 1}") + after)
+        return " ".join(labels) or "-"
 
     def plot(self, path: str | Path) -> None:
         """Draw stages, blocks and the simulated step.

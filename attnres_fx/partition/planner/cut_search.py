@@ -44,7 +44,11 @@ def least_maximum(cost: PerStage, count: int, places: int) -> int:
 def least_sum(allowed: PerStage, weight: PerStage, count: int, places: int) -> tuple[int, list[int]]:
     """The smallest sum of `weight` over a plan's cuts, and the earliest such cuts, as places.
 
-    allowed: which stages may be. weight: for each stage, of the cut at its end, per place.
+    Args:
+        allowed: Which stages may be.
+        weight: For each stage, of the cut at its end, per place.
+        count: Stages of the plan.
+        places: Where stages may begin or end.
     """
     rest, paths = _at_last_place(places), []
     for stage in reversed(range(count)):
@@ -69,8 +73,11 @@ def _at_last_place(places: int) -> Tensor:
 class HopCosts(NamedTuple):
     """Per place, of a hop at a cut there.
 
-    time: picoseconds, both ways. weight: bytes first, then whether a block is cut, as one number. forward, backward:
-    bytes.
+    Args:
+        time: Picoseconds, both ways.
+        weight: Bytes first, then whether a block is cut, as one number.
+        forward: Bytes.
+        backward: Bytes.
     """
 
     time: Tensor
@@ -93,7 +100,15 @@ class CutSearch:
         *,
         aligned: bool = False,
     ) -> None:
-        """aligned: only stages that begin with blocks, or, where blocks are fewer, that end where the next begins."""
+        """A search for given blocks.
+
+        Args:
+            request: What is to be planned.
+            block_layouts: By stream name.
+            units: Times and bytes of every sublayer, where the caller has them.
+            aligned: Whether to look only at stages that begin with blocks, or, where blocks are fewer, that end where
+                the next begins.
+        """
         self.request, self.block_layouts = request, block_layouts
         self.units = units or units_of(request, block_layouts)
         self.count = request.num_virtual

@@ -76,8 +76,8 @@ class InterleavedSearch(CutSearch):
         # Every hop carries the sources its stage makes. (Values that only some stages use need not take it.)
         corners = torch.zeros(self.length + 2, self.length + 2, dtype=torch.long)
         for value in crossing_sources(self.request.costs.streams, self.block_layouts):
-            for row, sign in ((0, 1), (value.made + 1, -1)):
-                corners[row, value.made + 1] += sign * value.bytes
+            for row, sign in ((0, 1), (value.maker + 1, -1)):
+                corners[row, value.maker + 1] += sign * value.bytes
                 corners[row, value.last + 1] -= sign * value.bytes
         rows, columns = self.places[:, None], at_ends(self.places, self.width)
         sizes, which = corners.cumsum(0).cumsum(1)[rows, columns].unique(return_inverse=True)
@@ -209,7 +209,7 @@ class _PlanSearch:
 
     def search_locally(self) -> None:
         """Local search: move single cuts by one place while the plan gets better, or nearer to fitting."""
-        crossing = sum(v.last - v.made for v in self.search.values) * self.search.count // self.search.length
+        crossing = sum(v.last - v.maker for v in self.search.values) * self.search.count // self.search.length
         left = MOVES // (self.search.length + crossing)
         found = min(self.plans.values(), key=self._key, default=None)
         while found is not None:

@@ -25,16 +25,24 @@ _LARGEST = 2**60
 class PlanRequest:
     """What is to be planned.
 
-    costs: per microbatch. num_stages: ranks P. virtual_stages: V; C = P * V. pipeline_schedule: as PyTorch names it.
-    num_microbatches: M. variant: which sources a read sees.
-    block_layouts: blocks of each stream by its name, where they are given; None chooses them (one stream), or takes
-        each stream's only ones (`full`). num_blocks: with free blocks, how many, or (fewest, most).
-    starts: first sublayer of each virtual stage, where they are given.
-    align: "prefer" lets blocks span stages where that is faster; "require" cuts at the ends of blocks alone.
-    memory_limit: bytes a rank. optimizer_factor: bytes of gradient and optimizer state per byte of parameter; 3.0 is a
-        gradient and AdamW's two moments in the parameter's own type.
-    recompute: whether each sublayer keeps its input alone and is run again in backward.
-    cache: whether ranks keep the values they have seen, so that hops carry each to a rank once.
+    Args:
+        costs: Of the model, per microbatch.
+        num_stages: Ranks P.
+        num_microbatches: Of one step, M.
+        virtual_stages: Stages on each rank, V; there are C = P * V in all.
+        pipeline_schedule: As PyTorch names it.
+        device: Speeds of every rank.
+        variant: Which sources a read sees.
+        block_layouts: Blocks of each stream by its name, where they are given; None chooses them (one stream), or
+            takes each stream's only ones (`full`).
+        num_blocks: With free blocks, how many, or (fewest, most).
+        starts: First sublayer of each virtual stage, where they are given.
+        align: "prefer" lets blocks span stages where that is faster; "require" cuts at the ends of blocks alone.
+        memory_limit: Bytes a rank, or None.
+        optimizer_factor: Bytes of gradient and optimizer state per byte of parameter; 3.0 is a gradient and AdamW's
+            two moments in the parameter's own type.
+        recompute: Whether each sublayer keeps its input alone and is run again in backward.
+        cache: Whether ranks keep the values they have seen, so that hops carry each to a rank once.
     """
 
     costs: ModelCosts
@@ -89,7 +97,11 @@ class PlanRequest:
 
 
 def check_request(request: PlanRequest) -> None:
-    """Raises PlanError for what no plan can be made of, saying what to change and to what."""
+    """Refuse what no plan can be made of.
+
+    Raises:
+        PlanError: The error says what to change, and to what.
+    """
     check_schedule(
         request.pipeline_schedule,
         num_stages=request.num_stages,

@@ -34,8 +34,13 @@ _BlockChoices = dict[int, tuple[int, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class _SearchResult:
-    """best: of what fits, or None. bound: picoseconds the slowest stage takes at least. least_memory: a limit that is
-    met by some plan; the smallest such for V = 1."""
+    """What was found for given blocks.
+
+    Args:
+        best: The best plan that fits, or None.
+        bound: Picoseconds the slowest stage takes at least.
+        least_memory: A limit, in bytes a rank, that some plan meets; the smallest such for V = 1.
+    """
 
     best: Partition | None
     bound: int
@@ -48,11 +53,11 @@ def find_partition(request: PlanRequest) -> Partition:
     Raises PlanError where nothing fits, saying what to change.
     """
     check_request(request)
-    found, exact = _search(request)
-    plans = [f.best for f in found if f.best is not None]
+    results, exact = _search(request)
+    plans = [r.best for r in results if r.best is not None]
     if not plans:
-        raise _infeasible(request, _enough_memory(request, _least_memory(found)))
-    bound = min(f.bound for f in found)
+        raise _infeasible(request, _enough_memory(request, _least_memory(results)))
+    bound = min(r.bound for r in results)
     best = preferred(plans)
     fastest = min(p.slowest for p in plans)
     return replace(best, gap=max(0.0, best.slowest / max(fastest if exact else bound, 1) - 1))
@@ -68,17 +73,17 @@ def _search(request: PlanRequest) -> tuple[list[_SearchResult], bool]:
     return list(_some_choices(request)), False
 
 
-def _least_memory(found: Iterable[_SearchResult]) -> int:
-    return min((f.least_memory for f in found), default=NEVER)
+def _least_memory(results: Iterable[_SearchResult]) -> int:
+    return min((r.least_memory for r in results), default=NEVER)
 
 
 def _enough_memory(request: PlanRequest, least: int) -> int:
     """A limit under which a plan is found: for V > 1 the search goes other ways under other limits."""
     while request.memory_limit is not None and request.virtual_stages > 1 and least < NEVER:
-        found, _ = _search(replace(request, memory_limit=least))
-        if any(f.best is not None for f in found):
+        results, _ = _search(replace(request, memory_limit=least))
+        if any(r.best is not None for r in results):
             break
-        least = max(_least_memory(found), least + least // 50 + 1)
+        least = max(_least_memory(results), least + least // 50 + 1)
     return least
 
 
@@ -123,9 +128,9 @@ def _some_choices(request: PlanRequest) -> Iterator[_SearchResult]:
             starts = layout
             while starts is not None and starts not in tried:
                 tried.add(starts)
-                found = _both(request, _layouts(request, starts))
-                yield from found
-                best = next((f.best for f in found if f.best is not None), None)
+                results = _both(request, _layouts(request, starts))
+                yield from results
+                best = next((r.best for r in results if r.best is not None), None)
                 starts = at_stages(best.starts, count, blocks) if best is not None else None
 
 
@@ -220,9 +225,9 @@ def _infeasible(request: PlanRequest, least_memory: int) -> PlanError:
             f"num_stages, recompute=True, or a smaller microbatch."
         )
     blocks = max(request.block_counts, default=0) if request.known_layouts is None else 0
-    given = sum(s.num_blocks for s in (request.known_layouts or {}).values())
+    num_given = sum(s.num_blocks for s in (request.known_layouts or {}).values())
     return PlanError(
-        f"no plan has all {request.num_virtual} stages begin with a block: there are {blocks or given} blocks"
+        f"no plan has all {request.num_virtual} stages begin with a block: there are {blocks or num_given} blocks"
         + (f", and stages begin at {request.starts}" if request.starts is not None else "")
         + f". Choose num_blocks of at least {request.num_virtual}, fewer stages, or align='prefer'."
     )

@@ -24,7 +24,14 @@ from attnres_fx.passes.graph.result import PassResult
 
 @dataclass(frozen=True)
 class ChainStream:
-    """A stream's run of the chain: its sublayers `first` to `first + count - 1`, each with a name."""
+    """A stream's run of the chain: its sublayers `first` to `first + count - 1`.
+
+    Args:
+        name: Of the stream.
+        first: Its first sublayer, as a place in the chain.
+        count: How many sublayers it has.
+        names: One for each of them.
+    """
 
     name: str
     first: int
@@ -34,10 +41,14 @@ class ChainStream:
 
 @dataclass(frozen=True)
 class ChainRead:
-    """A depth read of a chain's stream: its node, the sublayers of the stream written before it.
+    """A depth read of a chain's stream.
 
-    summary: of the read at the end of a `local` block, the node that holds what the block hands on (the read, or on a
-    post-norm stream the norm after it): both are part of the block's last sublayer.
+    Args:
+        node: Name of its node.
+        stream: Name of the stream.
+        position: Sublayers of the stream written before it.
+        summary: Of the read at the end of a `local` block, the node that holds what the block hands on (the read, or
+            on a post-norm stream the norm after it): both are part of the block's last sublayer.
     """
 
     node: str
@@ -48,9 +59,14 @@ class ChainRead:
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """unit: the sublayer of each node, -1 before the first (embedding), L after the last (final norm, head).
+    """A converted graph in order of its sublayers.
 
-    floating: nodes each stage makes for itself.
+    Args:
+        graph: The graph.
+        streams: Their runs, one after another.
+        unit: The sublayer of each node, -1 before the first (embedding), L after the last (final norm, head).
+        floating: Nodes that each stage makes for itself.
+        writes: What its in-place operations write into, and what must run before and after them.
     """
 
     graph: Graph
@@ -69,11 +85,11 @@ class Chain:
 
     @cached_property
     def _members(self) -> dict[int, list[Node]]:
-        found: dict[int, list[Node]] = {}
+        by_unit: dict[int, list[Node]] = {}
         for node in self.graph.nodes:
             if node in self.unit:
-                found.setdefault(self.unit[node], []).append(node)
-        return found
+                by_unit.setdefault(self.unit[node], []).append(node)
+        return by_unit
 
     def members(self, unit: int) -> list[Node]:
         """Nodes of one sublayer, in graph order."""
@@ -85,17 +101,23 @@ def drop_assertions_pass(gm: GraphModule) -> PassResult:
 
     Either would tie tensors to a sublayer that has no other use of them.
     """
-    found = [n for n in gm.graph.nodes if op_name(n) == "_assert_tensor_metadata" and not n.users]
-    for node in found:
+    assertions = [n for n in gm.graph.nodes if op_name(n) == "_assert_tensor_metadata" and not n.users]
+    for node in assertions:
         gm.graph.erase_node(node)
     unused = gm.graph.eliminate_dead_code()
-    return PassResult(gm, bool(found) or unused, (), tuple(n.name for n in found))
+    return PassResult(gm, bool(assertions) or unused, (), tuple(n.name for n in assertions))
 
 
 def find_chain(gm: GraphModule, streams: Sequence[ChainStream], reads: Sequence[ChainRead]) -> Chain:
-    """Order a converted graph by its streams. Nodes must carry values.
+    """Order a converted graph by its streams.
 
-    streams: those of the chain, none nested in another's sublayer. reads: their depth reads.
+    Args:
+        gm: The graph; its nodes carry values.
+        streams: Those of the chain, none nested in another's sublayer.
+        reads: Their depth reads.
+
+    Raises:
+        PlanError: A node writes in place into what another sublayer makes.
     """
     placing = _Placing(gm, streams, reads)
     placing.forward()
@@ -207,10 +229,10 @@ class _Placing:
 
     def _keep_together(self, write: Node, owners: Sequence[Node]) -> None:
         """A write where its storage is made: it must not write into what came from another stage."""
-        made = [self.unit[o] for o in owners if o in self.unit]
-        if write in self.unit and any(u != self.unit[write] for u in made):
+        makers = [self.unit[o] for o in owners if o in self.unit]
+        if write in self.unit and any(u != self.unit[write] for u in makers):
             raise PlanError(
-                f"{describe(write)} writes in place into a tensor that sublayer {made[0]} makes, in sublayer "
+                f"{describe(write)} writes in place into a tensor that sublayer {makers[0]} makes, in sublayer "
                 f"{self.unit[write]}: a stage cannot write into what another has made. Write into a copy there."
             )
 

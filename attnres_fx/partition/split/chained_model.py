@@ -29,7 +29,11 @@ from attnres_fx.passes.lowering.lower import Lowering
 class ChainedGraph:
     """One mode's graph in order of its sublayers.
 
-    labels: what the sources of its reads are, by node name. out_spec: structure of the outputs, which are flat.
+    Args:
+        gm: The graph, and what it takes its attributes from.
+        chain: Which node belongs to which sublayer.
+        labels: What the sources of its reads are, by node name.
+        out_spec: Structure of the outputs, which are flat.
     """
 
     gm: GraphModule
@@ -45,7 +49,10 @@ def chain_graph(
 ) -> ChainedGraph:
     """Order a converted graph, changing it where sizes are asked of tensors that live in one stage only.
 
-    streams: those rewritten. replacements: the reads of this graph.
+    Args:
+        gm: The graph, in aten operations; changed in place.
+        streams: Those that were rewritten.
+        replacements: The reads of this graph.
     """
     for each in (drop_assertions_pass, ask_inputs_for_sizes_pass):
         run_pass(each, gm)
@@ -85,16 +92,16 @@ def _chain_reads(stream: Stream, replacements: Sequence[Replacement]) -> list[Ch
 def chains_of(converted: ConvertedModel) -> dict[Mode, ChainedGraph]:
     """Every mode's graph of a converted model, in order."""
     streams = [s.stream for s in converted.report.streams]
-    made: dict[int, ChainedGraph] = {}
-    found: dict[Mode, ChainedGraph] = {}
+    by_program: dict[int, ChainedGraph] = {}  # modes may share a program
+    by_mode: dict[Mode, ChainedGraph] = {}
     for mode, program in converted.programs.items():
-        if id(program) not in made:
+        if id(program) not in by_program:
             gm, replacements, out_spec = _in_aten(converted, mode)
             name_as_the_model_does(gm, converted)
             chained = chain_graph(gm, streams, replacements)
-            made[id(program)] = replace(chained, out_spec=out_spec)
-        found[mode] = made[id(program)]
-    return found
+            by_program[id(program)] = replace(chained, out_spec=out_spec)
+        by_mode[mode] = by_program[id(program)]
+    return by_mode
 
 
 def name_as_the_model_does(gm: GraphModule, model: nn.Module) -> None:
@@ -123,7 +130,10 @@ def _in_aten(converted: ConvertedModel, mode: Mode) -> tuple[GraphModule, tuple[
 class CutGraph:
     """One mode's graph as graphs of its virtual stages.
 
-    sublayers: for each stage the graphs of its sublayers, where these are run again in backward; else empty.
+    Args:
+        split: Which stage computes what.
+        stages: One graph a stage.
+        sublayers: For each stage the graphs of its sublayers, where these are run again in backward; else empty.
     """
 
     split: Split
@@ -149,9 +159,20 @@ def stages_of(
     recompute: bool = False,
     chains: Mapping[Mode, ChainedGraph] | None = None,
 ) -> Stages:
-    """A converted model cut before the sublayers `starts`, which has one entry per virtual stage.
+    """A converted model, cut into stages.
 
-    chains: `chains_of(converted)`, where the caller has it.
+    Args:
+        converted: The model.
+        starts: First sublayer of every virtual stage.
+        num_stages: Ranks P.
+        virtual_stages: Stages on each rank, V.
+        cache: Whether ranks keep the values they have seen.
+        lowering: Of each stage; the model's own by default.
+        recompute: Whether sublayers keep only their inputs and run again in backward.
+        chains: `chains_of(converted)`, where the caller has it.
+
+    Raises:
+        PlanError: A stage would be empty, or hold what cannot be cut there.
     """
     chains = chains_of(converted) if chains is None else chains
     cuts: dict[ChainedGraph, CutGraph] = {}  # modes that share one graph share its cut
@@ -171,21 +192,28 @@ def stages_of(
         for i in range(len(starts))
     ]
     specs = {m: c.out_spec for m, c in chains.items()}
-    call = Call(converted.signature, converted.in_spec, dict(converted.programs), specs)
+    convention = CallConvention(converted.signature, converted.in_spec, dict(converted.programs), specs)
     return Stages(
         stages,
         {m: c.split for m, c in by_mode.items()},
         num_stages=num_stages,
         virtual_stages=virtual_stages,
         cache=cache,
-        flatten=call.flatten,
-        unflatten=call.unflatten,
+        flatten=convention.flatten,
+        unflatten=convention.unflatten,
     )
 
 
 @dataclass(frozen=True)
-class Call:
-    """How a converted model is called, without the model: the programs hold no tensors."""
+class CallConvention:
+    """How a converted model is called, without the model: the programs hold no tensors.
+
+    Args:
+        signature: The arguments of a call.
+        in_spec: Pytree of (args, kwargs), None where the graphs take them as they are.
+        programs: By mode.
+        out_specs: By mode, the structure of what the model returns.
+    """
 
     signature: CallSignature
     in_spec: Any

@@ -16,13 +16,13 @@ Symbols = Mapping[Any, tuple[Node, int]]
 
 def symbols_of(graph: Graph) -> dict[Any, tuple[Node, int]]:
     """Each free size as the input and dimension that has it."""
-    found: dict[Any, tuple[Node, int]] = {}
+    dimensions: dict[Any, tuple[Node, int]] = {}
     for node in graph.nodes:
         value = tensor_of(node) if node.op == "placeholder" else None
         for dim, size in enumerate(value.shape if value is not None else ()):
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                found.setdefault(size.node.expr, (node, dim))
-    return found
+                dimensions.setdefault(size.node.expr, (node, dim))
+    return dimensions
 
 
 def ask_inputs_for_sizes_pass(gm: GraphModule) -> PassResult:

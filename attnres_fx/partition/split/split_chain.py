@@ -123,17 +123,17 @@ def _repeated(graph: Graph, stage: Mapping[Node, int], used: dict[Node, set[int]
 
     Takes what they save out of `used`.
     """
-    found: dict[int, set[Node]] = {}
+    repeated: dict[int, set[Node]] = {}
     for node in graph.nodes:  # a view of a view follows what it views
         base = viewed_value(node)
         if base is None or base not in stage or not used.get(node):
             continue
         for at in sorted(used[node]):
-            has_base = at in used[base] or base in found.get(at, ())
+            has_base = at in used[base] or base in repeated.get(at, ())
             if has_base and all(i is base or i not in stage or stage[i] == at for i in node.all_input_nodes):
                 used[node].discard(at)
-                found.setdefault(at, set()).add(node)
-    return {at: frozenset(nodes) for at, nodes in found.items()}
+                repeated.setdefault(at, set()).add(node)
+    return {at: frozenset(nodes) for at, nodes in repeated.items()}
 
 
 def viewed_value(node: Node) -> Node | None:
@@ -168,19 +168,21 @@ def _refuse_shared_state(gm: GraphModule, chain: Chain, stage: Mapping[Node, int
 def _with_gradient(gm: GraphModule, writes: Writes) -> frozenset[Node]:
     """Nodes through which gradients flow, if all parameters take one."""
     frozen = nodes_without_gradients(gm.graph)
-    found: set[Node] = set()
+    with_gradient: set[Node] = set()
     while True:
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 if isinstance(attrgetter(str(node.target))(gm), nn.Parameter):
-                    found.add(node)
-            elif node not in frozen and _takes_gradients(node) and any(i in found for i in writes.inputs(node)):
-                found.add(node)
+                    with_gradient.add(node)
+            elif node not in frozen and _takes_gradients(node) and any(i in with_gradient for i in writes.inputs(node)):
+                with_gradient.add(node)
         # What a gradient flows into by a write has one, and so has all that looks at it.
-        written = {o for w, owners in writes.targets.items() if w in found for o in owners if _takes_gradients(o)}
-        if written <= found:
-            return frozenset(found)
-        found |= written
+        written = {
+            o for w, owners in writes.targets.items() if w in with_gradient for o in owners if _takes_gradients(o)
+        }
+        if written <= with_gradient:
+            return frozenset(with_gradient)
+        with_gradient |= written
 
 
 def _takes_gradients(node: Node) -> bool:

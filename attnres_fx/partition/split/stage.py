@@ -21,10 +21,12 @@ from attnres_fx.passes.lowering.lower import Lowering
 
 @dataclass(frozen=True, eq=False)
 class StageProgram(Program):
-    """One mode's program of a stage, with what it takes and gives.
+    """One mode's program of a stage, with what it takes and returns.
 
-    inputs: which of the model's flat inputs it takes. parts: the same as programs of single sublayers, where these
-    are run again in backward.
+    Args:
+        route: Which values it takes and produces.
+        inputs: Which of the model's flat inputs it takes.
+        parts: The same as programs of single sublayers, where these are run again in backward.
     """
 
     route: StageRoute
@@ -75,9 +77,9 @@ class Stage(GraphRunner, GraphModule):
         nn.Module.train(self, first == "train")
 
     def _stage_program(self, graph: StageGraph, training: bool, parts: Sequence[StageGraph] = ()) -> StageProgram:
-        made = self._program(copy_graph(graph.graph), training)  # modes may share a graph
+        program = self._program(copy_graph(graph.graph), training)  # modes may share a graph
         sublayers = tuple(self._stage_program(p, training) for p in parts)
-        return StageProgram(made.graph, made.call, made.lowered, graph.route, graph.inputs, sublayers)
+        return StageProgram(program.graph, program.call, program.lowered, graph.route, graph.inputs, sublayers)
 
     def _why_no_graph(self, mode: Mode) -> str:
         return f"stage {self.index} has no {mode} graph: capture the model in {mode} mode too."
@@ -106,8 +108,8 @@ class Stage(GraphRunner, GraphModule):
         Returns:
             The stage itself.
         """
-        kept = set(self.state_dict())
-        unsaved = [name for name, buffer in self.named_buffers() if buffer.is_meta and name not in kept]
+        saved = set(self.state_dict())
+        unsaved = [name for name, buffer in self.named_buffers() if buffer.is_meta and name not in saved]
         super().to_empty(device=device, recurse=recurse)
         for name, parameter in self.named_parameters():
             if name.startswith("attnres."):  # as a conversion makes them, for weights of a model that has none

@@ -26,8 +26,11 @@ from attnres_fx.passes.graph.operations import op_name
 class StageGraph:
     """One stage in one mode.
 
-    graph: takes the values of `route.takes`, then the model's flat inputs numbered in `inputs`; returns the values of
-    `route.produced`, or in the last stage the model's flat outputs.
+    Args:
+        graph: Takes the values of `route.takes`, then the model's flat inputs numbered in `inputs`; returns the values
+            of `route.produced`, or in the last stage the model's flat outputs.
+        route: Which values it takes and produces.
+        inputs: Which of the model's flat inputs it takes.
     """
 
     graph: Graph
@@ -129,14 +132,14 @@ def _known_base(node: Node, known: set[str]) -> str | None:
 
 
 def _closure(writes: Writes, nodes: Iterable[Node], stop: set[Node]) -> set[Node]:
-    found: set[Node] = set()
+    closure: set[Node] = set()
     stack = [n for n in nodes if n not in stop]
     while stack:
         node = stack.pop()
-        if node not in found:
-            found.add(node)
+        if node not in closure:
+            closure.add(node)
             stack += [i for i in writes.inputs(node) if i not in stop]
-    return found
+    return closure
 
 
 def _drop_empty_regions(graph: Graph) -> None:
