@@ -6,13 +6,14 @@ lies between two reads. The second run computes every read from its sources.
 """
 
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.support.brute_force_states import Handle, Notes, ReadNote, State, Terms
 from tests.support.residual_programs import (
     WIDTH,
     PlainProgram,
@@ -24,9 +25,6 @@ from tests.support.residual_programs import (
     move,
     start,
 )
-
-Map = Callable[[Tensor], Tensor]
-Terms = list[tuple[int, Tensor]]
 
 
 def depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, gain: float) -> Tensor:
@@ -61,92 +59,6 @@ class Setting:
         assert self.num_blocks is not None
         sizes = [len(part) for part in torch.arange(sublayers).tensor_split(self.num_blocks)]
         return [sum(sizes[:i]) for i in range(len(sizes))]
-
-
-@dataclass
-class State:
-    """The value of one stream at one point: what was written, oldest first, with every factor applied.
-
-    terms: the root (or, in `local`, the incoming summary) and what was written since; the numbers are
-    positions in the stream's own list of terms, -1 for a term that the stream does not go on with.
-    seen: what a read here sees; other than `terms` only where a local block has ended, because the
-    stream then goes on from the summary and reads at the end see the whole block.
-    """
-
-    number: int
-    stream: int
-    terms: list[tuple[int, Tensor]]
-    count: int
-    seen: list[tuple[int, Tensor]]
-    extra: bool = False
-
-    @property
-    def total(self) -> Tensor:
-        total = self.terms[0][1]
-        for _, term in self.terms[1:]:
-            total = total + term
-        return total
-
-
-@dataclass
-class Handle:
-    """What a program holds: a storage (shared by its aliases) and the views between the two."""
-
-    storage: list[State]
-    maps: tuple[Map, ...] = ()
-
-    @property
-    def state(self) -> State:
-        return self.storage[0]
-
-    def viewed(self, value: Tensor) -> Tensor:
-        for view in self.maps:
-            value = view(value)
-        return value
-
-    def mapped_terms(self) -> list[tuple[int, Tensor]]:
-        return [(i, self.viewed(t)) for i, t in self.state.terms]
-
-    def mapped_seen(self) -> list[tuple[int, Tensor]]:
-        return [(i, self.viewed(t)) for i, t in self.state.seen]
-
-
-@dataclass
-class ReadNote:
-    """A read as the first run saw it. prefix: terms of the stream it sees, the root among them."""
-
-    name: str
-    stream: int
-    prefix: int
-    extra: bool
-
-
-@dataclass
-class Notes:
-    """What the first run found out: reads by state number, and the length of each stream."""
-
-    reads: dict[int, ReadNote] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)
-
-    def cuts(self, stream: int) -> list[int]:
-        """Term counts at which a sublayer ends; the root alone is the first."""
-        seen = {r.prefix for r in self.reads.values() if r.stream == stream}
-        return sorted({1, self.lengths[stream], *seen})
-
-    def sublayers(self, stream: int) -> int:
-        return len(self.cuts(stream)) - 1
-
-    def named(self) -> dict[int, str]:
-        """Names of the reads that see more than the root; repeats of `output` numbered in state order."""
-        names: dict[int, str] = {}
-        outputs = 0
-        for number in sorted(self.reads):
-            read = self.reads[number]
-            if read.prefix == 1 and not read.extra:
-                continue
-            outputs += read.name == "output"
-            names[number] = f"output#{outputs}" if read.name == "output" and outputs > 1 else read.name
-        return names
 
 
 class Interpreter:

@@ -21,6 +21,14 @@ VARIANTS = {
     "local": ax.AttnResConfig(variant="local", num_blocks=2),
 }
 SPELLINGS = ("symbolic", "export", "dynamo")
+#: The streams of a pre-norm model of one attention and one MLP.
+TWO_LAYERS = """
+    stream stream from embed
+      1: attn_1
+      2: mlp_1
+      norm_2 reads 1
+      norm_f reads 2
+"""
 
 
 class Toy(nn.Module):

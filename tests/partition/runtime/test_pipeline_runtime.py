@@ -1,44 +1,20 @@
 """Pipelines in real processes over gloo against one process.
 
-What runs in processes is in pipeline_workers.py: a world of four and a world of two run all of their cases once, and
+What runs in processes is in tests/support/pipeline_cases: a world of four and a world of two run all of their cases once, and
 the tests here read what they found.
 """
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.support.paths import ROOT
 from tests.support.pipeline_workers import CASES
+from tests.support.pipeline_worlds import RANKS, run_world
 
-RANKS = {"four": 4, "two": 2}  # in this order: two read the checkpoints of four
 EXACT = 1e-11  # float64 against float64
 ROUNDED = 1e-6  # losses and norms are given as float32
-
-
-def run_world(suite, folder):
-    command = [sys.executable, "-m", "tests.support.pipeline_workers", suite]
-    ranks = RANKS[suite]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"{suite}.{rank}.err").open("w"),
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for worker in workers:
-            worker.wait(timeout=300)
-    finally:
-        for worker in workers:
-            worker.kill()
 
 
 @pytest.fixture(scope="session")

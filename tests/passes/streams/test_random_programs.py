@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 
 import attnres_fx as ax
 from attnres_fx.passes import propagate_values_
-from tests.support.brute_force import Interpreter, Notes, Setting, notes_of, read_parameters, run_brute_force
+from tests.support.brute_force import Interpreter, Setting, notes_of, read_parameters, run_brute_force
+from tests.support.brute_force_states import Notes
 from tests.support.residual_programs import PlainProgram, Step, example, programs
 
 SETTINGS = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), print_blob=False)

@@ -10,15 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import attnres_fx as ax
-from tests.support.stream_text import VARIANTS, assert_near, check_trap, rows, tokens, toy
-
-TWO_LAYERS = """
-    stream stream from embed
-      1: attn_1
-      2: mlp_1
-      norm_2 reads 1
-      norm_f reads 2
-"""
+from tests.support.stream_text import TWO_LAYERS, VARIANTS, assert_near, check_trap, rows, tokens, toy
 
 
 def test_an_in_place_add_rebinds_every_alias():

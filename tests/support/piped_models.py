@@ -1,0 +1,89 @@
+"""Small models as pipelines run them: original, converted, their batches and losses."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import attnres_fx as ax
+from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
+
+VOCABULARY = 40
+LENGTH = 6
+ROWS = 8
+
+
+def gpt():
+    torch.manual_seed(0)
+    return SmallGPT(GPTConfig(vocabulary=VOCABULARY, layers=4, heads=2, width=16, context=16, tied=True))
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, **sizes))
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, dropout_rate=0.0, **sizes))
+
+
+class SharedLayer(nn.Module):
+    """One layer again and again."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCABULARY, 16), nn.LayerNorm(16)
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, VOCABULARY)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for _ in range(6):
+            x = x + self.layer(self.norm(x)).tanh()
+        return self.head(x)
+
+
+def shared():
+    torch.manual_seed(0)
+    return SharedLayer()
+
+
+def batch(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    target = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    target[:3, 2:] = -100
+    if isinstance(model, SmallGPT):
+        return {"ids": ids}, target
+    names = ("input_ids", "decoder_input_ids") if type(model).__name__.startswith("T5") else ("input_ids",)
+    return {name: ids.roll(i, 1) for i, name in enumerate(names)}, target
+
+
+def loss_fn(output, target):
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+_converted = {}
+
+
+def convert(kind, **config):
+    """A converted model with queries away from zero; the same in every process, and made once in each."""
+    key = (kind, *config.items())
+    if key not in _converted:
+        model = globals()[kind]()
+        kwargs, _ = batch(model)
+        converted = ax.convert(model, kwargs={n: t[:2] for n, t in kwargs.items()}, config=ax.AttnResConfig(**config))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for read in converted.attnres.reads:
+                read.query.normal_(std=0.5, generator=generator)
+        _converted[key] = converted.train(), kwargs, batch(model)[1]
+    converted, kwargs, target = _converted[key]
+    converted.zero_grad()
+    return converted, kwargs, target

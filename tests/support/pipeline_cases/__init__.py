@@ -1,0 +1,1 @@
+"""Cases that the processes of a pipeline run, by theme."""
