@@ -3,7 +3,6 @@
 import inspect
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Self
 
@@ -14,37 +13,18 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.capture.signature import CallSignature, InputShape, check_shapes
-from attnres_fx.capture.sizes import Guards
+from attnres_fx.capture.signature import CallSignature
+from attnres_fx.conversion.captured_program import CapturedProgram, flat_arguments
 from attnres_fx.conversion.files import ModelParts, load_parts, save_parts
-from attnres_fx.conversion.graph_runner import GraphRunner, Program
+from attnres_fx.conversion.graph_runner import GraphRunner
 from attnres_fx.conversion.report import ConversionReport
-from attnres_fx.errors import ArgumentError, RewriteError
+from attnres_fx.errors import RewriteError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
 CONSTANTS = "_captured"
-
-
-@dataclass(frozen=True, eq=False)
-class CapturedProgram(Program):
-    """A captured mode's program, and how it is called.
-
-    Attributes:
-        out_spec: pytree of the outputs, None where the graph returns them in their structure.
-        shapes: one entry per input, None where it is no tensor.
-        ranges: the least and the greatest size of each symbol, None where there is no greatest.
-        replacements: the reads that were put in.
-        guards: checks the flat inputs for what the tracer took for granted.
-    """
-
-    out_spec: Any
-    shapes: tuple[InputShape | None, ...]
-    ranges: Mapping[str, tuple[int, int | None]]
-    replacements: tuple[Replacement, ...]
-    guards: Guards | None = None
 
 
 class ConvertedModel(GraphRunner):
@@ -263,36 +243,6 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
 def _from_bytes(data: bytes) -> ConvertedModel:
     """The model of a pickle."""
     return load(io.BytesIO(data))
-
-
-def flat_arguments(
-    program: CapturedProgram, signature: CallSignature, in_spec: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
-    """The arguments of a call as the flat inputs of a program; raises ArgumentError."""
-    bound_args, bound_kwargs = signature.bind(args, kwargs)
-    if in_spec is None:
-        return list(bound_args)
-    leaves, spec = pytree.tree_flatten((bound_args, bound_kwargs))
-    if len(leaves) == len(program.shapes):
-        check_shapes(program.shapes, leaves, program.ranges)
-    if len(leaves) != len(program.shapes) or spec != in_spec:
-        raise ArgumentError(f"the arguments have another structure than the captured ones: {spec} against {in_spec}.")
-    if program.guards is not None:
-        _check_guards(program.guards, leaves)
-    return leaves
-
-
-def _check_guards(guards: Guards, leaves: list[Any]) -> None:
-    if torch.compiler.is_compiling():  # guards of the tracer then, and its own words
-        guards(*leaves)
-        return
-    try:
-        guards(*leaves)
-    except AssertionError as error:
-        raise ArgumentError(
-            f"the captured graph does not hold for arguments of these sizes: {error}. Convert again with an "
-            f"example of these sizes, or capture both and choose."
-        ) from error
 
 
 def _with_signature(signature: CallSignature) -> type[ConvertedModel]:

@@ -15,8 +15,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.errors import PlanError
+from attnres_fx.partition.split.value_bytes import size_in_bytes
 from attnres_fx.passes.graph.mutation_order import Writes, find_writes
-from attnres_fx.passes.graph.nodes import describe, tensor_of, value_of
+from attnres_fx.passes.graph.nodes import describe, value_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, is_random, op_name
 from attnres_fx.passes.graph.result import PassResult
@@ -284,27 +285,3 @@ def _ancestors(nodes: Sequence[Node]) -> Iterator[Node]:
             seen.add(node)
             stack += node.all_input_nodes
             yield node
-
-
-def size_in_bytes(node: Node) -> int:
-    """Bytes of a node's tensor, free sizes as in the example; 0 where it is no tensor."""
-    value = tensor_of(node)
-    if value is None:
-        return 0
-    count = value.element_size()
-    for size in value.shape:
-        count *= plain_number(size, node)
-    return count
-
-
-def plain_number(size: int | torch.SymInt, node: Node) -> int:
-    """A size as the example had it. Raises PlanError for one that depends on data."""
-    if isinstance(size, int):
-        return size
-    hint = size.node.maybe_as_int() or (size.node.hint if size.node.has_hint() else None)
-    if hint is None:
-        raise PlanError(
-            f"the size of {describe(node)} depends on data ({size}), so nobody can tell how many bytes it has: "
-            f"a pipeline needs sizes that follow from the inputs'."
-        )
-    return int(hint)

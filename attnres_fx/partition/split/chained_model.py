@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from attnres_fx.capture.captured import flat_module
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
-from attnres_fx.conversion.converted_model import CapturedProgram, ConvertedModel, flat_arguments
+from attnres_fx.conversion.captured_program import CapturedProgram, flat_arguments
+from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.flat_export import export_flat, in_graph_order, reads_of_export
 from attnres_fx.partition.split.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
 from attnres_fx.partition.split.input_sizes import ask_inputs_for_sizes_pass

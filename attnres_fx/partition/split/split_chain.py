@@ -9,9 +9,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.errors import PlanError
-from attnres_fx.partition.split.chain import Chain, size_in_bytes
+from attnres_fx.partition.split.chain import Chain
 from attnres_fx.partition.split.input_sizes import Symbols, symbols_of
 from attnres_fx.partition.split.routes import StageValue
+from attnres_fx.partition.split.value_bytes import size_in_bytes
 from attnres_fx.passes.graph.mutation_order import Writes
 from attnres_fx.passes.graph.nodes import describe, nodes_without_gradients, tensor_of, value_of
 from attnres_fx.passes.graph.operation_table import Trait

@@ -1,7 +1,7 @@
 """Pipelines in real processes over gloo against one process.
 
-What runs in processes is in tests/support/pipeline_cases: a world of four and a world of two run all of their cases once, and
-the tests here read what they found.
+What runs in processes is in tests/support/pipeline_cases: a world of four and a world of two run all of their cases
+once, and the tests here read what they found.
 """
 
 import json
