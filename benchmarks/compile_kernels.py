@@ -46,10 +46,12 @@ class Case:
     norm: int = 0
     delta: bool = False
     carry: bool = False
-    arrived: bool = False
+    other_grads: bool = False
 
     def __str__(self) -> str:
-        extras = [n for n, on in (("delta", self.delta), ("carry", self.carry), ("arrived", self.arrived)) if on]
+        extras = [
+            n for n, on in (("delta", self.delta), ("carry", self.carry), ("other_grads", self.other_grads)) if on
+        ]
         norm = ["", "rms", "layer"][self.norm]
         return " ".join(filter(None, [self.direction, f"S={self.sources} D={self.width}", self.dtype, norm, *extras]))
 
@@ -98,12 +100,12 @@ def arguments(case: Case) -> dict[str, str | int | None]:
         given |= {"norm_bias": maybe("*fp32", case.norm == 2), "out": rows, "partial": maybe(rows, case.delta)}
         given |= {"lse": "*fp32", "stats": "*fp32", "norm_stats": maybe("*fp32", case.norm > 0)}
         return given | {"N": "i32", "eps": "fp32", "gain": "fp32", "norm_eps": "fp32"} | ends
-    given |= {**many("g", rows), **many("a", rows, case.arrived)}
+    given |= {**many("g", rows), **many("a", rows, case.other_grads)}
     given |= {"carry": maybe(rows, case.carry), "carry_lse": maybe("*fp32", case.carry)}
     given |= {"query": "*fp32", "key_weight": "*fp32", "norm_weight": maybe("*fp32", case.norm > 0)}
-    given |= {"grad": rows, "grad_stride": "i32", "grad_lse": None, "lse": "*fp32", "stats": "*fp32"}
-    given |= {"norm_stats": maybe("*fp32", case.norm > 0), "carry_grad": maybe(rows, case.carry)}
-    given |= {"carry_lse_grad": maybe("*fp32", case.carry), "weight_rows": "*fp32"}
+    given |= {"grad_out": rows, "grad_out_stride": "i32", "grad_lse": None, "lse": "*fp32", "stats": "*fp32"}
+    given |= {"norm_stats": maybe("*fp32", case.norm > 0), "grad_carry": maybe(rows, case.carry)}
+    given |= {"grad_carry_lse": maybe("*fp32", case.carry), "weight_rows": "*fp32"}
     given |= {"norm_weight_rows": maybe("*fp32", case.norm > 0), "norm_bias_rows": maybe("*fp32", case.norm == 2)}
     return given | {"N": "i32", "gain": "fp32"} | ends
 
@@ -194,9 +196,9 @@ def all_cases() -> list[Case]:
     plain = [Case("forward", *w) for w in widths] + [Case("backward", *w) for w in widths]
     fused = [
         Case("forward", 9, 7168, norm=1, delta=True),
-        Case("backward", 9, 7168, norm=1, delta=True, arrived=True),
+        Case("backward", 9, 7168, norm=1, delta=True, other_grads=True),
         Case("forward", 9, 4096, norm=2),
-        Case("backward", 9, 4096, norm=2, arrived=True),
+        Case("backward", 9, 4096, norm=2, other_grads=True),
         Case("forward", 1, 7168, carry=True),
         Case("backward", 1, 7168, carry=True),
         Case("forward", 9, 7168, "fp32"),

@@ -6,7 +6,7 @@
 In one process: the stacked definition (torch.stack, rms_norm, einsum, softmax, einsum) eager and under Inductor,
 this library's definition source by source under Inductor with the backward that autograd derives, and the operator
 eager and under Inductor. Runs are interleaved and rotated, the compiled ones first and the eager ones after them
-(what gives back a gigabyte slows its neighbours down); medians, and how many times faster than the stacked
+(what frees a gigabyte slows its neighbours down); medians, and how many times faster than the stacked
 definition run the same way. "compile s" is the first call, forward and backward, with the compiler's caches off;
 "loops" counts the parallel loops of the generated C++, forward + backward; "copy" copies all sources once into
 memory already held: far beyond 2 x the bytes / the memory's bandwidth, the machine was busy with other work.
@@ -20,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -71,25 +72,39 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(count: int, tokens: int, width: int, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
-    """One row a way to compute the read; checks that all of them agree before it times them."""
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of one read: query, key gain and sources as leaves, and the gradient of the result."""
+
+    leaves: list[Tensor]
+    grad_out: Tensor
+
+    @property
+    def sources(self) -> list[Tensor]:
+        return self.leaves[2:]
+
+    def forward(self, read: Read) -> Tensor:
+        with torch.no_grad():
+            return read(*self.leaves)
+
+    def both(self, read: Read) -> tuple[Tensor, ...]:
+        """The read, and its gradients."""
+        out = read(*self.leaves)
+        return (out, *torch.autograd.grad(out, self.leaves, self.grad_out))
+
+
+def problem_of(count: int, tokens: int, width: int, dtype: torch.dtype) -> Problem:
     torch.manual_seed(0)
-    torch._dynamo.reset()
     sources = [torch.randn(tokens, width).to(dtype).requires_grad_() for _ in range(count)]
     query = torch.randn(width).div(width**0.5).requires_grad_()
-    leaves = [query, torch.randn(width).mul(0.3).add(1).requires_grad_(), *sources]
-    grad = torch.randn(tokens, width).to(dtype)
+    key_weight = torch.randn(width).mul(0.3).add(1).requires_grad_()
+    return Problem([query, key_weight, *sources], torch.randn(tokens, width).to(dtype))
 
-    def forward(read: Read) -> Tensor:
-        with torch.no_grad():
-            return read(*leaves)
 
-    def both(read: Read) -> tuple[Tensor, ...]:
-        out = read(*leaves)
-        return (out, *torch.autograd.grad(out, leaves, grad))
-
-    reads: dict[str, Read] = {STACKED + "eager": stacked, "attnres_fx, eager": ours}
-    compiling: dict[str, float] = {}
+def compile_reads(problem: Problem) -> tuple[dict[str, Read], dict[str, float], dict[str, str]]:
+    """The compiled reads, seconds of the first call of each, and the loops of its code; all by name."""
+    reads: dict[str, Read] = {}
+    compile_seconds: dict[str, float] = {}
     loops: dict[str, str] = {}
     for name, plain in (
         (STACKED + "Inductor", stacked),
@@ -98,46 +113,62 @@ def measure(count: int, tokens: int, width: int, dtype: torch.dtype, repeats: in
     ):
         read = torch.compile(plain, fullgraph=True, dynamic=False)
         start = time.perf_counter()
-        _, code = run_and_get_code(lambda read=read: both(read))
-        compiling[name] = time.perf_counter() - start
+        _, code = run_and_get_code(lambda read=read: problem.both(read))
+        compile_seconds[name] = time.perf_counter() - start
         if torch.get_num_threads() > 1:  # one thread leaves no mark to count
             loops[name] = " + ".join(str(text.count("#pragma omp for")) for text in code)
         reads[name] = read
-    expected = both(stacked)
-    for read in reads.values():
-        for a, b in zip(both(read), expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * float(b.detach().abs().max()))
-        forward(read)
+    return reads, compile_seconds, loops
 
-    copied = [torch.empty_like(s) for s in sources]
+
+def check_agreement(problem: Problem, reads: dict[str, Read]) -> None:
+    """Raise AssertionError where a read or a gradient differs from the stacked definition's; warms all of them up."""
+    expected = problem.both(stacked)
+    for read in reads.values():
+        for a, b in zip(problem.both(read), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * float(b.detach().abs().max()))
+        problem.forward(read)
+
+
+def measure(count: int, tokens: int, width: int, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
+    """One row a way to compute the read; checks that all of them agree before it times them."""
+    torch._dynamo.reset()
+    problem = problem_of(count, tokens, width, dtype)
+    eager: dict[str, Read] = {STACKED + "eager": stacked, "attnres_fx, eager": ours}
+    compiled, compile_seconds, loops = compile_reads(problem)
+    reads = {**eager, **compiled}
+    check_agreement(problem, reads)
+
+    copied = [torch.empty_like(s) for s in problem.sources]
     copies: list[float] = []
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in reads}
-    for names in ([n for n in reads if n in compiling], [n for n in reads if n not in compiling]):
+    for names in (list(compiled), list(eager)):
         for i in range(repeats):
-            if names[0] in compiling:
-                copies.append(seconds(lambda: [c.copy_(s.detach()) for c, s in zip(copied, sources, strict=True)]))
+            if names[0] in compiled:
+                pairs = list(zip(copied, problem.sources, strict=True))
+                copies.append(seconds(lambda pairs=pairs: [c.copy_(s.detach()) for c, s in pairs]))
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 read = reads[name]
-                times[name][0].append(seconds(lambda read=read: forward(read)))
-                times[name][1].append(seconds(lambda read=read: both(read)))
+                times[name][0].append(seconds(lambda read=read: problem.forward(read)))
+                times[name][1].append(seconds(lambda read=read: problem.both(read)))
     return [
-        *as_rows(times, compiling, loops),
+        *as_rows(times, compile_seconds, loops),
         {"read": "copy of the sources", "forward ms": 1e3 * statistics.median(copies)},
     ]
 
 
 def as_rows(
-    times: dict[str, tuple[list[float], list[float]]], compiling: dict[str, float], loops: dict[str, str]
+    times: dict[str, tuple[list[float], list[float]]], compile_seconds: dict[str, float], loops: dict[str, str]
 ) -> list[dict[str, object]]:
     """One row a way to compute the read, the slowest first: medians, and how they compare with the stacked definition.
 
-    times: seconds of forward, and of forward and backward, by name. compiling: seconds of the first call, by name.
+    times: seconds of forward, and of forward and backward, by name. compile_seconds: of the first call, by name.
     """
     medians = {name: tuple(1e3 * statistics.median(t) for t in pair) for name, pair in times.items()}
     return [
         {
             "read": name,
-            "compile s": compiling.get(name),
+            "compile s": compile_seconds.get(name),
             "loops": loops.get(name),
             "forward ms": medians[name][0],
             "forward times faster": medians[base_of(name)][0] / medians[name][0],

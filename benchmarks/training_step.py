@@ -28,6 +28,8 @@ from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 PLAIN = "plain residual"
 MODELS = (PLAIN, "naive AttnRes, block", "naive AttnRes, full", "ours, block", "ours, full")
 Step = Callable[[], Tensor]
+#: A model's report, and its step, None where it fails.
+Prepared = tuple[dict[str, Any], Step | None]
 
 
 def build(name: str, original: nn.Module, ids: Tensor, options: argparse.Namespace) -> nn.Module:
@@ -85,8 +87,8 @@ def seconds(step: Step, steps: int, device: torch.device) -> float:
     return first.elapsed_time(last) / 1e3 / steps
 
 
-def prepare(name: str, original: nn.Module, ids: Tensor, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """Build, compile and warm up one model: its report, and its step, or None where it fails."""
+def prepare(name: str, original: nn.Module, ids: Tensor, options: argparse.Namespace) -> Prepared:
+    """Build, compile and warm up one model."""
     report: dict[str, Any] = {"model": name}
     cuda = ids.device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
@@ -137,10 +139,43 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def prepare_all(names: list[str], original: nn.Module, ids: Tensor, options: argparse.Namespace) -> list[Prepared]:
+    """Every model, compiled and warmed up one after the other, so that the peak memory of each is its own."""
+    torch.compiler.reset()
+    prepared = []
+    for name in names:
+        report, step = prepare(name, original, ids, options)
+        prepared.append((report, step))
+        gc.collect()
+        print(f"{name}: {report['status']} {report.get('reason', '')}", flush=True)
+    return prepared
+
+
+def time_in_turns(prepared: list[Prepared], options: argparse.Namespace, device: torch.device) -> None:
+    """Seconds of a step and tokens a second, added to the report of every model that runs."""
+    running = [(report, step) for report, step in prepared if step is not None]
+    times: dict[str, list[float]] = {report["model"]: [] for report, _ in running}
+    for _ in range(options.repeats):
+        for report, step in running:
+            times[report["model"]].append(seconds(step, options.steps, device))
+    for report, _ in running:
+        report |= summary(times[report["model"]])
+        report["tokens_per_second"] = options.batch * options.length / (report["microseconds"] / 1e6)
+
+
+def compare_with_plain(reports: list[dict[str, Any]]) -> None:
+    """Time and memory as multiples of those of the plain model, which comes first, added to every report."""
+    plain = reports[0]
+    for report in reports:
+        for key, ratio in (("microseconds", "step_ratio"), ("peak_bytes", "memory_ratio")):
+            if report.get(key) and plain.get(key):
+                report[ratio] = report[key] / plain[key]
+
+
 def main(arguments: list[str] | None = None) -> Path:
     options = parse(arguments)
     device = torch.device(options.device)
-    output = options.output or default_output("training_step", device, options.smoke)
+    output: Path = options.output or default_output("training_step", device, options.smoke)
     torch.manual_seed(0)
     sizes = GPTConfig(options.vocabulary, options.layers, options.heads, options.width, options.length)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
@@ -149,32 +184,14 @@ def main(arguments: list[str] | None = None) -> Path:
     names = [n for n in MODELS if n == PLAIN or not options.only or n.startswith(tuple(options.only))]
     settings = {k: v for k, v in vars(options).items() if k not in ("output", "device", "only")}
     content: dict[str, Any] = {"benchmark": "training_step", **environment(device), "settings": settings}
-    prepared = []
-    for name in names:
-        torch.compiler.reset() if not prepared else None
-        prepared.append(prepare(name, original, ids, options))
-        gc.collect()
-        print(f"{name}: {prepared[-1][0]['status']} {prepared[-1][0].get('reason', '')}", flush=True)
-    content["models"] = [report for report, _ in prepared]
-    times: dict[str, list[float]] = {report["model"]: [] for report, step in prepared if step is not None}
-    for _ in range(options.repeats):
-        for report, step in prepared:
-            if step is not None:
-                times[report["model"]].append(seconds(step, options.steps, device))
-    tokens = options.batch * options.length
-    for report, step in prepared:
-        if step is not None:
-            report |= summary(times[report["model"]])
-            report["tokens_per_second"] = tokens / (report["microseconds"] / 1e6)
-    plain = prepared[0][0]
-    for report, _ in prepared:
-        for key, ratio in (("microseconds", "step_ratio"), ("peak_bytes", "memory_ratio")):
-            if report.get(key) and plain.get(key):
-                report[ratio] = report[key] / plain[key]
+    prepared = prepare_all(names, original, ids, options)
+    time_in_turns(prepared, options, device)
+    reports = content["models"] = [report for report, _ in prepared]
+    compare_with_plain(reports)
     write_json(output, content)
     print(f"\n{options.layers} layers, width {options.width}, {options.batch} x {options.length} tokens, "
           f"{options.precision}, {content['device_name']}, torch {content['torch']}\n")  # fmt: skip
-    print(tabulate([row(report) for report, _ in prepared], headers="keys", tablefmt="github", disable_numparse=True))
+    print(tabulate([row(report) for report in reports], headers="keys", tablefmt="github", disable_numparse=True))
     print(f"\nwritten to {output}")
     return output
 

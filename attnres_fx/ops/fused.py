@@ -6,7 +6,6 @@ Before it, the addition that builds the partial sum; after it, the norm that a s
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,18 +14,13 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
+from attnres_fx.ops.dispatch import is_transformed, runs_in_plain_eager, runs_under_a_compiler
 from attnres_fx.ops.epilogue import Epilogue, NormKind, check_epilogue
 from attnres_fx.ops.inductor import TracedDepthAttention
-from attnres_fx.ops.operator import (
-    DEPTH_ATTENTION,
-    _check,
-    _is_transformed,
-    _runs_in_plain_eager,
-    _runs_under_a_compiler,
-    library,
-)
+from attnres_fx.ops.operator import DEPTH_ATTENTION, check_read, library
+from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, read_of, sources_as_views, with_delta_added
 from attnres_fx.ops.recompute import recomputed
-from attnres_fx.ops.reference import _mix, compute_dtype, depth_weights, result_dtype
+from attnres_fx.ops.reference import compute_dtype, depth_weights, mix, result_dtype
 from attnres_fx.ops.sharded import read_by_tokens
 
 SCHEMA = (
@@ -77,27 +71,12 @@ def depth_attention_fused(
     sources = list(sources)
     epilogue = Epilogue(delta, norm, norm_weight, norm_bias, norm_eps, dtype)
     if not any(isinstance(t, Proxy) for t in (*sources, query, key_weight, delta, norm_weight, norm_bias)):
-        _check(sources, query, key_weight, eps)
+        check_read(sources, query, key_weight, eps)
         check_epilogue("depth_attention_fused", sources[-1], epilogue)
     outputs: list[Tensor] = torch.ops.attnres_fx.depth_attention_fused.default(
         sources, query, key_weight, float(eps), float(gain), *epilogue.to_arguments()
     )
     return outputs
-
-
-def normed(mixed: Tensor, epilogue: Epilogue[Tensor], dtype: torch.dtype) -> Tensor:
-    """The norm of a read as aten operations, in the dtype the read is held in, cast to `dtype` at the end."""
-    weight, bias = epilogue.norm_weight, epilogue.norm_bias
-    if epilogue.norm == NormKind.NONE:
-        return mixed.to(dtype)
-    if epilogue.norm == NormKind.LAYER:
-        mixed = mixed - mixed.mean(-1, keepdim=True)
-    out = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + epilogue.norm_eps)
-    if weight is not None:
-        out = out * weight.to(mixed.dtype)
-    if bias is not None:
-        out = out + bias.to(mixed.dtype)
-    return out.to(dtype)
 
 
 def run_fused(
@@ -108,70 +87,107 @@ def run_fused(
     eps: float,
     gain: float,
     *arguments: Any,
-    threaded: bool = False,
+    returns_sources: bool = False,
 ) -> list[Tensor]:
-    """The read on the kernels where they can run, else as aten operations; `threaded`, its sources again at the end.
+    """The registered operators with an epilogue.
 
-    arguments: an `Epilogue`, as the registered operators take it.
+    Args:
+        name: of the operator, for errors.
+        sources: as for `depth_attention_fused`, and so are query, key_weight, eps and gain.
+        arguments: an `Epilogue`, as the registered operators take it.
+        returns_sources: whether the sources that no delta changes are returned too, as views of themselves.
+
+    Returns:
+        The read, with a delta the new last source, and the sources where they are asked for.
+
+    Raises:
+        OperatorError: an argument does not fit.
     """
     epilogue: Epilogue[Tensor] = Epilogue.from_arguments(*arguments)
-    _check(sources, query, key_weight, eps)
+    check_read(sources, query, key_weight, eps)
     check_epilogue(name, sources[-1], epilogue)
+    return _run(*read_of(sources, query, key_weight, eps, gain, epilogue, returns_sources=returns_sources))
 
-    read = functools.partial(run_fused, name, threaded=threaded)
-    if (local := read_by_tokens(read, (sources, query, key_weight, eps, gain, *arguments))) is not None:
+
+def _run(tensors: ReadTensors[Tensor], options: ReadOptions) -> list[Tensor]:
+    """The read on the kernels where they can run, else as aten operations."""
+    if (local := read_by_tokens(functools.partial(_run, options=options), tensors)) is not None:
         return local
-
-    def defined(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        query, key_weight, delta, norm_weight, norm_bias, _, _, *rest = tensors
-        assert query is not None and key_weight is not None
-        around = replace(epilogue, delta=delta, norm_weight=norm_weight, norm_bias=norm_bias)
-        return _fused_definition([s for s in rest if s is not None], query, key_weight, eps, gain, around)
-
-    beside = (query, key_weight, epilogue.delta, epilogue.norm_weight, epilogue.norm_bias)
-    if not _is_transformed(sources) and kernels.usable(sources, *beside):
-        return kernels.kernel_read(sources, query, key_weight, eps, gain, defined, epilogue=epilogue, threaded=threaded)
-    again = sources[:-1] if epilogue.delta is not None else sources
-    return [*defined([*beside, None, None, *sources]), *([s.view_as(s) for s in again] if threaded else [])]
+    if not is_transformed(tensors.sources) and kernels.takes(tensors):
+        return kernels.kernel_read(tensors, options, _fused_definition)
+    return _fused_definition(tensors, options)
 
 
-def _fused_definition(
-    sources: list[Tensor], query: Tensor, key_weight: Tensor, eps: float, gain: float, epilogue: Epilogue[Tensor]
-) -> list[Tensor]:
-    extra: list[Tensor] = []
-    if epilogue.delta is not None:
-        extra = [sources[-1] + epilogue.delta]
-        sources = [*sources[:-1], *extra]
-    tensors = [query, key_weight, epilogue.norm_weight, epilogue.norm_bias, *sources]
+def _fused_definition(tensors: ReadTensors[Tensor], options: ReadOptions) -> list[Tensor]:
+    summed = with_delta_added(tensors)
+    partial = [summed.sources[-1]] if tensors.delta is not None else []
+    return [_normed_read(summed, options), *partial, *sources_as_views(tensors, options)]
+
+
+def _normed_read(tensors: ReadTensors[Tensor], options: ReadOptions) -> Tensor:
+    """The read and its norm, without a delta, by what suits who looks at it."""
+    sources, query, key_weight, eps, gain = (
+        tensors.sources,
+        tensors.query,
+        tensors.key_weight,
+        options.eps,
+        options.gain,
+    )
     held, narrow = compute_dtype(sources), result_dtype(sources)
-    dtype = epilogue.dtype or narrow
+    dtype = options.dtype or narrow
+    if not runs_in_plain_eager(tensors.present()):
+        if not runs_under_a_compiler(sources):
+            return _normed_read_definition(tensors, options)
+        mixed: Tensor = TracedDepthAttention.apply(query, key_weight, eps, gain, *(s.to(held) for s in sources))
+        return normed(mixed, tensors, options, dtype)
+    if held == narrow or (options.norm == NormKind.NONE and dtype == narrow):
+        # Held as the norm wants it, nothing is rounded.
+        return _normed_in_eager(DEPTH_ATTENTION(list(sources), query, key_weight, eps, gain), tensors, options, dtype)
 
-    def definition(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        query, key_weight, weight, bias, *rest = tensors
-        values = [s for s in rest if s is not None]
-        assert query is not None and key_weight is not None
-        mixed = _mix(values, depth_weights(values, query, key_weight, eps=eps) * gain)
-        return [normed(mixed, replace(epilogue, norm_weight=weight, norm_bias=bias), dtype)]
+    def again(flat: Sequence[Tensor | None]) -> list[Tensor]:
+        return [_normed_read_definition(ReadTensors.from_flat(flat), options)]
 
-    if not _runs_in_plain_eager([t for t in tensors if t is not None]):
-        if not _runs_under_a_compiler(sources):
-            return [*definition(tensors), *extra]
-        held_sources = [s.to(held) for s in sources]
-        mixed: Tensor = TracedDepthAttention.apply(query, key_weight, eps, gain, *held_sources)
-        return [normed(mixed, epilogue, dtype), *extra]
-    if held == narrow or (epilogue.norm == NormKind.NONE and dtype == narrow):
-        read = DEPTH_ATTENTION(sources, query, key_weight, eps, gain)  # held as the norm wants it, nothing is rounded
-        return [_normed_in_eager(read, epilogue, dtype), *extra]
-    return [*recomputed(definition, tensors), *extra]
+    (read,) = recomputed(again, tensors.to_flat())
+    return read
 
 
-def _normed_in_eager(read: Tensor, epilogue: Epilogue[Tensor], dtype: torch.dtype) -> Tensor:
+def _normed_read_definition(tensors: ReadTensors[Tensor], options: ReadOptions) -> Tensor:
+    sources = tensors.sources
+    mixed = mix(sources, depth_weights(sources, tensors.query, tensors.key_weight, eps=options.eps) * options.gain)
+    return normed(mixed, tensors, options, options.dtype or result_dtype(sources))
+
+
+def normed(mixed: Tensor, tensors: ReadTensors[Tensor], options: ReadOptions, dtype: torch.dtype) -> Tensor:
+    """The norm after a read as differentiable aten operations.
+
+    Args:
+        mixed: [..., D], the read, float32 or float64.
+        tensors: those of the read; norm_weight and norm_bias are taken.
+        options: those of the read; norm and norm_eps are taken.
+        dtype: of the result.
+
+    Returns:
+        [..., D], computed in the dtype of `mixed` and cast at the end.
+    """
+    if options.norm == NormKind.NONE:
+        return mixed.to(dtype)
+    if options.norm == NormKind.LAYER:
+        mixed = mixed - mixed.mean(-1, keepdim=True)
+    out = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + options.norm_eps)
+    if tensors.norm_weight is not None:
+        out = out * tensors.norm_weight.to(mixed.dtype)
+    if tensors.norm_bias is not None:
+        out = out + tensors.norm_bias.to(mixed.dtype)
+    return out.to(dtype)
+
+
+def _normed_in_eager(read: Tensor, tensors: ReadTensors[Tensor], options: ReadOptions, dtype: torch.dtype) -> Tensor:
     """The norm by PyTorch's own kernels, which save the read and a statistic a row."""
-    shape, eps = read.shape[-1:], epilogue.norm_eps
-    weight, bias = (None if t is None else t.to(read.dtype) for t in (epilogue.norm_weight, epilogue.norm_bias))
-    if epilogue.norm == NormKind.LAYER:
+    shape, eps = read.shape[-1:], options.norm_eps
+    weight, bias = (None if t is None else t.to(read.dtype) for t in (tensors.norm_weight, tensors.norm_bias))
+    if options.norm == NormKind.LAYER:
         return torch.nn.functional.layer_norm(read, shape, weight, bias, eps).to(dtype)
-    if epilogue.norm == NormKind.RMS:
+    if options.norm == NormKind.RMS:
         out = torch.nn.functional.rms_norm(read, shape, weight, eps)
         return (out if bias is None else out + bias).to(dtype)
     return read.to(dtype)

@@ -51,12 +51,17 @@ class TracedDepthAttention(torch.autograd.Function):
         scales = torch.rsqrt(row_sums[..., :count] / width + ctx.eps)
         # Each of the next two starts from `grad_logits`: Inductor stores what has many operands, and would
         # otherwise take the square roots again for every element of a row.
-        along = grad_logits * scales
-        inward = grad_logits * scales * scales.square() * row_sums[..., count:] / width
-        outward = powers * (ctx.gain / total)
+        weight_factor = grad_logits * scales
+        value_factor = grad_logits * scales * scales.square() * row_sums[..., count:] / width
+        grad_factor = powers * (ctx.gain / total)
         source_grads = [
             _source_gradient(
-                grad, value, logit_weight, outward[..., i, None], along[..., i, None], inward[..., i, None]
+                grad,
+                value,
+                logit_weight,
+                grad_factor[..., i, None],
+                weight_factor[..., i, None],
+                value_factor[..., i, None],
             ).to(source.dtype)
             if ctx.needs_input_grad[4 + i]
             else None
@@ -64,16 +69,16 @@ class TracedDepthAttention(torch.autograd.Function):
         ]
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
             return None, None, None, None, *source_grads
-        grad_logit_weight = over_tokens(_weighted_sum(values, along))
+        grad_logit_weight = over_tokens(_weighted_sum(values, weight_factor))
         grad_query = (grad_logit_weight * key_weight.to(dtype)).to(query.dtype)
         grad_key_weight = (grad_logit_weight * query.to(dtype)).to(key_weight.dtype)
         return grad_query, grad_key_weight, None, None, *source_grads
 
 
 def _source_gradient(
-    grad: Tensor, value: Tensor, logit_weight: Tensor, outward: Tensor, along: Tensor, inward: Tensor
+    grad: Tensor, value: Tensor, logit_weight: Tensor, grad_factor: Tensor, weight_factor: Tensor, value_factor: Tensor
 ) -> Tensor:
-    return grad * outward + logit_weight * along - value * inward
+    return grad * grad_factor + logit_weight * weight_factor - value * value_factor
 
 
 def _weighted_sum(values: list[Tensor], weights: Tensor) -> Tensor:

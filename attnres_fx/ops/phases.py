@@ -9,7 +9,6 @@ Source: arXiv 2603.15031, section 4 (two-phase computation).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +17,13 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
+from attnres_fx.ops.dispatch import is_transformed, runs_in_plain_eager
 from attnres_fx.ops.epilogue import Epilogue, NormKind, check_epilogue
 from attnres_fx.ops.fused import normed
-from attnres_fx.ops.operator import _check, _is_transformed, _runs_in_plain_eager, library
+from attnres_fx.ops.operator import check_read, library
+from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, read_of, with_delta_added
 from attnres_fx.ops.recompute import recomputed
-from attnres_fx.ops.reference import _mix, _row_logit, compute_dtype, result_dtype
+from attnres_fx.ops.reference import compute_dtype, mix, result_dtype, row_logit
 
 BATCH_SCHEMA = "depth_attention_batch(Tensor[] sources, Tensor[] queries, Tensor[] key_weights, float eps) -> Tensor[]"
 MERGE_SCHEMA = (
@@ -40,11 +41,18 @@ def depth_attention_batch(
 ) -> list[Tensor]:
     """Phase 1: Q reads of the same sources.
 
-    sources: as for `depth_attention`. queries, key_weights: Q of each, [D].
-    Returns Q outputs [..., D] (gain 1, in the sources' promoted dtype), then Q log-sum-exps of the logits [...]
-    (float32, float64 for float64 sources).
+    Args:
+        sources: as for `depth_attention`, [..., D] each.
+        queries: Q tensors [D].
+        key_weights: Q tensors [D].
+        eps: added to the mean square of a source.
 
-    Raises OperatorError as `depth_attention` does, and where there are no queries or not as many key_weights.
+    Returns:
+        Q outputs [..., D] (gain 1, in the sources' promoted dtype), then Q log-sum-exps of the logits [...] (float32,
+        float64 for float64 sources).
+
+    Raises:
+        OperatorError: as `depth_attention` does, and where there are no queries or not as many key_weights.
     """
     if isinstance(sources, Tensor) or isinstance(queries, Tensor) or isinstance(key_weights, Tensor):
         raise OperatorError("depth_attention_batch: sources, queries and key_weights are lists of tensors.")
@@ -66,20 +74,20 @@ def _check_batch(
             f"there must be as many of each, one a read."
         )
     for query, key_weight in zip(queries, key_weights, strict=True):
-        _check(sources, query, key_weight, eps)
+        check_read(sources, query, key_weight, eps)
 
 
 def _batch(sources: list[Tensor], queries: list[Tensor], key_weights: list[Tensor], eps: float) -> list[Tensor]:
     _check_batch(sources, queries, key_weights, eps)
 
-    if not _is_transformed(sources) and kernels.batch_usable(sources, *queries, *key_weights):
+    if not is_transformed(sources) and kernels.batch_usable(sources, *queries, *key_weights):
 
         def from_weights(tensors: Sequence[Tensor | None]) -> list[Tensor]:
             weights, *given = (t for t in tensors if t is not None)
             return batch_definition(given, list(weights), [torch.ones_like(w) for w in weights], eps)
 
         return kernels.kernel_batch(sources, queries, key_weights, eps, from_weights)
-    if not _runs_in_plain_eager(sources):
+    if not runs_in_plain_eager(sources):
         return batch_definition(sources, queries, key_weights, eps)
     first, last = len(sources), len(sources) + len(queries)
 
@@ -98,8 +106,8 @@ def batch_definition(
     mixtures, sums = [], []
     for query, key_weight in zip(queries, key_weights, strict=True):
         logit_weight = query.to(held) * key_weight.to(held)
-        logits = torch.cat([_row_logit(s, logit_weight, eps)[1] for s in sources], -1)
-        mixtures.append(_mix(sources, torch.softmax(logits, -1).movedim(-1, 0)).to(out))
+        logits = torch.cat([row_logit(s, logit_weight, eps)[1] for s in sources], -1)
+        mixtures.append(mix(sources, torch.softmax(logits, -1).movedim(-1, 0)).to(out))
         sums.append(torch.logsumexp(logits, -1))
     return [*mixtures, *sums]
 
@@ -125,12 +133,26 @@ def depth_attention_merge(
 ) -> list[Tensor]:
     """Phase 2: one read, from its phase-1 output and the one source that phase 1 has not seen.
 
-    mixed [..., D], lse [...]: from `depth_attention_batch`. partial: [..., D], the block's partial sum.
-    query, key_weight: [D], those mixed was made with. The rest as for `depth_attention_fused`, with partial as
-    the last source.
-    Returns [out] or [out, partial + delta].
+    Args:
+        mixed: [..., D], from `depth_attention_batch`.
+        lse: [...], from `depth_attention_batch`.
+        partial: [..., D], the block's partial sum.
+        query: [D], the one that mixed was made with.
+        key_weight: [D], the one that mixed was made with.
+        eps: added to the mean square of partial.
+        gain: multiplies the mixture.
+        delta: [..., D] or None, added to partial; the sum takes its place and is returned second.
+        norm: as for `depth_attention_fused`, and so are norm_weight, norm_bias and norm_eps.
+        norm_weight: [D] or None.
+        norm_bias: [D] or None.
+        norm_eps: added to the mean square or the variance.
+        dtype: of the first output, by default the one that mixed, partial and delta promote to.
 
-    Raises OperatorError as `depth_attention_fused` does, and where lse is not [...].
+    Returns:
+        `[out]` or, with a delta, `[out, partial + delta]`, both [..., D].
+
+    Raises:
+        OperatorError: as `depth_attention_fused` does, and where lse is not [...].
     """
     epilogue = Epilogue(delta, norm, norm_weight, norm_bias, norm_eps, dtype)
     given = (mixed, lse, partial, query, key_weight, delta, norm_weight, norm_bias)
@@ -144,7 +166,7 @@ def depth_attention_merge(
 
 
 def _check_merge(mixed: Tensor, lse: Tensor, partial: Tensor, query: Tensor, key_weight: Tensor, eps: float) -> None:
-    _check([mixed, partial], query, key_weight, eps)
+    check_read([mixed, partial], query, key_weight, eps)
     if not isinstance(lse, Tensor) or not lse.is_floating_point() or lse.shape != mixed.shape[:-1]:
         kind = f"{lse.dtype} {tuple(lse.shape)}" if isinstance(lse, Tensor) else type(lse).__name__
         raise OperatorError(
@@ -166,54 +188,33 @@ def _merge(
     *arguments: Any,
 ) -> list[Tensor]:
     epilogue: Epilogue[Tensor] = Epilogue.from_arguments(*arguments)
-    delta, norm_weight, norm_bias = epilogue.delta, epilogue.norm_weight, epilogue.norm_bias
     _check_merge(mixed, lse, partial, query, key_weight, eps)
     check_epilogue("depth_attention_merge", partial, epilogue)
+    tensors, options = read_of([partial], query, key_weight, eps, gain, epilogue, carry=mixed, carry_lse=lse)
+    if not is_transformed([partial]) and kernels.takes(tensors):
+        return kernels.kernel_read(tensors, options, _merge_definition)
+    if not runs_in_plain_eager(tensors.present()):
+        return _merge_definition(tensors, options)
+    summed = with_delta_added(tensors)
 
-    others = (mixed, query, key_weight, delta, norm_weight, norm_bias)
-    if not _is_transformed([partial]) and kernels.usable([partial], *others):
+    def again(flat: Sequence[Tensor | None]) -> list[Tensor]:
+        return _merge_definition(ReadTensors.from_flat(flat), options)
 
-        def again(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-            query, key_weight, delta, norm_weight, norm_bias, mixed, lse, partial = tensors
-            assert partial is not None
-            partial = partial if delta is None else partial + delta
-            out = _merge_definition(
-                [mixed, lse, partial, query, key_weight, norm_weight, norm_bias], eps, gain, epilogue
-            )
-            return [out] if delta is None else [out, partial]
-
-        return kernels.kernel_read(
-            [partial], query, key_weight, eps, gain, again, epilogue=epilogue, carry=mixed, carry_lse=lse
-        )
-    tensors = [mixed, lse, partial, query, key_weight, norm_weight, norm_bias]
-    extra: list[Tensor] = []
-    if delta is not None:
-        extra = [partial + delta]
-        tensors[2] = extra[0]
-
-    def definition(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        return [_merge_definition(tensors, eps, gain, epilogue)]
-
-    if _runs_in_plain_eager([t for t in tensors if t is not None]):
-        return [*recomputed(definition, tensors), *extra]
-    return [*definition(tensors), *extra]
+    return [*recomputed(again, summed.to_flat()), *(summed.sources if tensors.delta is not None else ())]
 
 
-def _merge_definition(tensors: Sequence[Tensor | None], eps: float, gain: float, epilogue: Epilogue[Tensor]) -> Tensor:
-    """Phase 2 as differentiable aten operations: the online softmax of two sources.
-
-    The weight and bias of the norm are the last two of `tensors`, not those of the epilogue.
-    """
-    mixed, lse, partial, query, key_weight, norm_weight, norm_bias = tensors
-    assert mixed is not None and lse is not None and partial is not None
-    assert query is not None and key_weight is not None
+def _merge_definition(tensors: ReadTensors[Tensor], options: ReadOptions) -> list[Tensor]:
+    """Phase 2 as differentiable aten operations: the online softmax of two sources, the carry and the partial sum."""
+    summed = with_delta_added(tensors)
+    (partial,), mixed, lse = summed.sources, summed.carry, summed.carry_lse
+    assert mixed is not None and lse is not None
     held = compute_dtype([mixed, partial])
-    _, logit = _row_logit(partial, query.to(held) * key_weight.to(held), eps)
+    _, logit = row_logit(partial, summed.query.to(held) * summed.key_weight.to(held), options.eps)
     apart = logit - lse.to(held).unsqueeze(-1)
-    weights = torch.cat([torch.sigmoid(-apart), torch.sigmoid(apart)], -1) * gain
-    out = _mix([mixed, partial], weights.movedim(-1, 0))
-    around = replace(epilogue, norm_weight=norm_weight, norm_bias=norm_bias)
-    return normed(out, around, epilogue.dtype or result_dtype([mixed, partial]))
+    weights = torch.cat([torch.sigmoid(-apart), torch.sigmoid(apart)], -1) * options.gain
+    out = mix([mixed, partial], weights.movedim(-1, 0))
+    out = normed(out, summed, options, options.dtype or result_dtype([mixed, partial]))
+    return [out] if tensors.delta is None else [out, partial]
 
 
 for _schema, _function in ((BATCH_SCHEMA, _batch), (MERGE_SCHEMA, _merge)):

@@ -24,10 +24,11 @@ def result_dtype(sources: Sequence[Tensor]) -> torch.dtype:
 
 
 def compute_dtype(sources: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the arithmetic: float64 where a source is, else float32."""
     return torch.float64 if result_dtype(sources) == torch.float64 else torch.float32
 
 
-def _row_logit(source: Tensor, logit_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def row_logit(source: Tensor, logit_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Reciprocal root mean square and logit of one source, both [..., 1], in the weight's dtype."""
     value = source.to(logit_weight.dtype)
     scale = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
@@ -37,22 +38,28 @@ def _row_logit(source: Tensor, logit_weight: Tensor, eps: float) -> tuple[Tensor
 def depth_weights(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, *, eps: float = 1e-6) -> Tensor:
     """The attention over depth that `depth_attention` mixes with.
 
-    sources: S tensors [..., D]; query, key_weight: [D]. Returns [S, ...], float32 or float64, summing
-    to one over S.
+    Args:
+        sources: S >= 1 floating tensors [..., D] of one shape and device.
+        query: [D].
+        key_weight: [D].
+        eps: added to the mean square of a source.
+
+    Returns:
+        [S, ...], float32 (float64 for float64 sources), summing to one over S. Nothing is checked.
     """
     dtype = compute_dtype(sources)
     logit_weight = query.to(dtype) * key_weight.to(dtype)
-    logits = [_row_logit(s, logit_weight, eps)[1] for s in sources]
+    logits = [row_logit(s, logit_weight, eps)[1] for s in sources]
     return torch.softmax(torch.cat(logits, -1), -1).movedim(-1, 0)
 
 
 def definition(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, eps: float, gain: float) -> Tensor:
     """Depth attention as differentiable aten operations; every transform goes through this one."""
     weights = depth_weights(sources, query, key_weight, eps=eps) * gain
-    return _mix(sources, weights).to(result_dtype(sources))
+    return mix(sources, weights).to(result_dtype(sources))
 
 
-def _mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
+def mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Sum of sources times weights; weights [S, ...] in the dtype to compute in."""
     rows = weights.unsqueeze(-1).unbind(0)
     mixed = sources[0].to(weights.dtype) * rows[0]
@@ -71,7 +78,7 @@ class RecomputedDepthAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key_weight: Tensor, eps: float, gain: float, *sources: Tensor) -> Tensor:
         dtype = compute_dtype(sources)
         logit_weight = query.to(dtype) * key_weight.to(dtype)
-        scales, logits = zip(*(_row_logit(s, logit_weight, eps) for s in sources), strict=True)
+        scales, logits = zip(*(row_logit(s, logit_weight, eps) for s in sources), strict=True)
         weights = torch.softmax(torch.cat(logits, -1), -1).movedim(-1, 0)
         ctx.save_for_backward(query, key_weight, torch.cat(scales, -1), weights, *sources)
         ctx.eps, ctx.gain = eps, gain
@@ -100,10 +107,10 @@ class RecomputedDepthAttention(torch.autograd.Function):
             if not ctx.needs_input_grad[4 + i]:
                 source_grads.append(None)
                 continue
-            along = (value * logit_weight).sum(-1, keepdim=True)
-            inward = row * along * scale.square() / source.shape[-1]
+            product = (value * logit_weight).sum(-1, keepdim=True)
+            value_factor = row * product * scale.square() / source.shape[-1]
             total = grad * (weights[i] * ctx.gain).unsqueeze(-1)
-            total.addcmul_(logit_weight.expand_as(total), row).addcmul_(value, inward, value=-1)
+            total.addcmul_(logit_weight.expand_as(total), row).addcmul_(value, value_factor, value=-1)
             source_grads.append(total.to(source.dtype))
         grad_query = (grad_logit_weight * key_weight.to(dtype)).to(query.dtype)
         grad_key_weight = (grad_logit_weight * query.to(dtype)).to(key_weight.dtype)
@@ -111,10 +118,15 @@ class RecomputedDepthAttention(torch.autograd.Function):
 
 
 def over_tokens(rows: Tensor) -> Tensor:
+    """Sum of [..., D] over all dimensions but the last."""
     return rows.sum(tuple(range(rows.dim() - 1))) if rows.dim() > 1 else rows
 
 
 def gradients_of_definition(ctx: Any, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of `definition` that can be differentiated again, for an autograd function over its arguments.
+
+    inputs: query, key_weight and the sources; ctx: holds eps and gain.
+    """
     needed = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (2, 3)]
     # The same tensor may stand twice in `inputs`; views keep its two gradients apart.
     query, key_weight, *sources = aliases = [t.view_as(t) for t in inputs]

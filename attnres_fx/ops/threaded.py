@@ -17,7 +17,7 @@ SCHEMA = (
     "int norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, ScalarType? dtype) -> Tensor[]"
 )
 
-_threaded = functools.partial(run_fused, "depth_attention_threaded", threaded=True)
+_threaded = functools.partial(run_fused, "depth_attention_threaded", returns_sources=True)
 library.define(SCHEMA)
 library.impl("depth_attention_threaded", _threaded, "CompositeImplicitAutograd")
 library.impl("depth_attention_threaded", _threaded, "FuncTorchBatched")

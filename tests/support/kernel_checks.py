@@ -22,6 +22,7 @@ from attnres_fx.ops.fused import depth_attention_fused
 from attnres_fx.ops.kernels import autograd, kernel_read, layout
 from attnres_fx.ops.kernels import launch as launches
 from attnres_fx.ops.phases import depth_attention_batch, depth_attention_merge
+from attnres_fx.ops.read_tensors import read_of
 
 CHECKS: dict[str, Callable[[], None]] = {}
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (8e-3, 2e-2), torch.float16: (2e-3, 5e-3)}
@@ -79,16 +80,10 @@ def compare(
     leaves = [t.detach().requires_grad_() if t is not None else None for t in given]
     exact = [t.detach().double().requires_grad_() if t is not None else None for t in given]
     count = len(sources)
-    out = kernel_read(
-        leaves[:count],
-        leaves[count + 1],
-        leaves[count + 2],
-        1e-6,
-        gain,
-        lambda *_: [],
-        epilogue=Epilogue(leaves[count], norm, leaves[count + 3], leaves[count + 4], 1e-5),
-        threaded=threaded,
-    )
+    epilogue = Epilogue(leaves[count], norm, leaves[count + 3], leaves[count + 4], 1e-5)
+    weights = leaves[count + 1], leaves[count + 2]
+    read = read_of(leaves[:count], *weights, 1e-6, gain, epilogue, returns_sources=threaded)
+    out = kernel_read(*read, lambda *_: [])
     expected = oracle(
         exact[:count], exact[count + 1], exact[count + 2], gain, exact[count], norm, exact[count + 3], exact[count + 4]
     )
@@ -165,10 +160,10 @@ def mixed_dtypes() -> None:
         t.to(d) for t, d in zip(sources_of(3, 5, 64), (torch.float32, torch.bfloat16, torch.float16), strict=True)
     ]
     compare(sources, tolerance=(1e-5, 1e-2))
-    out = kernel_read(sources, torch.randn(64), torch.ones(64), 1e-6, 1.0, lambda *_: [])
+    out = kernel_read(*read_of(sources, torch.randn(64), torch.ones(64), 1e-6, 1.0), lambda *_: [])
     assert out[0].dtype == torch.float32
-    halves = [sources[1], sources[1]]
-    assert kernel_read(halves, torch.randn(64), torch.ones(64), 1e-6, 1.0, lambda *_: [])[0].dtype == torch.bfloat16
+    halves = read_of([sources[1], sources[1]], torch.randn(64), torch.ones(64), 1e-6, 1.0)
+    assert kernel_read(*halves, lambda *_: [])[0].dtype == torch.bfloat16
 
 
 @check

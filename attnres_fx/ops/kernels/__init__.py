@@ -2,18 +2,20 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from attnres_fx.ops.epilogue import Epilogue
 from attnres_fx.ops.kernels.availability import kernel_device, why_not
 from attnres_fx.ops.kernels.layout import MOST_SOURCES, MOST_WIDTH
 from attnres_fx.ops.kernels.tuning import Launch, launch_with
+from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, promoted_dtype
 from attnres_fx.ops.reference import result_dtype
 
 if TYPE_CHECKING:
+    from attnres_fx.ops.kernels.autograd import ReadDefinition
     from attnres_fx.ops.recompute import Definition
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,12 @@ def usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
     if reason:
         _say(reason)
     return reason is None
+
+
+def takes(tensors: ReadTensors[Tensor]) -> bool:
+    """`usable`, for all that a read takes."""
+    others = (tensors.query, tensors.key_weight, tensors.delta, tensors.norm_weight, tensors.norm_bias, tensors.carry)
+    return usable(tensors.sources, *others)
 
 
 def _say(reason: str) -> None:
@@ -62,34 +70,22 @@ def _unsupported(sources: Sequence[Tensor], others: Sequence[Tensor | None]) -> 
     return None
 
 
-def kernel_read(
-    sources: Sequence[Tensor],
-    query: Tensor,
-    key_weight: Tensor,
-    eps: float,
-    gain: float,
-    definition: "Definition",
-    *,
-    epilogue: Epilogue[Tensor] = Epilogue(),  # noqa: B008 (frozen)
-    carry: Tensor | None = None,
-    carry_lse: Tensor | None = None,
-    threaded: bool = False,
-) -> list[Tensor]:
-    """The read on the kernels: out, with `delta` the new partial sum, with `threaded` the sources again.
+def kernel_read(tensors: ReadTensors[Tensor], options: ReadOptions, definition: "ReadDefinition") -> list[Tensor]:
+    """A read on the kernels, differentiable (arXiv 2603.15031, section 3.1).
 
-    Tensors as in the operators. carry, carry_lse: a mixture over other sources with its log-sum-exp, which the read
-    goes on from. `definition` computes the same (out and partial sum) in differentiable aten operations from query,
-    key_weight, delta, norm_weight, norm_bias, carry, carry_lse and the sources.
-    Source: arXiv 2603.15031, section 3.1.
+    Args:
+        tensors: of the read; `takes` has said yes to them.
+        options: of the read.
+        definition: the same read as differentiable aten operations, for gradients of gradients.
+
+    Returns:
+        The read, with a delta the new last source, and the sources where the options ask for them; [..., D] each.
     """
-    from attnres_fx.ops.kernels.autograd import KernelRead, ReadOptions
+    from attnres_fx.ops.kernels.autograd import KernelRead
 
-    delta = epilogue.delta
-    dtype = epilogue.dtype or result_dtype([*sources, *(t for t in (delta, carry) if t is not None)])
-    options = ReadOptions(eps, gain, dtype, epilogue.norm, epilogue.norm_eps, delta is not None, threaded)
-    beside = (query, key_weight, delta, epilogue.norm_weight, epilogue.norm_bias, carry, carry_lse)
-    out, partial, *rest = KernelRead.apply(options, definition, *beside, *sources)
-    return [out, *([partial] if delta is not None else []), *rest]
+    options = replace(options, dtype=options.dtype or promoted_dtype(tensors))
+    out, partial, *views = KernelRead.apply(options, definition, *tensors.to_flat())
+    return [out, *([partial] if tensors.delta is not None else []), *views]
 
 
 def kernel_batch(
@@ -99,8 +95,19 @@ def kernel_batch(
     eps: float,
     definition: "Definition",
 ) -> list[Tensor]:
-    """Phase 1 on the kernels: Q outputs, then Q log-sum-exps. `definition` computes the same from sources and weights
-    (a query times its key gain, float32)."""
+    """Phase 1 on the kernels, differentiable.
+
+    Args:
+        sources: at most 16 tensors [..., D].
+        queries: Q tensors [D].
+        key_weights: Q tensors [D].
+        eps: added to the mean square of a source.
+        definition: the same as differentiable aten operations, from Q weights [Q, D] (a query times its key gain,
+            float32) and the sources.
+
+    Returns:
+        Q outputs [..., D], then Q log-sum-exps [...].
+    """
     from attnres_fx.ops.kernels.batch_launch import batch_of
 
     return batch_of(sources, queries, key_weights, eps, result_dtype(sources), definition)
@@ -116,4 +123,14 @@ def batch_usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
     return usable(sources, *others)
 
 
-__all__ = ["Launch", "batch_usable", "batches", "described", "kernel_batch", "kernel_read", "launch_with", "usable"]
+__all__ = [
+    "Launch",
+    "batch_usable",
+    "batches",
+    "described",
+    "kernel_batch",
+    "kernel_read",
+    "launch_with",
+    "takes",
+    "usable",
+]

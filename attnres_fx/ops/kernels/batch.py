@@ -114,10 +114,13 @@ def batch_spread(
     t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
     g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, g10, g11, g12, g13, g14, g15,
     d0, d1, d2, d3, d4, d5, d6, d7, d8, d9, d10, d11, d12, d13, d14, d15,
-    weights, shares, inward, along, N,
+    weights, shares, weight_factors, value_factors, N,
     S: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """d_i = sum_q shares[i, q] g_q + sum_q inward[i, q] weights[q] - along[i] s_i, each of the first two [S, Q, N]."""
+    """d_i = sum_q shares[i, q] g_q + sum_q weight_factors[i, q] weights[q] - value_factors[i] s_i.
+
+    shares and weight_factors [S, Q, N], value_factors [S, N]; d_i is the gradient of source i.
+    """
     sources = (s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)
     strides = (t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
     grads = (g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, g10, g11, g12, g13, g14, g15)
@@ -126,14 +129,14 @@ def batch_spread(
     cols = tl.program_id(1) * B + tl.arange(0, B)
     inside = (rows < N)[:, None] & (cols < D)[None, :]
     for i in tl.static_range(S):
-        least = tl.load(along + tl.full([], i, tl.int64) * N + rows, mask=rows < N, other=0.0)
-        total = -least[:, None] * tile(sources[i], strides[i], rows, cols, N, D)
+        value_factor = tl.load(value_factors + tl.full([], i, tl.int64) * N + rows, mask=rows < N, other=0.0)
+        total = -value_factor[:, None] * tile(sources[i], strides[i], rows, cols, N, D)
         for q in tl.static_range(Q):
             place = tl.full([], i * Q + q, tl.int64) * N + rows
             share = tl.load(shares + place, mask=rows < N, other=0.0)
-            into = tl.load(inward + place, mask=rows < N, other=0.0)
+            weight_factor = tl.load(weight_factors + place, mask=rows < N, other=0.0)
             weight = tl.load(weights + q * D + cols, mask=cols < D, other=0.0)
-            total += share[:, None] * tile(grads[q], D, rows, cols, N, D) + into[:, None] * weight[None, :]
+            total += share[:, None] * tile(grads[q], D, rows, cols, N, D) + weight_factor[:, None] * weight[None, :]
         out = outs[i] + rows[:, None] * D + cols[None, :]
         tl.store(out, total.to(outs[i].dtype.element_ty), mask=inside)
 
@@ -142,10 +145,10 @@ def batch_spread(
 def batch_weights(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
     t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
-    inward, partial, N,
+    weight_factors, partial, N,
     S: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """partial [programs, Q, D]: sums over a program's tiles of rows of inward[i, q] s_i."""
+    """partial [programs, Q, D]: sums over a program's tiles of rows of weight_factors[i, q] s_i."""
     sources = (s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)
     strides = (t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
     cols = tl.program_id(0) * B + tl.arange(0, B)
@@ -156,7 +159,9 @@ def batch_weights(
         kept = (queries < Q)[:, None] & (rows < N)[None, :]
         for i in tl.static_range(S):
             place = (tl.full([], i * Q, tl.int64) + queries[:, None]) * N + rows[None, :]
-            into = tl.load(inward + place, mask=kept, other=0.0)
-            total = tl.dot(into, tile(sources[i], strides[i], rows, cols, N, D), total, input_precision="tf32x3")
+            weight_factor = tl.load(weight_factors + place, mask=kept, other=0.0)
+            total = tl.dot(
+                weight_factor, tile(sources[i], strides[i], rows, cols, N, D), total, input_precision="tf32x3"
+            )
     out = partial + (tl.program_id(1).to(tl.int64) * Q + queries[:, None]) * D + cols[None, :]
     tl.store(out, total, mask=(queries < Q)[:, None] & (cols < D)[None, :])

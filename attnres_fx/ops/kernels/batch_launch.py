@@ -96,15 +96,15 @@ def batch_backward(
     grid: tuple[Any, ...] = (_tiles(count, _SCORES["R"]),)
     launch(batch.batch_scores, grid, *given, *padded(grads), scores, count, **fixed, P=_LEAST, **_SCORES)
     shares = torch.exp(logits - lse)
-    for_logits = shares * (scores - (shares * scores).sum(0) + grad_lse)
-    along = (for_logits * logits).sum(1) * scales.square() / width
-    inward = for_logits * scales.unsqueeze(1)
+    grad_logits = shares * (scores - (shares * scores).sum(0) + grad_lse)
+    value_factors = (grad_logits * logits).sum(1) * scales.square() / width
+    weight_factors = grad_logits * scales.unsqueeze(1)
     grid = (_tiles(count, _MIX["R"]), _tiles(width, _MIX["B"]))
-    spread = (*padded(grads), *padded(outputs), weights, shares, inward, along, count)
+    spread = (*padded(grads), *padded(outputs), weights, shares, weight_factors, value_factors, count)
     launch(batch.batch_spread, grid, *given, *spread, **fixed, **_MIX)
     partial = weights.new_empty((_SHARES, queries, width))
     grid = (_tiles(width, _WEIGHTS["B"]), _SHARES)
-    launch(batch.batch_weights, grid, *given, inward, partial, count, **fixed, QP=_LEAST, **_WEIGHTS)
+    launch(batch.batch_weights, grid, *given, weight_factors, partial, count, **fixed, QP=_LEAST, **_WEIGHTS)
     return [*outputs, partial.sum(0)]
 
 
@@ -132,10 +132,12 @@ class KernelBatch(torch.autograd.Function):
             return None, None, None, *gradients_again(ctx.definition, tensors, ctx.needs_input_grad[3:], grads)
         rows = [as_rows(s) for s in sources]
         queries = weights.shape[0]
-        into = [as_rows(g).contiguous() if g is not None else torch.zeros_like(rows[0]) for g in grads[:queries]]
-        into_lse = torch.stack([g.reshape(-1) if g is not None else torch.zeros_like(lse[0]) for g in grads[queries:]])
-        *found, for_weights = torch.ops.attnres_fx.batch_backward(into, into_lse, rows, weights, lse, logits, scales)
-        return None, None, None, for_weights, *(f.view(s.shape) for f, s in zip(found, sources, strict=True))
+        grad_mixed = [as_rows(g).contiguous() if g is not None else torch.zeros_like(rows[0]) for g in grads[:queries]]
+        grad_lse = torch.stack([g.reshape(-1) if g is not None else torch.zeros_like(lse[0]) for g in grads[queries:]])
+        *outputs, grad_weights = torch.ops.attnres_fx.batch_backward(
+            grad_mixed, grad_lse, rows, weights, lse, logits, scales
+        )
+        return None, None, None, grad_weights, *(f.view(s.shape) for f, s in zip(outputs, sources, strict=True))
 
 
 def batch_of(
@@ -152,9 +154,9 @@ def batch_of(
     for start in range(0, len(queries), MOST_SOURCES):
         pairs = zip(queries[start : start + MOST_SOURCES], key_weights[start : start + MOST_SOURCES], strict=True)
         weights = torch.stack([q.float() * k.float() for q, k in pairs])
-        found = KernelBatch.apply(eps, dtype, definition, weights, *sources)
-        mixed += found[: len(weights)]
-        sums += found[len(weights) :]
+        outputs = KernelBatch.apply(eps, dtype, definition, weights, *sources)
+        mixed += outputs[: len(weights)]
+        sums += outputs[len(weights) :]
     return [*mixed, *sums]
 
 

@@ -95,27 +95,28 @@ def read_backward(
     g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, g10, g11, g12, g13, g14, g15,
     a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
     carry, carry_lse, query, key_weight, norm_weight,
-    grad, grad_stride, grad_lse, lse, stats, norm_stats,
-    carry_grad, carry_lse_grad, weight_rows, norm_weight_rows, norm_bias_rows,
+    grad_out, grad_out_stride, grad_lse, lse, stats, norm_stats,
+    grad_carry, grad_carry_lse, weight_rows, norm_weight_rows, norm_bias_rows,
     N, gain,
     S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the rows `pid, pid + programs, …`.
 
-    g*: where the sources' gradients go [N, D]. a*: gradients that have come in for the sources [N, D], added, or None.
+    g*: where the sources' gradients go [N, D]. a*: gradients of the sources from their other users [N, D], added, or
+    None. grad_out [N, D], grad_lse [N]: gradients of what forward wrote. grad_carry [N, D], grad_carry_lse [N].
     Sources are read twice in a row; the second time they come from L2. weight_rows, norm_*_rows [programs, D]: sums
     over a program's rows, float32; `sum_rows` adds them up.
     """
     sources = (s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)
     strides = (t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
-    grads = (g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, g10, g11, g12, g13, g14, g15)
-    arrived = (a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15)
-    for_weight = no_row(K, C)
+    grad_sources = (g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, g10, g11, g12, g13, g14, g15)
+    other_grads = (a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15)
+    grad_weight = no_row(K, C)
     place = tl.program_id(0).to(tl.int64) * D
     for at in range(tl.program_id(0), N, tl.num_programs(0)):
         row = tl.full([], 0, tl.int64) + at
         level = tl.load(lse + row)
-        inward = load_row(grad, row * grad_stride, D, K, C, "evict_first")
+        grad_mixed = load_row(grad_out, row * grad_out_stride, D, K, C, "evict_first")
         if carry is not None:
             share = tl.exp(tl.load(carry_lse + row) - level)
             mixed = scaled(load_row(carry, row * D, D, K, C, "evict_last"), share, K)
@@ -136,48 +137,48 @@ def read_backward(
                 store_row(
                     norm_bias_rows,
                     place,
-                    plus(load_row(norm_bias_rows, place, D, K, C, "evict_last"), inward, K),
+                    plus(load_row(norm_bias_rows, place, D, K, C, "evict_last"), grad_mixed, K),
                     D,
                     K,
                     C,
                 )
             if norm_weight_rows is not None:
-                seen = load_row(norm_weight_rows, place, D, K, C, "evict_last")
-                store_row(norm_weight_rows, place, plus(seen, times(inward, normed, K), K), D, K, C)
+                summed = load_row(norm_weight_rows, place, D, K, C, "evict_last")
+                store_row(norm_weight_rows, place, plus(summed, times(grad_mixed, normed, K), K), D, K, C)
             if norm_weight is not None:
-                inward = times(inward, load_row(norm_weight, 0, D, K, C, "evict_last"), K)
-            along = dot(inward, normed, K) / D
+                grad_mixed = times(grad_mixed, load_row(norm_weight, 0, D, K, C, "evict_last"), K)
+            along = dot(grad_mixed, normed, K) / D
             if NORM == 2:
-                inward = centred(inward, total(inward, K) / D, D, K, C)
-            inward = combined(norm_scale, inward, -norm_scale * along, normed, K)
-        inward = scaled(inward, gain, K)
-        mean_score = dot(inward, mixed, K)
+                grad_mixed = centred(grad_mixed, total(grad_mixed, K) / D, D, K, C)
+            grad_mixed = combined(norm_scale, grad_mixed, -norm_scale * along, normed, K)
+        grad_mixed = scaled(grad_mixed, gain, K)
+        mean_score = dot(grad_mixed, mixed, K)
         weight = times(load_row(query, 0, D, K, C, "evict_last"), load_row(key_weight, 0, D, K, C, "evict_last"), K)
         if grad_lse is not None:
             mean_score -= tl.load(grad_lse + row)
         if carry is not None:
             value = load_row(carry, row * D, D, K, C, "evict_first")
             share = tl.exp(tl.load(carry_lse + row) - level)
-            tl.store(carry_lse_grad + row, share * (dot(inward, value, K) - mean_score))
-            store_row(carry_grad, row * D, scaled(inward, share, K), D, K, C)
+            tl.store(grad_carry_lse + row, share * (dot(grad_mixed, value, K) - mean_score))
+            store_row(grad_carry, row * D, scaled(grad_mixed, share, K), D, K, C)
         for i in tl.static_range(S):
             value = load_row(sources[i], row * (D if PACKED else strides[i]), D, K, C, "evict_first")
             logit = tl.load(stats + tl.full([], i, tl.int64) * N + row)
             scale = tl.load(stats + tl.full([], S + i, tl.int64) * N + row)
             share = tl.exp(logit - level)
             if S == 1 and carry is None and grad_lse is None:
-                for_logit = tl.full([], 0.0, tl.float32)
+                grad_logit = tl.full([], 0.0, tl.float32)
             else:
-                for_logit = share * (dot(inward, value, K) - mean_score)
-            for_weight = combined(1.0, for_weight, for_logit * scale, value, K)
-            if grads[i] is not None:
-                outward = combined(share, inward, for_logit * scale, weight, K)
-                outward = combined(1.0, outward, -for_logit * scale * scale * logit / D, value, K)
-                if arrived[i] is not None:
-                    outward = plus(outward, load_row(arrived[i], row * D, D, K, C, "evict_first"), K)
-                store_row(grads[i], row * D, outward, D, K, C)
+                grad_logit = share * (dot(grad_mixed, value, K) - mean_score)
+            grad_weight = combined(1.0, grad_weight, grad_logit * scale, value, K)
+            if grad_sources[i] is not None:
+                grad_source = combined(share, grad_mixed, grad_logit * scale, weight, K)
+                grad_source = combined(1.0, grad_source, -grad_logit * scale * scale * logit / D, value, K)
+                if other_grads[i] is not None:
+                    grad_source = plus(grad_source, load_row(other_grads[i], row * D, D, K, C, "evict_first"), K)
+                store_row(grad_sources[i], row * D, grad_source, D, K, C)
     if weight_rows is not None:
-        store_row(weight_rows, place, for_weight, D, K, C)
+        store_row(weight_rows, place, grad_weight, D, K, C)
 
 
 @triton.jit

@@ -1,0 +1,45 @@
+"""Who looks at a call of an operator, and so which of its forms may run: kernels, eager, compiler or definition."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TRACING_MODES = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+
+
+def is_transformed(sources: Sequence[Tensor]) -> bool:
+    """Whether a transform of `torch.func`, forward mode or another library's tensors must see the definition."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(not isinstance(s, FakeTensor | FunctionalTensor) and type(s) not in _PLAIN for s in sources)
+    )
+
+
+def runs_in_plain_eager(sources: Sequence[Tensor]) -> bool:
+    """Whether no tracer and no transform is looking, so that saving only row statistics is ours to do.
+
+    Modes that merely watch (FLOP counters, selective checkpointing) are neither.
+    """
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
+        or any(type(s) is not Tensor and type(s) is not torch.nn.Parameter for s in sources)
+    )
+
+
+def runs_under_a_compiler(sources: Sequence[Tensor]) -> bool:
+    """Whether AOTAutograd traces this, for the CPU and under no transform, so that backward may be ours too."""
+    return (
+        torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and all(type(s) is FunctionalTensor and s.device.type == "cpu" for s in sources)
+    )
