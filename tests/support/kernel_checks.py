@@ -1,4 +1,4 @@
-"""Checks of the Triton kernels, run in Triton's interpreter on the CPU: `python tests/kernel_checks.py NAME`.
+"""Checks of the Triton kernels, run in Triton's interpreter on the CPU: `python tests/support/kernel_checks.py NAME`.
 
 Each is held against float64 arithmetic written out here, apart from the library's own definition.
 """

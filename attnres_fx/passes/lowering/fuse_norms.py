@@ -70,22 +70,29 @@ def _find(gm: GraphModule) -> list[tuple[NormFusion, DepthReadCall, NormMatch]]:
     found: list[tuple[NormFusion, DepthReadCall, NormMatch]] = []
     for node in gm.graph.nodes:
         call = as_depth_read(node)
-        if call is None or call.normed_or_cast or not have_values(call.sources):
-            continue
-        read = call.output
-        if read is None:
-            continue
-        half = call.source_dtype != torch.float64
-        match = match_norm(read, torch.float32 if half else torch.float64)
-        if match is None or not _stands_alone(call, read, match):
+        if call is None or (match := _norm_of(call)) is None:
             continue
         if any(order[node] < i < order[match.out] for i in barriers) or (node in frozen) != (match.out in frozen):
             continue
-        weights = [w for w in (match.weight, match.bias) if isinstance(w, Node)]
+        weights = _weights_of(match)
         gone = {m.out for _, _, m in found}  # a weight that is itself a folded norm's result is there no more
         if not gone.intersection(weights) and all(available(w, order[node], order) for w in weights):
             found.append((_planned(call, match), call, match))
     return found
+
+
+def _norm_of(call: DepthReadCall) -> NormMatch | None:
+    """The norm that alone sees a read, None where there is no such norm, or the read holds one already."""
+    read = call.output
+    if read is None or call.normed_or_cast or not have_values(call.sources):
+        return None
+    match = match_norm(read, torch.float64 if call.source_dtype == torch.float64 else torch.float32)
+    return match if match is not None and _stands_alone(call, read, match) else None
+
+
+def _weights_of(match: NormMatch) -> list[Node]:
+    """Weight and bias of a norm, where they are nodes."""
+    return [w for w in (match.weight, match.bias) if isinstance(w, Node)]
 
 
 def _planned(call: DepthReadCall, match: NormMatch) -> NormFusion:

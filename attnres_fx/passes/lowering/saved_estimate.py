@@ -1,4 +1,4 @@
-"""An estimate, from a graph alone, of what autograd keeps of a stretch of it."""
+"""An estimate, from a graph alone, of what autograd saves of a stretch of it."""
 
 from typing import Any
 
@@ -10,29 +10,34 @@ from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, moves_data
 
 
-def kept_between(first: Node, last: Node) -> float:
-    """Sizes of what contractions and nonlinear functions between two reads take in, each once, in sizes of a read.
+def saved_activations_between(first: Node, last: Node) -> float:
+    """What autograd saves between two reads: the inputs of contractions and nonlinear functions, each once.
 
-    What can be computed again from less is counted as well, so this is what eager autograd keeps rather than what a
+    What can be computed again from less is counted as well, so this is what eager autograd saves rather than what a
     min-cut partitioner would; weights are not counted.
+
+    Returns:
+        Bytes, as a multiple of those of the first read.
     """
-    kept: set[Node] = set()
+    saved: set[Node] = set()
     node = first.next
     while node is not last and node.op not in ("root", "output"):
         if has_trait(node, Trait.SAVES_INPUTS) or node.op == "call_module":
-            kept |= {_held(n) for n in node.all_input_nodes}
+            saved |= {_before_views(n) for n in node.all_input_nodes}
         node = node.next
     size = _size(first)
-    return sum(_size(n) for n in kept if n.op not in ("get_attr", "placeholder")) / size if size else 0.0
+    return sum(_size(n) for n in saved if n.op not in ("get_attr", "placeholder")) / size if size else 0.0
 
 
-def _held(node: Node) -> Node:
+def _before_views(node: Node) -> Node:
+    """The node whose data this one is a view or a copy of."""
     while moves_data(node) and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
 def _size(node: Node) -> float:
+    """Bytes of a floating value; 0 for every other."""
     value = tensor_of(node)
     if value is None or not value.is_floating_point():
         return 0.0

@@ -49,17 +49,17 @@ def thread_gradients_pass(gm: GraphModule, *, choose: bool | Literal["auto"] = "
     choose: True, or `"auto"` for reads on a CUDA device, whose kernels add what comes in.
     """
     plan = plan_threads(gm, choose)
-    handing = {t.read: t for t in plan}
-    latest: dict[Node, Node] = {}
+    threads = {t.read: t for t in plan}
+    latest: dict[Node, Node] = {}  # by source: the view of it that the last read returned
     for node in list(gm.graph.nodes):
         sources = _sources(node)
         if not sources or not plan:
             continue
-        taken = [latest.get(s, s) for s in sources]
-        if node.name in handing:
-            _hand_on(node, sources, taken, set(handing[node.name].handed_on), latest)
+        views = [latest.get(s, s) for s in sources]
+        if node.name in threads:
+            latest |= _thread(node, sources, views, threads[node.name].handed_on)
         else:
-            node.args = (taken, *node.args[1:])
+            node.args = (views, *node.args[1:])
     return PassResult(gm, bool(plan), plan, ())
 
 
@@ -72,59 +72,81 @@ def plan_threads(gm: GraphModule, choose: bool | Literal["auto"]) -> tuple[Threa
     plan = []
     for place, (node, sources) in enumerate(reads):
         call = as_depth_read(node)
-        # Under recomputation a view handed out of the region would run the read twice.
-        if call is None or node in frozen or "recompute" in node.meta or call.output is None:
+        if call is None or node in frozen or not _may_return_sources(call, sources, choose):
             continue
-        if choose == "auto" and known(sources[0]).device.type != AUTO_DEVICE:
-            continue
-        later = {s for _, taken in reads[place + 1 :] for s in taken}
-        again = sources[:-1] if call.epilogue.delta is not None else sources
-        handed_on = tuple(dict.fromkeys(s.name for s in again if s in later))
+        later = {s for _, sources_after in reads[place + 1 :] for s in sources_after}
+        handed_on = tuple(dict.fromkeys(s.name for s in _returned(call, sources) if s in later))
         if handed_on:
             plan.append(Thread(node.name, handed_on))
     return tuple(plan)
 
 
+def _may_return_sources(call: DepthReadCall, sources: Sequence[Node], choose: bool | Literal["auto"]) -> bool:
+    # Under recomputation a view handed out of the region would run the read twice.
+    if "recompute" in call.node.meta or call.output is None:
+        return False
+    return choose != "auto" or known(sources[0]).device.type == AUTO_DEVICE
+
+
+def _returned(call: DepthReadCall, sources: Sequence[Node]) -> Sequence[Node]:
+    """The sources that a threaded read returns: not the last one, where a delta is added to it."""
+    return sources if call.epilogue.delta is None else sources[:-1]
+
+
 def _sources(node: Node) -> list[Node]:
     """The sources of a read or of a phase 1; none for every other node, merges among them."""
     if node.target is DEPTH_ATTENTION_BATCH:
-        given = node.args[0]
-        assert isinstance(given, list | tuple)
-        return [s for s in given if isinstance(s, Node)] if have_values(given) else []
+        sources = node.args[0]
+        assert isinstance(sources, list | tuple)
+        return [s for s in sources if isinstance(s, Node)] if have_values(sources) else []
     call = as_depth_read(node)
     return call.sources if call is not None and not call.merge and have_values(call.sources) else []
 
 
-def _hand_on(
-    node: Node, sources: Sequence[Node], taken: Sequence[Node], names: set[str], latest: dict[Node, Node]
-) -> None:
+def _thread(node: Node, sources: Sequence[Node], views: Sequence[Node], handed_on: Sequence[str]) -> dict[Node, Node]:
+    """Put a threaded read in place of a read.
+
+    Args:
+        node: the read.
+        sources: what it read before any read was threaded.
+        views: what it reads now: the views that earlier reads return.
+        handed_on: names of the sources that later reads take from this one.
+
+    Returns:
+        The views that stand for those sources from here on.
+    """
     call = as_depth_read(node)
-    assert call is not None and call.output is not None
-    threaded = replace(call, head=(list(taken), *call.head[1:]))
-    outputs = 1 if call.epilogue.delta is None else 2
-    again = list(sources[:-1] if call.epilogue.delta is not None else sources)
+    assert call is not None
+    outputs, returned = call.values(), _returned(call, sources)
+    threaded_call = replace(call, head=(list(views), *call.head[1:]))
+    latest: dict[Node, Node] = {}
     with node.graph.inserting_before(node):
-        made, call_node = _insert(threaded, [known(s) for s in again])
-        for place, source in enumerate(again):
-            if source.name in names:
-                value = known(source)
-                args = (call_node, outputs + place)
-                latest[source] = insert_call(node.graph, operator.getitem, args, like=node, value=value)
+        first, *partial = insert_outputs(
+            node.graph,
+            DEPTH_ATTENTION_THREADED,
+            threaded_call.arguments,
+            like=node,
+            values=[*outputs, *(known(s) for s in returned)],
+            taken=len(outputs),
+        )
+        (threaded_read,) = first.all_input_nodes
+        for i, source in enumerate(returned, len(outputs)):
+            if source.name in handed_on:
+                view = insert_call(node.graph, operator.getitem, (threaded_read, i), like=node, value=known(source))
+                latest[source] = view
+    _replace_outputs(call, [first, *partial])
+    return latest
+
+
+def _replace_outputs(call: DepthReadCall, outputs: Sequence[Node]) -> None:
+    """Let the users of a read, and of its partial sum, take these instead; erase what nobody uses any more."""
+    assert call.output is not None
     old = [call.output]
     if call.epilogue.delta is not None:
-        old += [u for u in node.users if u.args[1:] == (1,)]
-    for before, after in zip(old, made, strict=False):
+        old += [u for u in call.node.users if u.args[1:] == (1,)]
+    for before, after in zip(old, outputs, strict=False):
         after.meta.update({k: v for k, v in before.meta.items() if k not in ("val", "example_value")})
         before.replace_all_uses_with(after)
-    for gone in (*old, node):
-        if not gone._erased and not gone.users:
-            node.graph.erase_node(gone)
-
-
-def _insert(call: DepthReadCall, again: Sequence[object]) -> tuple[list[Node], Node]:
-    values = [*call.values(), *again]
-    target = DEPTH_ATTENTION_THREADED
-    made = insert_outputs(
-        call.node.graph, target, call.arguments, like=call.node, values=values, taken=len(call.values())
-    )
-    return made, made[0].all_input_nodes[0]
+    for unused in (*old, call.node):
+        if not unused._erased and not unused.users:
+            unused.graph.erase_node(unused)

@@ -45,7 +45,7 @@ from attnres_fx.passes.lowering.read_calls import (
     known,
     move_before,
 )
-from attnres_fx.passes.lowering.saved_estimate import kept_between
+from attnres_fx.passes.lowering.saved_estimate import saved_activations_between
 
 log = logging.getLogger("attnres_fx.passes")
 
@@ -177,7 +177,7 @@ def _counted(completed: tuple[Node, ...], reads: list[Node], order: dict[Node, i
         folded=sum(_folds(r, order) for r in merged),
         alone=len(alone),
         folded_alone=sum(_folds(r, order) for r in alone),
-        kept=kept_between(reads[0], reads[-1]) * len(reads) / max(len(reads) - 1, 1),
+        kept=saved_activations_between(reads[0], reads[-1]) * len(reads) / max(len(reads) - 1, 1),
         batched=batches([known(s) for s in completed]),
     )
 
