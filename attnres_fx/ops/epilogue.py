@@ -27,8 +27,13 @@ class Epilogue(Generic[Value]):
 
     `Value` is a tensor where an operator runs and a node where a pass looks at its call.
 
-    delta: [..., D], added to the last source. norm: a `NormKind`. norm_weight, norm_bias: [D] or None. norm_eps:
-    added to the mean square or the variance. dtype: of the result; None for the one the sources promote to.
+    Args:
+        delta: [..., D], added to the last source.
+        norm: a `NormKind`.
+        norm_weight: [D] or None.
+        norm_bias: [D] or None.
+        norm_eps: added to the mean square or the variance.
+        dtype: of the result; None for the one the sources promote to.
     """
 
     delta: Value | None = None
@@ -49,7 +54,16 @@ class Epilogue(Generic[Value]):
 
 
 def check_epilogue(name: str, last: Tensor, epilogue: Epilogue[Tensor]) -> None:
-    """Raise OperatorError where what is fused to a read does not fit its last source."""
+    """Check what is fused to a read.
+
+    Args:
+        name: of the operator, for the message.
+        last: [..., D], the last source.
+        epilogue: what is fused to the read.
+
+    Raises:
+        OperatorError: delta, norm, norm_weight, norm_bias, norm_eps or dtype does not fit the last source.
+    """
     delta, norm, norm_eps, dtype = epilogue.delta, epilogue.norm, epilogue.norm_eps, epilogue.dtype
     if delta is not None:
         if not isinstance(delta, Tensor) or not delta.is_floating_point() or delta.shape != last.shape:

@@ -126,23 +126,20 @@ def _fused_definition(tensors: ReadTensors[Tensor], options: ReadOptions) -> lis
 
 def _normed_read(tensors: ReadTensors[Tensor], options: ReadOptions) -> Tensor:
     """The read and its norm, without a delta, by what suits who looks at it."""
-    sources, query, key_weight, eps, gain = (
-        tensors.sources,
-        tensors.query,
-        tensors.key_weight,
-        options.eps,
-        options.gain,
-    )
+    sources, scalars = tensors.sources, (options.eps, options.gain)
     held, narrow = compute_dtype(sources), result_dtype(sources)
     dtype = options.dtype or narrow
     if not runs_in_plain_eager(tensors.present()):
         if not runs_under_a_compiler(sources):
             return _normed_read_definition(tensors, options)
-        mixed: Tensor = TracedDepthAttention.apply(query, key_weight, eps, gain, *(s.to(held) for s in sources))
+        mixed: Tensor = TracedDepthAttention.apply(
+            tensors.query, tensors.key_weight, *scalars, *(s.to(held) for s in sources)
+        )
         return normed(mixed, tensors, options, dtype)
     if held == narrow or (options.norm == NormKind.NONE and dtype == narrow):
         # Held as the norm wants it, nothing is rounded.
-        return _normed_in_eager(DEPTH_ATTENTION(list(sources), query, key_weight, eps, gain), tensors, options, dtype)
+        read = DEPTH_ATTENTION(list(sources), tensors.query, tensors.key_weight, *scalars)
+        return _normed_in_eager(read, tensors, options, dtype)
 
     def again(flat: Sequence[Tensor | None]) -> list[Tensor]:
         return [_normed_read_definition(ReadTensors.from_flat(flat), options)]

@@ -14,7 +14,15 @@ Definition = Callable[[Sequence[Tensor | None]], list[Tensor]]
 
 
 def recomputed(definition: Definition, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Outputs of `definition(tensors)`, differentiable any number of times, with only `tensors` saved."""
+    """Outputs of `definition(tensors)`, differentiable any number of times, with only `tensors` saved.
+
+    Args:
+        definition: computes the outputs in differentiable operations; it is called again in backward.
+        tensors: its inputs, None where an optional one is absent.
+
+    Returns:
+        The outputs of the definition.
+    """
     return list(_Recomputed.apply(definition, *tensors))
 
 
@@ -37,7 +45,17 @@ def gradients_again(
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Gradients of `definition(tensors)`, differentiable themselves where create_graph=True asks for that."""
+    """Gradients of `definition(tensors)`, differentiable themselves where create_graph=True asks for that.
+
+    Args:
+        definition: computes the outputs in differentiable operations.
+        tensors: its inputs.
+        needed: for which inputs a gradient is needed.
+        grads: gradients of the outputs, None for zero.
+
+    Returns:
+        A gradient for every input, None where none is needed or the input has no part in the outputs.
+    """
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
         # Fresh tensors: the same one may stand twice among the inputs, and its gradients are kept apart.

@@ -25,7 +25,12 @@ _said: set[str] = set()
 
 
 def usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
-    """Whether a read of these sources runs on the kernels. Says once in the log why one on a GPU does not."""
+    """Whether a read of these sources runs on the kernels; the log says once why one on a GPU does not.
+
+    Args:
+        sources: S >= 1 tensors [..., D].
+        others: the other tensors of the read; only their dtypes count.
+    """
     if not kernel_device(sources[0]):
         return False
     reason = why_not() or _unsupported(sources, others)
@@ -47,13 +52,16 @@ def _say(reason: str) -> None:
 
 
 def batches(sources: Sequence[Tensor]) -> bool:
-    """Whether phase 1 over sources like these would run on the kernels, which read them once for all queries."""
+    """Whether phase 1 over sources like these, [..., D], would run on the kernels, which read each once for all.
+
+    Unlike `batch_usable` it writes nothing to the log.
+    """
     known = kernel_device(sources[0]) and len(sources) <= MOST_SOURCES
     return known and why_not() is None and _unsupported(sources, ()) is None
 
 
 def described(sources: Sequence[Tensor]) -> str:
-    """What a read of these sources runs on, in words."""
+    """What a read of these sources, [..., D], runs on, in words: `"Triton"`, or aten and why."""
     if not kernel_device(sources[0]):
         return f"aten, by the inner compiler ({sources[0].device.type})"
     reason = why_not() or _unsupported(sources, ())

@@ -14,9 +14,12 @@ from attnres_fx.ops.kernels.layout import Direction
 
 @dataclass(frozen=True)
 class Launch:
-    """num_stages: of the compiler's software pipeline. programs_per_sm: how many programs share the rows.
+    """How a kernel is launched.
 
-    In backward programs_per_sm is part of the order of a sum, and always `DEFAULT`'s.
+    Args:
+        num_stages: stages of the compiler's software pipeline.
+        programs_per_sm: programs a multiprocessor runs, which share the rows. In backward they are part of the order
+            of a sum, so they are always `DEFAULT`'s.
     """
 
     num_stages: int = 2
