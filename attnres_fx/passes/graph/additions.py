@@ -18,6 +18,11 @@ class Addition:
     right: Node
     right_scale: float
 
+    @property
+    def swapped(self) -> "Addition":
+        """The same sum with its operands in the other order."""
+        return Addition(self.right, self.right_scale, self.left, self.left_scale)
+
 
 def match_addition(node: Node) -> Addition | None:
     """A node as an addition of two floating tensors, or None."""

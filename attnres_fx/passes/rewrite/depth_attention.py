@@ -86,7 +86,7 @@ def insert_depth_attention_pass(
     every = [StreamStates(gm.graph, streams.sums, s, moved, frozen) for s in plan.streams]
     # Node by node through all streams at once: what one of them writes, another may be read from.
     owner = {node: states for states in every for node in states.nodes}
-    nodes = sorted(owner, key=streams.sums.order.__getitem__)
+    nodes = sorted(owner)
     replacements: list[Replacement] = []
     for node in nodes:
         states = owner[node]

@@ -169,7 +169,7 @@ def plan_depth_reads(
         _plan_stream(s, schedules.get(s.name) or plan_schedule(s.num_sublayers, config), config.output, streams.sums)
         for s in selected
     )
-    order = {node.name: i for node, i in streams.sums.order.items()}
+    order = {node.name: i for i, node in enumerate(streams.sums.nodes)}
     # By the site that analysis gives: a read at a block's end stands at its state, and counts where it stood before.
     sites = [(order[read.site], plan) for s, p in zip(selected, plans, strict=True) for read, plan in _paired(s, p)]
     return ReadPlan(plans, tuple(plan for _, plan in sorted(sites, key=lambda pair: pair[0])))
@@ -213,11 +213,11 @@ def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Outp
 
 def _summary_makers(reads: Sequence[DepthReadPlan], sums: FormalSums, *, post_norm: bool) -> set[int]:
     """Indices of the reads that the next block receives: the first at each state, and at whatever maps that state."""
-    by_name = {node.name: node for node in sums.order}
+    by_name = {node.name: node for node in sums.nodes}
     ends = [i for i, read in enumerate(reads) if read.summary is not None]
     makers: set[int] = set()
     taken: set[Node] = set()
-    for i in sorted(ends, key=lambda i: sums.order[by_name[reads[i].site]]):
+    for i in sorted(ends, key=lambda i: by_name[reads[i].site]):
         path = [by_name[reads[i].site]]
         while not post_norm and isinstance(step := sums.states[path[-1]], Mapped):
             path.append(step.state)

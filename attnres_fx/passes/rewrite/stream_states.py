@@ -26,7 +26,7 @@ class StreamStates:
         self._post_norm = plan.stream.post_norm
         self._by_name: dict[str, Node] = {n.name: n for n in graph.nodes}
         self._roots = self._site_before_each_root(plan.stream)
-        self.nodes = sorted((n for n, r in sums.root.items() if r in self._roots), key=sums.order.__getitem__)
+        self.nodes = sorted(n for n, r in sums.root.items() if r in self._roots)
         groups = {self._by_name[term.node]: term.group for term in plan.terms}
         extras = frozenset(term.group for term in plan.terms if term.source is None)
         self.builder = SourceBuilder(graph, sums, groups, moved, extras, frozen)

@@ -12,7 +12,7 @@ from attnres_fx.passes.streams.stream import Read, Stream, Term
 
 
 class StreamChain:
-    """One stream: a raw stream, or the raw streams between the norms of a post-norm one."""
+    """One stream: the states of one root, or those of all the roots that the norms of a post-norm stream make."""
 
     def __init__(self, parts: tuple[RootStates, ...]) -> None:
         self.parts = parts

@@ -1,10 +1,13 @@
 """From the formal sums of a graph to its residual streams."""
 
+from functools import partial
+
 from torch.fx import Graph, Node
 
 from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.streams.chain import StreamChain
-from attnres_fx.passes.streams.formal_sum import FormalSums, Root, find_formal_sums
+from attnres_fx.passes.streams.formal_sum import FormalSums, Root
+from attnres_fx.passes.streams.interpretation import find_formal_sums
 from attnres_fx.passes.streams.names import name_streams
 from attnres_fx.passes.streams.nesting import (
     allow_inside_sublayers,
@@ -20,22 +23,30 @@ from attnres_fx.passes.streams.stream import StreamSet
 
 
 def find_streams(graph: Graph) -> StreamSet:
-    """Every residual stream of a graph without mutations, with values on its nodes."""
+    """Find every residual stream of a graph.
+
+    Args:
+        graph: A graph without mutations, with values on its nodes. It is left as it is.
+
+    Returns:
+        The streams in graph order, what looks like one and is refused, and the sums they were found in.
+    """
     sums = find_formal_sums(graph)
-    raw = [RootStates(sums, root) for root in _roots(sums)]
-    raw = [s for s in raw if s.terms]
-    injected = {s: into for s in raw if (into := injected_into(s, raw)) is not None}
-    raw = [s for s in raw if s not in injected]
-    fixed = [s for s in raw if s.fixed_width is not None and s.channels_first is None]
-    refusals = [refuse_injected(s, into) for s, into in injected.items()]
-    refusals += [_refuse_width(s) for s in raw if s not in fixed]
-    chains = link_post_norm(fixed)
-    found = [StreamChain(tuple(chain)) for chain in chains]
-    streams = name_streams([c.to_stream() for c in found])
-    streams = nest_streams(streams, found)
-    refusals += allow_inside_sublayers(find_refusals(graph, sums), found)
-    refusals += find_interruptions(streams, found)
+    convertible, refusals = _without_refused([s for s in map(partial(RootStates, sums), _roots(sums)) if s.terms])
+    chains = [StreamChain(tuple(chain)) for chain in link_post_norm(convertible)]
+    streams = nest_streams(name_streams([c.to_stream() for c in chains]), chains)
+    refusals += allow_inside_sublayers(find_refusals(graph, sums), chains)
+    refusals += find_interruptions(streams, chains)
     return StreamSet(tuple(streams), tuple(refusals), sums)
+
+
+def _without_refused(roots: list[RootStates]) -> tuple[list[RootStates], list[Refusal]]:
+    """The roots of streams of their own with a fixed width in the last dimension, and why the others are none."""
+    injected = {s: into for s in roots if (into := injected_into(s, roots)) is not None}
+    own = [s for s in roots if s not in injected]
+    fixed = [s for s in own if s.fixed_width is not None and s.channels_first is None]
+    refusals = [refuse_injected(s, into) for s, into in injected.items()]
+    return fixed, refusals + [_refuse_width(s) for s in own if s not in fixed]
 
 
 def _refuse_width(stream: RootStates) -> Refusal:

@@ -23,7 +23,6 @@ def _enclosing(chain: StreamChain, chains: list[StreamChain], streams: list[Stre
     """The stream one of whose sublayers the chain is computed in: it depends on that stream's root, and one
     of that stream's terms depends on it."""
     depends = chain.sums.dependence
-    assert depends is not None
     root = chain.parts[0].root
     for other, stream in zip(chains, streams, strict=True):
         if other is chain or not depends.at_all(root, other.parts[0].root):
@@ -41,25 +40,35 @@ def injected_into(stream: RootStates, others: list[RootStates]) -> RootStates | 
 
     Later scores depend on it through earlier ones, so `scores + mask` looks like a residual. But nothing reads
     it by itself, and what it is added to comes from the states of a stream that it does not depend on.
+
+    Args:
+        stream: The states of the value, which looks like the root of a stream.
+        others: The states of every root of the graph.
+
+    Returns:
+        The states it is added inside of; None where it is the root of a stream of its own.
     """
-    depends = stream.sums.dependence
-    assert depends is not None
+    met = _added_to(stream)
+    inside = (o for o in others if o is not stream and _computes(o, met, stream))
+    return next(inside, None) if met else None
+
+
+def _added_to(stream: RootStates) -> list[Node]:
+    """What a root is added to while it is the only term; nothing where it is used in any other way."""
     alone = {n for n in stream.nodes if stream.sums.terms(n) == (stream.root,)}
-    met: list[Node] = []
-    for user, state in ((u, n) for n in alone for u in n.users if u not in alone and not asks_only_metadata(u, n)):
-        addition = match_addition(user)
-        if addition is None:
-            return None
-        met.append(addition.right if addition.left is state else addition.left)
-    for other in others:
-        carried = (stream.sums.addend(t) for t in other.terms)
-        if other is stream or depends.at_all(stream.root, other.root) or not met:
-            continue
-        if all(depends.at_all(n, other.root) for n in met) and any(
-            c is not None and depends.at_all(c, stream.root) for c in carried
-        ):
-            return other
-    return None
+    uses = [(u, n) for n in alone for u in n.users if u not in alone and not asks_only_metadata(u, n)]
+    additions = [(match_addition(user), state) for user, state in uses]
+    met = [a.right if a.left is state else a.left for a, state in additions if a is not None]
+    return met if len(met) == len(additions) else []
+
+
+def _computes(outer: RootStates, met: list[Node], inner: RootStates) -> bool:
+    """Whether a stream that a root does not depend on computes what the root is added to, and takes in the sums."""
+    depends = inner.sums.dependence
+    if depends.at_all(inner.root, outer.root) or not all(depends.at_all(n, outer.root) for n in met):
+        return False
+    addends = (inner.sums.addend(t) for t in outer.terms)
+    return any(a is not None and depends.at_all(a, inner.root) for a in addends)
 
 
 def refuse_injected(stream: RootStates, into: RootStates) -> Refusal:

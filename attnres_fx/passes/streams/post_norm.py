@@ -5,31 +5,42 @@ from torch.fx import Node
 from attnres_fx.passes.streams.root_states import RootRead, RootStates
 
 
-def link_post_norm(raw: list[RootStates]) -> list[list[RootStates]]:
-    """Chains of streams whose only sum is read by a norm that is the next one's root."""
-    by_root = {s.root: s for s in raw}
+def link_post_norm(roots: list[RootStates]) -> list[list[RootStates]]:
+    """Chains of roots: where the only sum of one is read by a norm, and that norm is the next root.
+
+    Args:
+        roots: The states of every root of a graph, in graph order.
+
+    Returns:
+        Each root in one chain; a chain of one is a pre-norm stream.
+    """
     following: dict[Node, RootStates] = {}
-    continued: set[Node] = set()
-    for stream in raw:
-        reads = [r for r in stream.reads if len(r.terms) > 1]
-        if len(reads) != 1:
-            continue
-        later = [s for s in raw if s.sums.order[s.root] > s.sums.order[reads[0].core]]
-        for candidate in later:
-            if candidate.root in continued:
-                continue
-            if stream.is_norm_to(reads[0], candidate.root):
-                following[stream.root] = candidate
-                continued.add(candidate.root)
-                break
-    heads = [s for s in raw if s.root not in {f.root for f in following.values()}]
+    for states in roots:
+        continued = {s.root for s in following.values()}
+        found = _continuation(states, [s for s in roots if s.root not in continued])
+        if found is not None:
+            following[states.root] = found
+    continued = {s.root for s in following.values()}
     chains = []
-    for head in heads:
+    for head in (s for s in roots if s.root not in continued):
         chain = [head]
-        while chain[-1].root in following:
-            chain.append(by_root[following[chain[-1].root].root])
-        chains.append(_with_last_norm(chain))
-    return [part for chain in chains for part in chain]
+        while (after := following.get(chain[-1].root)) is not None:
+            chain.append(after)
+        chains += _with_last_norm(chain)
+    return chains
+
+
+def _continuation(states: RootStates, candidates: list[RootStates]) -> RootStates | None:
+    """The first candidate whose root is the norm that reads the only sum of a root."""
+    read = _read_of_only_sum(states)
+    if read is None:
+        return None
+    return next((c for c in candidates if c.root > read.core and states.is_norm_to(read, c.root)), None)
+
+
+def _read_of_only_sum(states: RootStates) -> RootRead | None:
+    reads = [r for r in states.reads if len(r.terms) > 1]
+    return reads[0] if len(reads) == 1 else None
 
 
 def _with_last_norm(chain: list[RootStates]) -> list[list[RootStates]]:
@@ -37,15 +48,15 @@ def _with_last_norm(chain: list[RootStates]) -> list[list[RootStates]]:
     if len(chain) == 1:
         return [chain]
     last = chain[-1]
-    reads = [r for r in last.reads if len(r.terms) > 1]
-    if len(reads) == 1 and _reads_by_norm_alone(last, reads[0]):
+    read = _read_of_only_sum(last)
+    if read is not None and _reads_by_norm_alone(last, read):
         return [chain]
     return [chain[:-1], [last]] if len(chain) > 2 else [[s] for s in chain]
 
 
 def _reads_by_norm_alone(stream: RootStates, read: RootRead) -> bool:
     targets = {n for c in read.consumers for n in _downstream(c, 16)}
-    return any(stream.is_norm_to(read, t) for t in sorted(targets, key=stream.sums.order.__getitem__))
+    return any(stream.is_norm_to(read, t) for t in sorted(targets))
 
 
 def _downstream(node: Node, limit: int) -> list[Node]:

@@ -5,21 +5,25 @@ from typing import Literal
 
 from torch.fx import Graph, Node
 
-from attnres_fx.passes.graph.additions import match_addition
+from attnres_fx.passes.graph.additions import Addition, match_addition
 from attnres_fx.passes.graph.nodes import describe, is_floating, shape_of, shapes_agree, sizes_agree
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, op_name
-from attnres_fx.passes.streams.formal_sum import Dependence, Extended, FormalSums, Merged
+from attnres_fx.passes.streams.dependence import Dependence
+from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged, State
 
 
 @dataclass(frozen=True)
 class Refusal:
     """Something that looks like a residual stream and was left alone.
 
-    kind: `"not additive"`, `"width"`, `"injected"` (added into another stream's sublayers), `"interrupted"`
-        (one stream ends where another begins), or `"hidden"` in a region that cannot be inlined.
-    place: the node, its module path and source line. reason: why it was refused. stops_conversion: whether guessing
-        on would be wrong. advice: what to do instead.
+    Args:
+        kind: `"not additive"`, `"width"`, `"injected"` (added into another stream's sublayers), `"interrupted"`
+            (one stream ends where another begins), or `"hidden"` in a region that cannot be inlined.
+        place: The node, its module path and source line.
+        reason: Why it was refused.
+        stops_conversion: Whether a model that has it must not be converted, because the result would be wrong.
+        advice: What to do instead.
     """
 
     kind: Literal["not additive", "width", "injected", "interrupted", "hidden"]
@@ -30,25 +34,42 @@ class Refusal:
 
 
 def find_refusals(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
-    """Carries that are not sums, in graph order, each with the node that carries."""
+    """Where a stream is carried by something that is no sum.
+
+    Args:
+        graph: The graph that the sums are of.
+        sums: Its states.
+
+    Returns:
+        In graph order, the node that carries and why it is refused; after them, streams that change their width.
+    """
     refusals = []
     additions = {n: a for n in graph.nodes if (a := match_addition(n)) is not None}
     lerps = {n for n in graph.nodes if op_name(n) == "lerp" and is_floating(n)}
-    operands = {o for a in additions.values() for o in (a.left, a.right)}
-    inputs = {i for n in (*operands, *lerps) for i in n.all_input_nodes}
-    ancestry = Dependence(graph, operands | inputs | additions.keys() | lerps)
+    ancestry = Dependence(graph, _carries_and_their_inputs(additions, lerps))
     for node in graph.nodes:
         reason = ""
         if node in lerps:
             reason = _why_gated_lerp(node, ancestry)
-        elif (addition := additions.get(node)) is not None:
-            pairs = ((addition.left, addition.right), (addition.right, addition.left))
-            judge = _why_gated_difference if isinstance(sums.states.get(node), Extended) else _why_not_additive
-            if not isinstance(sums.states.get(node), Merged):
-                reason = next((r for carry, branch in pairs if (r := judge(carry, branch, ancestry))), "")
+        elif node in additions:
+            reason = _why_gated_sum(additions[node], sums.states.get(node), ancestry)
         if reason:
             refusals.append((node, Refusal("not additive", describe(node), reason, True, _ADVICE)))
     return refusals + _widened(graph, sums)
+
+
+def _carries_and_their_inputs(additions: dict[Node, Addition], lerps: set[Node]) -> set[Node]:
+    operands = {o for a in additions.values() for o in (a.left, a.right)}
+    inputs = {i for n in (*operands, *lerps) for i in n.all_input_nodes}
+    return operands | inputs | additions.keys() | lerps
+
+
+def _why_gated_sum(addition: Addition, state: State | None, ancestry: Dependence) -> str:
+    if isinstance(state, Merged):
+        return ""
+    why = _why_gated_difference if isinstance(state, Extended) else _why_not_additive
+    pairs = ((addition.left, addition.right), (addition.right, addition.left))
+    return next((reason for carry, branch in pairs if (reason := why(carry, branch, ancestry))), "")
 
 
 _ADVICE = "Hyper-connections and gated carries cannot be converted; name other streams in the config, or leave it."
@@ -109,7 +130,6 @@ def _widened(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
     """States that are padded or concatenated along their features and then extended as if they were one stream."""
     refusals = []
     depends = sums.dependence
-    assert depends is not None
     for node in graph.nodes:
         addition = match_addition(node)
         if addition is None:

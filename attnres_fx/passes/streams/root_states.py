@@ -24,7 +24,7 @@ class RootStates:
     def __init__(self, sums: FormalSums, root: Node) -> None:
         self.sums = sums
         self.root = root
-        self.nodes = sorted(sums.of_stream(root), key=sums.order.__getitem__)
+        self.nodes = sorted(sums.of_stream(root))
         self.chain = self._chain()
         self.terms = self.chain[1:]
         self.reads = self._reads()
@@ -45,17 +45,16 @@ class RootStates:
                 if not self._is_consumer(user, state):
                     continue
                 consumers.setdefault(self._core(state), []).append((user, state))
-        order = self.sums.order
         reads = [
             RootRead(
                 core=core,
                 site=self._site(core, [s for _, s in pairs]),
-                consumers=tuple(sorted({u for u, _ in pairs}, key=order.__getitem__)),
+                consumers=tuple(sorted({u for u, _ in pairs})),
                 terms=self.sums.terms(core),
             )
             for core, pairs in consumers.items()
         ]
-        return sorted(reads, key=lambda r: order[r.core])
+        return sorted(reads, key=lambda r: r.core)
 
     def _is_consumer(self, user: Node, state: Node) -> bool:
         if asks_only_metadata(user, state):
@@ -81,7 +80,6 @@ class RootStates:
 
     def is_norm_to(self, read: RootRead, target: Node) -> bool:
         """Whether everything that consumes a read is a normalisation whose result is `target`."""
-        assert self.sums.dependence is not None
         inside: set[Node] = set()
         stack = [target]
         reached = False

@@ -1,0 +1,44 @@
+"""Which values of a graph depend on which, and whether through more than elementwise work."""
+
+from torch.fx import Graph, Node
+
+from attnres_fx.passes.graph.aliasing import mutated_arguments, storage_of
+from attnres_fx.passes.graph.operations import asks_only_metadata, is_light
+
+
+class Dependence:
+    """Which nodes depend on which anchors, at all and through more than elementwise operations.
+
+    One bit for each anchor; anchors are the nodes that stand in candidate additions.
+    """
+
+    def __init__(self, graph: Graph, anchors: set[Node]) -> None:
+        self._bit = {node: 1 << i for i, node in enumerate(anchors)}
+        self._any: dict[Node, int] = {}
+        self._heavy: dict[Node, int] = {}
+        #: Storages that a node writes into: whatever they are copies of, they hold something else after.
+        self.written: set[Node] = set()
+        for node in graph.nodes:
+            reached = heavy = 0
+            for source in node.all_input_nodes:
+                if asks_only_metadata(node, source):
+                    continue
+                reached |= self._any[source] | self._bit.get(source, 0)
+                heavy |= self._heavy[source]
+            self._any[node] = reached
+            self._heavy[node] = heavy if is_light(node) else reached
+            for target in mutated_arguments(node):
+                self._write(node, target)
+
+    def _write(self, node: Node, target: Node) -> None:
+        for seen in storage_of(target):
+            self.written.add(seen)
+            self._any[seen] |= self._any[node]
+            self._heavy[seen] |= self._heavy[node]
+
+    def at_all(self, node: Node, anchor: Node) -> bool:
+        return bool(self._any[node] & self._bit.get(anchor, 0))
+
+    def is_branch(self, node: Node, anchor: Node) -> bool:
+        """Whether `node` depends on `anchor` through at least one operation that is not elementwise."""
+        return bool(self._heavy[node] & self._bit.get(anchor, 0))

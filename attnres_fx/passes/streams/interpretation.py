@@ -1,0 +1,205 @@
+"""Every node of a graph as a weighted sum of terms: one forward abstract interpretation.
+
+A node is either opaque (a value of its own) or a state. A state is what an addition of two tensors makes of a
+stream, or a row map of a state.
+"""
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from attnres_fx.passes.graph.additions import Addition, match_addition
+from attnres_fx.passes.graph.nodes import same_shape, shape_of, sizes_agree
+from attnres_fx.passes.graph.row_maps import RowMap, match_row_maps
+from attnres_fx.passes.streams.dependence import Dependence
+from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
+
+
+def find_formal_sums(graph: Graph) -> FormalSums:
+    """Interpret a graph as formal sums.
+
+    Args:
+        graph: A graph without mutations, with values on its nodes. It is left as it is.
+
+    Returns:
+        Its states, each a weighted sum of terms.
+    """
+    return _Interpreter(graph).run()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """An addition read as `state + addend`.
+
+    Args:
+        addition: The state at its left, the addend at its right.
+        root: The root of the stream that the left operand is a state of; None where it is none.
+        addend_root: The same of the right operand.
+    """
+
+    addition: Addition
+    root: Node | None
+    addend_root: Node | None
+
+
+class _Interpreter:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.additions = {n: a for n in graph.nodes if (a := match_addition(n)) is not None}
+        self.maps: dict[Node, tuple[RowMap, ...]] = {n: m for n in graph.nodes if (m := match_row_maps(n))}
+        self.depends = Dependence(graph, self._anchors())
+        self.sums = FormalSums(tuple(graph.nodes), self.depends)
+
+    def _anchors(self) -> set[Node]:
+        found: set[Node] = set()
+        stack = [o for a in self.additions.values() for o in (a.left, a.right)]
+        while stack:
+            node = stack.pop()
+            if node in found:
+                continue
+            found.add(node)
+            stack.extend(m.state for m in self.maps.get(node, ()))
+        return found
+
+    def run(self) -> FormalSums:
+        for node in self.graph.nodes:
+            addition = self.additions.get(node)
+            if addition is not None:
+                self._add(node, addition)
+        for node in self.graph.nodes:
+            self._state_of(node)
+        self.sums.root = dict(sorted(self.sums.root.items(), key=lambda item: item[0]))
+        return self.sums
+
+    def _state_of(self, node: Node) -> Node | None:
+        """Root of the stream a node is a state of, following maps down to a known state."""
+        sums = self.sums
+        if node in sums.states:
+            return sums.root[node]
+        for row_map in self._maps_of(node):
+            root = self._state_of(row_map.state)
+            if root is not None and self._is_independent(row_map, root):
+                sums.states[node] = Mapped(node, row_map.state, row_map.kind)
+                sums.root[node] = root
+                return root
+        return None
+
+    def _maps_of(self, node: Node) -> tuple[RowMap, ...]:
+        return () if node in self.depends.written else self.maps.get(node, ())
+
+    def _is_independent(self, row_map: RowMap, root: Node) -> bool:
+        return not any(o is root or self.depends.at_all(o, root) for o in row_map.others)
+
+    def _add(self, node: Node, addition: Addition) -> None:
+        left_root, right_root = self._state_of(addition.left), self._state_of(addition.right)
+        if left_root is not None and left_root is right_root:
+            self._merge(node, addition)
+            return
+        readings = self._readings(addition, left_root, right_root)
+        rules = (self._extends_by_branch, self._extends_by_outside_value, self._starts, self._extends_by_injection)
+        for rule in rules:
+            if any(rule(node, reading) for reading in readings):
+                return
+
+    def _readings(self, addition: Addition, left_root: Node | None, right_root: Node | None) -> list[_Reading]:
+        """Both ways to read an addition; first the one whose state has more terms, and the left one of equals."""
+        readings = [_Reading(addition, left_root, right_root), _Reading(addition.swapped, right_root, left_root)]
+        if right_root is not None and (left_root is None or self._length(addition.right) > self._length(addition.left)):
+            readings.reverse()
+        return readings
+
+    def _length(self, node: Node) -> int:
+        return len(self.sums.terms(node))
+
+    def _merge(self, node: Node, a: Addition) -> None:
+        sums = self.sums
+        root = sums.root[a.left]
+        if not (same_shape(a.left, node) and same_shape(a.right, node)):
+            return
+        lengths = self._length(a.left), self._length(a.right)
+        if min(lengths) == 1 < max(lengths):  # the root again, as one more addend
+            longer = a if lengths[0] > 1 else a.swapped
+            self._extend(node, longer, root)
+            return
+        if max(lengths) > 1 or (self._is_scaled_root(a.left) and self._is_scaled_root(a.right)):
+            sums.states[node] = Merged(node, a.left, a.left_scale, a.right, a.right_scale)
+            sums.root[node] = root
+
+    def _is_scaled_root(self, node: Node) -> bool:
+        """Whether a state is the root times something: its rows are where they were."""
+        while isinstance(step := self.sums.states[node], Mapped):
+            if step.kind not in ("factor", "cast", "identity"):
+                return False
+            node = step.state
+        return True
+
+    def _extends_by_branch(self, node: Node, reading: _Reading) -> bool:
+        """`state + addend`, where the addend is a branch of the state's stream."""
+        a, root = reading.addition, reading.root
+        if root is None or not same_shape(a.right, node) or not _broadcasts_rows(a.left, node):
+            return False
+        if not self.depends.is_branch(a.right, root):
+            return False
+        self._extend(node, a, root)
+        return True
+
+    def _extends_by_outside_value(self, node: Node, reading: _Reading) -> bool:
+        """`state + addend`, where the addend is part of no stream and the state's was not computed from it."""
+        a, root = reading.addition, reading.root
+        if root is None or reading.addend_root is not None or self._is_before(a.right, root):
+            return False
+        return self._extends_by_injection(node, reading)
+
+    def _is_before(self, node: Node, root: Node) -> bool:
+        """Whether a stream was computed from a value, or from what it maps, by more than elementwise work.
+
+        Then the stream may be inside a sublayer of that value's own; `a * x0 + b * x0` is not.
+        """
+        path = [node]
+        while below := [m.state for m in self._maps_of(path[-1]) if self._may_start_below(m)]:
+            path.append(below[0])
+        return any(self.depends.is_branch(root, n) for n in path)
+
+    def _extends_by_injection(self, node: Node, reading: _Reading) -> bool:
+        """`state + addend`, where the addend does not depend on the state's stream."""
+        a, root = reading.addition, reading.root
+        if root is None or self._length(a.left) < 2 or not same_shape(a.left, node):
+            return False
+        if a.right is root or self.depends.at_all(a.right, root):
+            return False
+        self._extend(node, a, root)
+        return True
+
+    def _starts(self, node: Node, reading: _Reading) -> bool:
+        """`left + right` begins a stream: right is a branch of left, or of what left is a map of."""
+        a = reading.addition
+        if reading.root is not None or not same_shape(a.right, node) or not _broadcasts_rows(a.left, node):
+            return False
+        path = [a.left]
+        while not self.depends.is_branch(a.right, path[-1]):
+            below = [m.state for m in self._maps_of(path[-1]) if self._may_start_below(m)]
+            if not below:
+                return False
+            path.append(below[0])
+        root = path[-1]
+        self.sums.states.setdefault(root, Root(root))
+        self.sums.root.setdefault(root, root)
+        if self._state_of(a.left) is None:
+            return False
+        self._extend(node, a, self.sums.root[root])
+        return True
+
+    def _may_start_below(self, row_map: RowMap) -> bool:
+        return not any(self.depends.at_all(o, row_map.state) or o is row_map.state for o in row_map.others)
+
+    def _extend(self, node: Node, a: Addition, root: Node) -> None:
+        self.sums.states[node] = Extended(node, a.left, a.left_scale, a.right, a.right_scale)
+        self.sums.root[node] = root
+
+
+def _broadcasts_rows(state: Node, result: Node) -> bool:
+    """Whether a state has the result's shape, or is spread over it in leading dimensions only."""
+    if same_shape(state, result):
+        return True
+    small, large = shape_of(state), shape_of(result)
+    return bool(small) and len(small) <= len(large) and sizes_agree(small[-1], large[-1]) and len(small) >= 2
