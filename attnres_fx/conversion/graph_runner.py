@@ -13,8 +13,8 @@ from torch.fx import Graph, GraphModule
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.errors import ModeError
 from attnres_fx.passes.graph.copying import copy_graph, on_device
+from attnres_fx.passes.graph.operations import hooked
 from attnres_fx.passes.lowering.lower import Lowering, lower_
-from attnres_fx.passes.lowering.norms import hooked
 
 #: Type, eps, shape and parameters present of a norm module.
 NormModule = tuple[type, float | None, tuple[int, ...], tuple[str, ...]] | None

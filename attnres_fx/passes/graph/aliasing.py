@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from attnres_fx.passes.graph.nodes import computed_value, tensor_of
-from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operation_table import VIEW_ATTRIBUTES, Trait
 from attnres_fx.passes.graph.operations import (
     called_module,
     dropout_probability,
@@ -21,8 +21,6 @@ from attnres_fx.passes.graph.operations import (
     op_name,
     trains,
 )
-
-_ATTRIBUTE_VIEWS = frozenset(["T", "mT", "H", "mH", "real", "imag", "data"])
 
 
 def mutated_arguments(node: Node) -> list[Node]:
@@ -88,7 +86,7 @@ def _is_view_of(node: Node, first: Node) -> bool:
     if name == "getitem":
         return not indexes_by_tensor(node.args[1])
     if name == "getattr":
-        return node.args[1] in _ATTRIBUTE_VIEWS
+        return node.args[1] in VIEW_ATTRIBUTES
     if name == "identity":
         return True
     if is_dropout(node):

@@ -29,6 +29,23 @@ def emit(
     return insert_call(graph, target, args, like=like, value=value if value is not None else tensor_of(like))
 
 
+def emit_switch(graph: Graph, name: str, args: tuple[Any, ...], *, like: Node) -> Node:
+    """Insert, at the graph's insertion point, an operation that switches a mode or asks for it.
+
+    Args:
+        graph: The graph to write into.
+        name: Canonical name of the operation.
+        args: Its arguments.
+        like: The node whose metadata the new one gets.
+
+    Returns:
+        The new node. It has no value: to compute one would switch the mode of this process.
+    """
+    target = BY_NAME[name].switch
+    assert target is not None
+    return insert_call(graph, target, args, like=like, value=None)
+
+
 def spelled(name: str, like: Node) -> Any:
     """The target that means an operation in the dialect of a node: an aten overload or a torch function."""
     operation = BY_NAME[name]

@@ -25,7 +25,9 @@ class Trait(enum.Flag):
     tensor. NO_WRITE: an underscore, yet no write. MIXES: contracts over copies of a stream. WIDENS: may change the
     last dimension. CHANNELS_FIRST: features are in dimension 1. SWITCHES_MODE, ASKS_MODE: autocast or gradients, for
     the calls that follow. MODE_REGION: a body that runs in another mode. CHECK: states something of a value and has
-    none. SAVES_INPUTS: backward needs what it takes in.
+    none. SAVES_INPUTS: backward needs what it takes in. RANDOM: draws random numbers, although no tag of aten's may
+    say so. SHAPE: looks at the shape or the dtype and at nothing else. PASSES_ON: hands on values and gradients as
+    they are, the strides aside. WEIGHT_STEP: models make the weight of a norm with it, `1 + weight` or a cast.
     """
 
     CAST = enum.auto()
@@ -51,18 +53,63 @@ class Trait(enum.Flag):
     MODE_REGION = enum.auto()
     CHECK = enum.auto()
     SAVES_INPUTS = enum.auto()
+    RANDOM = enum.auto()
+    SHAPE = enum.auto()
+    PASSES_ON = enum.auto()
+    WEIGHT_STEP = enum.auto()
 
 
 NONE = Trait(0)
 
 
 @dataclass(frozen=True)
+class FusedAddition:
+    """An operation that is `beta * input + alpha * product(left, right)`.
+
+    Args:
+        product: Canonical name of the operation between the two factors.
+        left, right: The keywords of the factors.
+        alpha: The keyword of the product's scale.
+        beta: The keyword of the addend's scale; empty where it has none.
+    """
+
+    product: str
+    left: str
+    right: str
+    alpha: str
+    beta: str = ""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A higher-order operation that runs one body once, so that its nodes may stand in its place.
+
+    Args:
+        body: Position of the body among the arguments.
+        operands: Position of the first argument that the body is called with.
+        recomputes: Whether backward runs the body again.
+    """
+
+    body: int
+    operands: int
+    recomputes: bool = False
+
+
+@dataclass(frozen=True)
 class Operation:
     """One operation.
 
-    name: canonical. traits: what it does. also: other names of it, of functions, methods and aten. operators: Python
-    operators that mean it. modules: module classes that do nothing else. functional: the operator without the write,
-    of one in place. aten, function: how a pass writes it, as an aten overload and as a torch function.
+    Args:
+        name: Its canonical name.
+        traits: What it does.
+        also: Its other names, of functions, methods and aten.
+        operators: Python operators that mean it.
+        modules: Module classes that do nothing else.
+        functional: The operator without the write, of one in place.
+        aten, function: How a pass writes it, as an aten overload and as a torch function.
+        switch: How a pass writes it, of one that switches a mode or asks for it: every dialect writes the same.
+        fused: The product and the scales, of an addition that is fused with a product.
+        region: Where its body and operands stand, of one whose body may be inlined.
     """
 
     name: str
@@ -73,17 +120,26 @@ class Operation:
     functional: Callable[..., Any] | None = None
     aten: str = ""
     function: Callable[..., Any] | None = None
+    switch: Callable[..., Any] | None = None
+    fused: FusedAddition | None = None
+    region: Region | None = None
 
+
+#: Attributes that are views of their tensor, and attributes that tell no more than its shape, dtype or device.
+VIEW_ATTRIBUTES = frozenset(["T", "mT", "H", "mH", "real", "imag", "data"])
+SHAPE_ATTRIBUTES = frozenset(["dtype", "shape", "device", "ndim"])
 
 CAST, IDENTITY, RESHAPE, MOVE, LIGHT = Trait.CAST, Trait.IDENTITY, Trait.RESHAPE, Trait.TOKEN_MOVE, Trait.LIGHT
 SAME, AS, COPIES = Trait.SAME_AT_SAME_SHAPE, Trait.SHAPED_AS, Trait.MAYBE_COPIES
-DROPOUT = Trait.DROPOUT | Trait.LIGHT
+DROPOUT = Trait.DROPOUT | Trait.LIGHT | Trait.RANDOM
 CHANNELS = Trait.CHANNELS_FIRST
 SAVES = Trait.SAVES_INPUTS
+STEP = Trait.WEIGHT_STEP
+METADATA, SHAPE = Trait.METADATA, Trait.METADATA | Trait.SHAPE
 
 OPERATIONS = (
     # Arithmetic
-    Operation("add", aten="add.Tensor", function=torch.add),
+    Operation("add", STEP, aten="add.Tensor", function=torch.add),
     Operation("sub", also=("subtract",), aten="sub.Tensor", function=torch.sub),
     Operation("mul", SAVES, also=("multiply",), aten="mul.Tensor", function=torch.mul),
     Operation("div", SAVES, ("divide", "true_divide"), (operator.truediv,), aten="div.Tensor", function=torch.div),
@@ -108,16 +164,18 @@ OPERATIONS = (
     Operation("bitwise_xor_", operators=(operator.ixor,), functional=operator.xor),
     Operation("copy_", aten="copy_.default", function=torch.Tensor.copy_),
     # Casts
-    Operation("to", CAST, aten="to.dtype", function=torch.Tensor.to),
-    Operation("type_as", CAST | AS),
-    *(Operation(n, CAST) for n in ("_to_copy", "float", "double", "half", "bfloat16", "type")),
+    Operation("to", CAST | STEP, aten="to.dtype", function=torch.Tensor.to),
+    Operation("type_as", CAST | AS | STEP),
+    *(Operation(n, CAST | STEP) for n in ("_to_copy", "float")),
+    *(Operation(n, CAST) for n in ("double", "half", "bfloat16", "type")),
     *(Operation(n, CAST) for n in ("_autocast_to_full_precision", "_autocast_to_reduced_precision")),
     # Values as they are
-    Operation("contiguous", IDENTITY | COPIES),
+    Operation("contiguous", IDENTITY | COPIES | Trait.PASSES_ON),
+    Operation("alias", IDENTITY | Trait.PASSES_ON),
     Operation("clone", IDENTITY, aten="clone.default", function=torch.clone),
     Operation("detach", IDENTITY, aten="detach.default", function=torch.detach),
     Operation("identity", IDENTITY, modules=(nn.Identity,)),
-    *(Operation(n, IDENTITY) for n in ("alias", "lift_fresh", "lift_fresh_copy", "wait_tensor")),
+    *(Operation(n, IDENTITY) for n in ("lift_fresh", "lift_fresh_copy", "wait_tensor")),
     # Rows in their order, in another shape
     Operation("view", RESHAPE),
     Operation("reshape", RESHAPE | COPIES, also=("_unsafe_view",)),
@@ -155,6 +213,9 @@ OPERATIONS = (
     # Elementwise, although aten's tag does not say so of each form
     Operation("dropout", DROPOUT, modules=(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)),
     *(Operation(n, DROPOUT) for n in ("native_dropout", "feature_dropout", "alpha_dropout")),
+    *(Operation(n, Trait.RANDOM) for n in ("dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout")),
+    *(Operation(n, Trait.RANDOM) for n in ("dropout_", "feature_dropout_", "alpha_dropout_", "feature_alpha_dropout_")),
+    Operation("_fused_dropout", Trait.RANDOM),
     *(Operation(n, LIGHT | SAVES) for n in ("gelu", "silu", "relu", "tanh", "sigmoid", "softplus")),
     *(Operation(n, LIGHT) for n in ("glu", "leaky_relu", "elu", "mish", "hardswish", "hardtanh", "hardsigmoid")),
     Operation("softmax", SAVES),
@@ -177,23 +238,31 @@ OPERATIONS = (
     Operation("bmm", Trait.MIXES | SAVES, aten="bmm.default", function=torch.bmm),
     *(Operation(n, Trait.MIXES | SAVES) for n in ("einsum", "matmul")),
     Operation("tensordot", Trait.MIXES),
-    *(Operation(n, SAVES) for n in ("linear", "addmm", "baddbmm", "dot")),
+    *(Operation(n, SAVES) for n in ("linear", "dot")),
+    Operation("addmm", SAVES, fused=FusedAddition("mm", "mat1", "mat2", "alpha", "beta")),
+    Operation("baddbmm", SAVES, fused=FusedAddition("bmm", "batch1", "batch2", "alpha", "beta")),
+    Operation("addcmul", fused=FusedAddition("mul", "tensor1", "tensor2", "value")),
+    Operation("addcdiv", fused=FusedAddition("div", "tensor1", "tensor2", "value")),
     Operation("conv", CHANNELS | SAVES, also=("convolution", "conv1d", "conv2d", "conv3d")),
     *(Operation(n, CHANNELS) for n in ("max_pool2d", "avg_pool2d")),
     Operation("sdpa", SAVES, also=("scaled_dot_product_attention",)),
     # Shapes, dtypes and checks
-    *(Operation(n, Trait.METADATA) for n in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")),
-    *(Operation(n, Trait.METADATA) for n in ("size", "dim", "ndim", "numel", "stride", "storage_offset")),
-    *(Operation(n, Trait.METADATA) for n in ("is_floating_point", "getattr")),
-    *(Operation(n, Trait.METADATA | Trait.CHECK) for n in ("_assert_tensor_metadata", "_assert_scalar")),
+    *(Operation(n, SHAPE) for n in ("sym_size", "size", "dim", "ndim", "numel", "is_floating_point")),
+    *(Operation(n, METADATA) for n in ("sym_numel", "sym_stride", "sym_storage_offset", "stride", "storage_offset")),
+    Operation("getattr", METADATA | STEP),
+    *(Operation(n, METADATA | Trait.CHECK) for n in ("_assert_tensor_metadata", "_assert_scalar")),
     *(Operation(n, Trait.CHECK) for n in ("_assert_async", "sym_constrain_range")),
     # Modes
-    Operation("_set_grad_enabled", Trait.SWITCHES_MODE),
-    Operation("_enter_autocast", Trait.SWITCHES_MODE),
-    Operation("_exit_autocast", Trait.SWITCHES_MODE),
-    Operation("is_grad_enabled", Trait.ASKS_MODE),
-    Operation("higher_order::wrap_with_set_grad_enabled", Trait.MODE_REGION),
-    Operation("higher_order::wrap_with_autocast", Trait.MODE_REGION),
+    Operation("_set_grad_enabled", Trait.SWITCHES_MODE, switch=torch._C._set_grad_enabled),
+    Operation("_enter_autocast", Trait.SWITCHES_MODE, switch=torch.amp.autocast_mode._enter_autocast),
+    Operation("_exit_autocast", Trait.SWITCHES_MODE, switch=torch.amp.autocast_mode._exit_autocast),
+    Operation("is_grad_enabled", Trait.ASKS_MODE, switch=torch.is_grad_enabled),
+    # Bodies
+    Operation("higher_order::wrap_with_set_grad_enabled", Trait.MODE_REGION, region=Region(1, operands=2)),
+    Operation("higher_order::wrap_with_autocast", Trait.MODE_REGION, region=Region(4, operands=5)),
+    Operation("higher_order::invoke_subgraph", region=Region(0, operands=2)),
+    Operation("higher_order::tag_activation_checkpoint", region=Region(0, operands=1, recomputes=True)),
+    Operation("higher_order::wrap", region=Region(0, operands=1)),
 )
 
 BY_NAME = {o.name: o for o in OPERATIONS}

@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_fx.passes.graph.nodes import argument_of, tensor_of
-from attnres_fx.passes.graph.operation_table import ALIASES, BY_MODULE, BY_NAME, BY_OPERATOR, Trait
+from attnres_fx.passes.graph.operation_table import ALIASES, BY_MODULE, BY_NAME, BY_OPERATOR, Operation, Trait
 
 _LIGHT = Trait.LIGHT | Trait.METADATA | Trait.CAST | Trait.IDENTITY | Trait.RESHAPE | Trait.TOKEN_MOVE
 
@@ -43,6 +43,13 @@ def called_module(node: Node) -> torch.nn.Module | None:
         return None
 
 
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward: hooks of its own or of all, a forward of its own."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    every = [getattr(torch.nn.modules.module, f"_global{n}", None) for n in names]
+    return "forward" in vars(module) or any(every) or any(getattr(module, name) for name in names)
+
+
 @cache
 def _function_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
@@ -58,9 +65,14 @@ def _function_name(target: Any) -> str:
     return ALIASES.get(name, name)
 
 
+def operation_of(node: Node) -> Operation | None:
+    """What the table says of a node's operation; None where it is not in the table."""
+    return BY_NAME.get(op_name(node))
+
+
 def has_trait(node: Node, traits: Trait) -> bool:
     """Whether a node's operation has one of some traits."""
-    operation = BY_NAME.get(op_name(node))
+    operation = operation_of(node)
     return operation is not None and bool(operation.traits & traits)
 
 
@@ -123,7 +135,11 @@ def switches_mode(node: Node) -> bool:
 
 def is_random(node: Node) -> bool:
     """Whether a node draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or "dropout" in op_name(node)
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return True
+    name = op_name(node)
+    # Operators of other libraries often lack the tag.
+    return has_trait(node, Trait.RANDOM) or ("::" in name and "dropout" in name)
 
 
 def has_side_effects(node: Node) -> bool:

@@ -89,19 +89,28 @@ def _moves_whole_rows(node: Node, name: str, first: Node) -> bool:
 def _dimensions(node: Node, name: str, rank: int) -> list[int]:
     """Dimensions a token move touches; the last one among them means that rows are not kept whole."""
     if name == "permute":
-        dims = argument_of(node, 1, "dims")
-        dims = list(dims) if isinstance(dims, list | tuple) else [d for d in node.args[1:] if isinstance(d, int)]
-        return [i for i, d in enumerate(dims) if isinstance(d, int) and d % rank != i]
+        return _permuted(node, rank)
     if name in ("transpose", "movedim"):
         pair = (argument_of(node, 1, "dim0"), argument_of(node, 2, "dim1"))
         return [d for value in pair for d in _known_dimensions(value, rank)]
+    return _known_dimensions(_named_dimensions(node, name, rank), rank) or [rank - 1]
+
+
+def _permuted(node: Node, rank: int) -> list[int]:
+    """The dimensions that a permutation puts elsewhere."""
+    dims = argument_of(node, 1, "dims")
+    dims = list(dims) if isinstance(dims, list | tuple) else [d for d in node.args[1:] if isinstance(d, int)]
+    return [i for i, d in enumerate(dims) if isinstance(d, int) and d % rank != i]
+
+
+def _named_dimensions(node: Node, name: str, rank: int) -> Any:
+    """What a call says of its dimensions, or what the operation takes where the call says nothing."""
     if name == "roll":
-        dims = argument_of(node, 2, "dims")
-    else:
-        default = 0 if name in ("slice", "select", "narrow") else rank - 1
-        dims = argument_of(node, 1, "dims" if name == "flip" else "dim")
-        dims = default if dims is None else dims
-    return _known_dimensions(dims, rank) or [rank - 1]
+        return argument_of(node, 2, "dims")
+    dims = argument_of(node, 1, "dims" if name == "flip" else "dim")
+    if dims is not None:
+        return dims
+    return 0 if name in ("slice", "select", "narrow") else rank - 1
 
 
 def _known_dimensions(dims: Any, rank: int) -> list[int]:

@@ -21,23 +21,31 @@ from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes.graph.nodes import insert_attribute, nodes_without_gradients
 from attnres_fx.passes.graph.operations import has_side_effects, is_aten, op_name
 from attnres_fx.passes.graph.result import PassResult
-from attnres_fx.passes.lowering.norms import NormMatch, Number, asks_of, match_norm, settled
+from attnres_fx.passes.lowering.norm_match import NormMatch, Number, asks_of, settled
+from attnres_fx.passes.lowering.norms import match_norm
 from attnres_fx.passes.lowering.read_calls import (
     DepthReadCall,
     as_depth_read,
     available,
     have_values,
     known,
+    may_become_one,
     move_before,
 )
 
 
 @dataclass(frozen=True)
 class NormFusion:
-    """A norm to fold: the names of the read's node and of the norm's result, and what the norm is.
+    """A norm to fold: names of nodes, and what the norm is.
 
-    kind: 1 RMSNorm, 2 LayerNorm. weight, bias: a node's name or an attribute's path. dtype: of the result, None for
-    the dtype that the sources promote to at run time. modules: paths of the norm modules that are no longer called.
+    Args:
+        read: The node of the read.
+        result: The node of the norm's result.
+        kind: 1 RMSNorm, 2 LayerNorm.
+        weight, bias: A node's name or an attribute's path, [D]; None where the norm has none.
+        eps: What the norm adds under its root.
+        dtype: The dtype of the result; None for the one that the sources promote to at run time.
+        modules: Paths of the norm modules that are no longer called.
     """
 
     read: str
@@ -64,19 +72,17 @@ def plan_norm_fusions(gm: GraphModule) -> tuple[NormFusion, ...]:
 
 
 def _find(gm: GraphModule) -> list[tuple[NormFusion, DepthReadCall, NormMatch]]:
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
     frozen = nodes_without_gradients(gm.graph)
-    barriers = [i for n, i in order.items() if has_side_effects(n)]
+    barriers = [n for n in gm.graph.nodes if has_side_effects(n)]
     found: list[tuple[NormFusion, DepthReadCall, NormMatch]] = []
     for node in gm.graph.nodes:
         call = as_depth_read(node)
-        if call is None or (match := _norm_of(call)) is None:
-            continue
-        if any(order[node] < i < order[match.out] for i in barriers) or (node in frozen) != (match.out in frozen):
+        match = None if call is None else _norm_of(call)
+        if call is None or match is None or not may_become_one(node, match.out, barriers, frozen):
             continue
         weights = _weights_of(match)
         gone = {m.out for _, _, m in found}  # a weight that is itself a folded norm's result is there no more
-        if not gone.intersection(weights) and all(available(w, order[node], order) for w in weights):
+        if not gone.intersection(weights) and all(available(w, node) for w in weights):
             found.append((_planned(call, match), call, match))
     return found
 
@@ -128,11 +134,10 @@ def _rewrite(gm: GraphModule, fusion: NormFusion, call: DepthReadCall, match: No
     graph, read = gm.graph, call.output
     assert read is not None
     call = _refreshed(call)
-    order = {n: i for i, n in enumerate(graph.nodes)}
     weights = []
     for given in (match.weight, match.bias):
         if isinstance(given, Node):
-            move_before(given, call.node, order)
+            move_before(given, call.node)
         elif given is not None:
             with graph.inserting_before(call.node):
                 given = insert_attribute(graph, given, like=match.out, value=attrgetter(given)(gm))
@@ -164,9 +169,7 @@ def _replace_partial(call: DepthReadCall, partial: Node | None) -> None:
 
 def _erase(call: DepthReadCall, read: Node, match: NormMatch) -> None:
     graph, stand_in = read.graph, _stand_in(call, read)
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    going = sorted(match.nodes, key=order.__getitem__, reverse=True)
-    for node in going:
+    for node in sorted(match.nodes, reverse=True):
         for user in list(node.users):
             if user not in match.nodes and not user.users:
                 graph.erase_node(user)

@@ -20,7 +20,7 @@ from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import nodes_without_gradients, same_shape
 from attnres_fx.passes.graph.operations import has_side_effects, op_name
 from attnres_fx.passes.graph.result import PassResult
-from attnres_fx.passes.lowering.read_calls import DepthReadCall, as_depth_read, have_values
+from attnres_fx.passes.lowering.read_calls import DepthReadCall, as_depth_read, have_values, may_become_one
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,20 @@ def fuse_partial_sums_pass(gm: GraphModule) -> PassResult:
 
 def plan_sum_fusions(gm: GraphModule) -> tuple[SumFusion, ...]:
     """What `fuse_partial_sums_pass` will do, as data."""
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
     frozen = nodes_without_gradients(gm.graph)
-    barriers = [i for n, i in order.items() if has_side_effects(n)]
+    barriers = [n for n in gm.graph.nodes if has_side_effects(n)]
     plan = []
     for node in gm.graph.nodes:
         call = as_depth_read(node)
-        if call is None or (terms := foldable(call, order)) is None:
+        if call is None or (terms := foldable(call)) is None:
             continue
         total = call.sources[-1]
-        if any(order[total] < i < order[node] for i in barriers) or (node in frozen) != (total in frozen):
-            continue
-        plan.append(SumFusion(node.name, total.name, terms[0].name, terms[1].name))
+        if may_become_one(total, node, barriers, frozen):
+            plan.append(SumFusion(node.name, total.name, terms[0].name, terms[1].name))
     return tuple(plan)
 
 
-def foldable(call: DepthReadCall, order: dict[Node, int]) -> tuple[Node, Node] | None:
+def foldable(call: DepthReadCall) -> tuple[Node, Node] | None:
     """Partial sum and addend of the addition that a read's last source is, None where it must stand alone."""
     if call.epilogue.delta is not None or call.epilogue.norm != NormKind.NONE or not have_values(call.sources):
         return None
@@ -76,7 +74,7 @@ def foldable(call: DepthReadCall, order: dict[Node, int]) -> tuple[Node, Node] |
         return None
     if not (same_shape(added.left, total) and same_shape(added.right, total)):
         return None
-    if call.sources.count(total) != 1 or min(total.users, key=order.__getitem__) is not call.node:
+    if call.sources.count(total) != 1 or min(total.users) is not call.node:
         return None
     return added.left, added.right
 

@@ -1,7 +1,7 @@
 """Depth-attention nodes as the fusion passes see them, whichever of the operators they call."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -16,7 +16,8 @@ from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
 from attnres_fx.ops.threaded import DEPTH_ATTENTION_THREADED
 from attnres_fx.passes.graph.nodes import fake_like, insert_call, set_value, tensor_of
-from attnres_fx.passes.graph.operations import has_side_effects, op_name
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_side_effects, has_trait, op_name
 
 #: Every operator that a graph which reads through depth attention may hold.
 OPERATORS = frozenset(
@@ -142,21 +143,33 @@ def have_values(nodes: Sequence[Any]) -> bool:
     return all(isinstance(n, Node) and tensor_of(n) is not None for n in nodes)
 
 
-def available(node: Node, place: int, order: dict[Node, int]) -> bool:
+def may_become_one(first: Node, last: Node, barriers: Iterable[Node], frozen: Container[Node]) -> bool:
+    """Whether two calls may be one.
+
+    Args:
+        first, last: The calls, in graph order.
+        barriers: The nodes that nothing is moved across: writes, switches of a mode.
+        frozen: The nodes that run without gradients.
+
+    Returns:
+        Whether no barrier stands between them, and gradients are taken through both or through neither.
+    """
+    return not any(first < b < last for b in barriers) and (first in frozen) == (last in frozen)
+
+
+def available(node: Node, place: Node) -> bool:
     """Whether a node stands before a place, or can be moved there."""
-    if order[node] < place or node.op == "get_attr":
+    if node < place or node.op == "get_attr":
         return True
     if node.op not in ("call_function", "call_method") or has_side_effects(node) or tensor_of(node) is None:
         return False
-    # Light work on parameters only: `1 + weight`, a cast.
-    light = op_name(node) in ("add", "to", "_to_copy", "float", "getattr", "type_as")
-    return light and all(available(n, place, order) for n in node.all_input_nodes)
+    return has_trait(node, Trait.WEIGHT_STEP) and all(available(n, place) for n in node.all_input_nodes)
 
 
-def move_before(node: Node, place: Node, order: dict[Node, int]) -> None:
+def move_before(node: Node, place: Node) -> None:
     """Move a node that is `available` at a place there, with what it needs."""
-    if order[node] < order[place]:
+    if node < place:
         return
     for needed in node.all_input_nodes:
-        move_before(needed, place, order)
+        move_before(needed, place)
     place.prepend(node)

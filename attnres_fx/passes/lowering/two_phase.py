@@ -94,10 +94,9 @@ def plan_phases(
     """What `two_phase_pass` will do, as data: a plan for each block whose reads share sources."""
     if any(n.target in OPERATORS - {DEPTH_ATTENTION} for n in gm.graph.nodes):
         return ()
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
     plans = []
-    for completed, reads in _blocks(gm, order):
-        block = _counted(completed, reads, order)
+    for completed, reads in _blocks(gm):
+        block = _counted(completed, reads)
         choice = choose_phases(block, training=training, memory_share=memory_share)
         if choose is True:
             choice = PhaseChoice(True, block, choice.per_read, choice.phased, choice.live, "asked for")
@@ -111,7 +110,7 @@ def plan_phases(
 # --- finding blocks ----------------------------------------------------------------------------------
 
 
-def _blocks(gm: GraphModule, order: dict[Node, int]) -> Iterator[tuple[tuple[Node, ...], list[Node]]]:
+def _blocks(gm: GraphModule) -> Iterator[tuple[tuple[Node, ...], list[Node]]]:
     """Completed sources and reads of every block in which a partial sum grows, in graph order."""
     frozen = nodes_without_gradients(gm.graph)
     reads = [n for n in gm.graph.nodes if n.target is DEPTH_ATTENTION and not n.kwargs and have_values(_sources(n))]
@@ -128,7 +127,7 @@ def _blocks(gm: GraphModule, order: dict[Node, int]) -> Iterator[tuple[tuple[Nod
         if shared:
             seen_by[key(read, shared)].append(read)
     for (shared, *_), members in seen_by.items():
-        kept = _together(gm, members, order)
+        kept = _together(gm, members)
         if len(kept) > 1 and _grows(shared, members, reads):
             yield shared, kept
 
@@ -153,38 +152,38 @@ def _sums_from(node: Node) -> Iterator[Node]:
             yield from (u for u in user.users if match_addition(u) is not None)
 
 
-def _together(gm: GraphModule, members: list[Node], order: dict[Node, int]) -> list[Node]:
+def _together(gm: GraphModule, members: list[Node]) -> list[Node]:
     """The members whose parameters are there at the first of them, with nothing written to any tensor in between."""
     first = members[0]
-    barriers = [i for n, i in order.items() if writes_in_place(n)]
+    barriers = [n for n in gm.graph.nodes if writes_in_place(n)]
     kept = []
     for read in members:
         parameters = [n for n in (read.args[1], read.args[2]) if isinstance(n, Node)]
-        if any(order[first] < i < order[read] for i in barriers):
+        if any(first < b < read for b in barriers):
             continue
-        if all(available(p, order[first], order) for p in parameters):
+        if all(available(p, first) for p in parameters):
             kept.append(read)
     return kept
 
 
-def _counted(completed: tuple[Node, ...], reads: list[Node], order: dict[Node, int]) -> BlockReads:
+def _counted(completed: tuple[Node, ...], reads: list[Node]) -> BlockReads:
     count = len(completed)
     alone = [r for r in reads if len(_sources(r)) == count]
     merged = [r for r in reads if r not in alone]
     return BlockReads(
         completed=count,
         merged=len(merged),
-        folded=sum(_folds(r, order) for r in merged),
+        folded=sum(_folds(r) for r in merged),
         alone=len(alone),
-        folded_alone=sum(_folds(r, order) for r in alone),
+        folded_alone=sum(_folds(r) for r in alone),
         kept=saved_activations_between(reads[0], reads[-1]) * len(reads) / max(len(reads) - 1, 1),
         batched=batches([known(s) for s in completed]),
     )
 
 
-def _folds(read: Node, order: dict[Node, int]) -> bool:
+def _folds(read: Node) -> bool:
     call = as_depth_read(read)
-    return call is not None and foldable(call, order) is not None
+    return call is not None and foldable(call) is not None
 
 
 # --- rewriting ---------------------------------------------------------------------------------------
@@ -192,11 +191,10 @@ def _folds(read: Node, order: dict[Node, int]) -> bool:
 
 def _rewrite(gm: GraphModule, reads: list[Node], count: int) -> None:
     graph, first = gm.graph, reads[0]
-    order = {n: i for i, n in enumerate(graph.nodes)}
     shared = list(_sources(first)[:count])
     for parameter in (p for r in reads for p in r.args[1:3]):
         assert isinstance(parameter, Node)
-        move_before(parameter, first, order)
+        move_before(parameter, first)
     value = known(shared[0])
     out = fake_like(value, _promoted(shared))
     held = torch.float64 if out.dtype == torch.float64 else torch.float32

@@ -11,26 +11,19 @@ Checkpointed bodies keep their effect as recompute tags; a `set_grad_enabled` re
 back what it found. Other bodies with no addition of two tensors hide no stream and are left as they are.
 """
 
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from attnres_fx.passes.graph.additions import match_addition
-from attnres_fx.passes.graph.nodes import copy_meta
-from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import has_trait, op_name
+from attnres_fx.passes.graph.emit import emit_switch
+from attnres_fx.passes.graph.operation_table import Region, Trait
+from attnres_fx.passes.graph.operations import has_trait, op_name, operation_of
 from attnres_fx.passes.graph.result import PassResult
-
-_REGIONS = {
-    "higher_order::wrap_with_set_grad_enabled": 1,
-    "higher_order::wrap_with_autocast": 4,
-    "higher_order::invoke_subgraph": 0,
-    "higher_order::tag_activation_checkpoint": 0,
-    "higher_order::wrap": 0,
-}
 
 
 def inline_regions_pass(gm: GraphModule) -> PassResult:
@@ -47,19 +40,24 @@ def inline_regions_pass(gm: GraphModule) -> PassResult:
 def hidden_regions(graph_module: GraphModule) -> list[Node]:
     """Calls of higher-order operations with a body that could hide a stream and cannot be inlined."""
     nodes = graph_module.graph.nodes
-    operations = [n for n in nodes if op_name(n).startswith("higher_order::") and op_name(n) not in _REGIONS]
+    operations = [n for n in nodes if op_name(n).startswith("higher_order::") and _region(n) is None]
     return [n for n in operations if _bodies_with_additions(graph_module, n)]
 
 
-def _hiding_regions(gm: GraphModule) -> Any:
+def _region(node: Node) -> Region | None:
+    operation = operation_of(node)
+    return None if operation is None else operation.region
+
+
+def _hiding_regions(gm: GraphModule) -> Iterator[tuple[Node, GraphModule, Region]]:
     for node in gm.graph.nodes:
-        position = _REGIONS.get(op_name(node))
-        if position is None or len(node.args) <= position:
+        region = _region(node)
+        if region is None or len(node.args) <= region.body:
             continue
-        body = _body(gm, node.args[position])
+        body = _body(gm, node.args[region.body])
         # A region with a mode is inlined whatever it holds: Dynamo cannot trace it again once sizes are free in it.
         if body is not None and (has_trait(node, Trait.MODE_REGION) or _has_addition(body)):
-            yield node, body, position
+            yield node, body, region
 
 
 def _body(gm: GraphModule, argument: Any) -> GraphModule | None:
@@ -83,15 +81,13 @@ def _has_addition(body: GraphModule) -> bool:
     return False
 
 
-def _inline(gm: GraphModule, call: Node, body: GraphModule, position: int) -> None:
+def _inline(gm: GraphModule, call: Node, body: GraphModule, region: Region) -> None:
     graph = gm.graph
-    operands = call.args[position + 1 :]
-    if op_name(call) == "higher_order::invoke_subgraph":
-        operands = call.args[2:]
+    operands = call.args[region.operands :]
     mapping: dict[Node, Any] = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), operands, strict=True))
     result: Any = None
     with graph.inserting_before(call):
-        leave = _enter(gm, call)
+        leave = _enter(graph, call)
         for node in body.graph.nodes:
             if node.op == "placeholder":
                 continue
@@ -99,6 +95,8 @@ def _inline(gm: GraphModule, call: Node, body: GraphModule, position: int) -> No
                 result = map_arg(node.args[0], lambda n: mapping[n])
                 continue
             mapping[node] = _copied(gm, body, node, mapping, call)
+            if region.recomputes and node.op == "call_function":
+                _tag_recomputed(mapping[node], body)
         leave()
     _replace_outputs(call, result)
     graph.erase_node(call)
@@ -109,10 +107,12 @@ def _copied(gm: GraphModule, body: GraphModule, node: Node, mapping: dict[Node, 
     copied.meta = dict(node.meta)
     if node.op in ("get_attr", "call_module"):
         copied.target = _adopt(gm, body, str(node.target), call.name)
-    if op_name(call) == "higher_order::tag_activation_checkpoint" and node.op == "call_function":
-        copied.meta.setdefault("recompute", torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE)
-        copied.meta.setdefault("ac_graph_id", id(body))
     return copied
+
+
+def _tag_recomputed(node: Node, body: GraphModule) -> None:
+    node.meta.setdefault("recompute", torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE)
+    node.meta.setdefault("ac_graph_id", id(body))
 
 
 def _adopt(gm: GraphModule, body: GraphModule, target: str, owner: str) -> str:
@@ -128,22 +128,16 @@ def _adopt(gm: GraphModule, body: GraphModule, target: str, owner: str) -> str:
     return name
 
 
-def _enter(gm: GraphModule, call: Node) -> Any:
-    """Insert the call that starts a region; returns what inserts the call that ends it."""
-    graph, name = gm.graph, op_name(call)
-
-    def insert(target: Any, args: tuple[Any, ...]) -> Node:
-        node = graph.call_function(target, args)
-        copy_meta(node, call)
-        return node
-
+def _enter(graph: Graph, call: Node) -> Callable[[], object]:
+    """Insert what starts a region; returns what inserts its end."""
+    name = op_name(call)
     if name == "higher_order::wrap_with_autocast":
-        mode = insert(torch.amp.autocast_mode._enter_autocast, tuple(call.args[:4]))
-        return lambda: insert(torch.amp.autocast_mode._exit_autocast, (mode,))
+        mode = emit_switch(graph, "_enter_autocast", call.args[:4], like=call)
+        return lambda: emit_switch(graph, "_exit_autocast", (mode,), like=call)
     if name == "higher_order::wrap_with_set_grad_enabled":
-        before = insert(torch.is_grad_enabled, ())
-        insert(torch._C._set_grad_enabled, (call.args[0],))
-        return lambda: insert(torch._C._set_grad_enabled, (before,))
+        before = emit_switch(graph, "is_grad_enabled", (), like=call)
+        emit_switch(graph, "_set_grad_enabled", (call.args[0],), like=call)
+        return lambda: emit_switch(graph, "_set_grad_enabled", (before,), like=call)
     return lambda: None
 
 

@@ -10,6 +10,7 @@ So are `stack([h, f]).sum(0)`, `h.index_add(...)`, `h.scatter_add(...)` and `ler
 weight. The `0 + x` that Python's `sum` begins with becomes `x`.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -17,26 +18,17 @@ from torch.fx import Graph, GraphModule, Node
 from attnres_fx.passes.graph.additions import added_zero_operand
 from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import argument_of, copy_call, is_floating, same_shape, shape_of, tensor_of
-from attnres_fx.passes.graph.operations import op_name
+from attnres_fx.passes.graph.operations import op_name, operation_of
 from attnres_fx.passes.graph.result import PassResult
-
-# Name of the product, and the keywords of the two factors and the two scales.
-_FUSED = {
-    "addmm": ("mm", "mat1", "mat2", "beta", "alpha"),
-    "baddbmm": ("bmm", "batch1", "batch2", "beta", "alpha"),
-    "addcmul": ("mul", "tensor1", "tensor2", "", "value"),
-    "addcdiv": ("div", "tensor1", "tensor2", "", "value"),
-}
 
 
 def unfuse_additions_pass(gm: GraphModule) -> PassResult:
     """Split, in place, fused additions whose addend may be a state."""
     split = []
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
         if (operand := added_zero_operand(node)) is not None and _is_same_kind(operand, node):
             node.replace_all_uses_with(operand)
-        elif not any(splits(gm.graph, node, order) for splits in _SPLITS):
+        elif not any(splits(gm.graph, node) for splits in _SPLITS):
             continue
         split.append(node.name)
         gm.graph.erase_node(node)
@@ -50,31 +42,42 @@ def _is_same_kind(operand: Node, node: Node) -> bool:
     return before is not None and after is not None and before.dtype == after.dtype and same_shape(operand, node)
 
 
-def _read(node: Node) -> tuple[Node, Node, Node, float, float] | None:
-    if op_name(node) not in _FUSED:
+@dataclass(frozen=True)
+class _Parts:
+    """A call that is `beta * addend + alpha * product(left, right)`; product is an operation's canonical name."""
+
+    product: str
+    addend: Node
+    left: Node
+    right: Node
+    beta: float
+    alpha: float
+
+
+def _match_fused(node: Node) -> _Parts | None:
+    operation = operation_of(node)
+    if operation is None or operation.fused is None or not is_floating(node):
         return None
-    _, first, second, beta, alpha = _FUSED[op_name(node)]
-    keywords = dict(node.kwargs)
-    positional = list(node.args)
+    fused, keywords, positional = operation.fused, dict(node.kwargs), list(node.args)
     addend = positional.pop(0) if positional else keywords.get("input", keywords.get("self"))
-    left = positional.pop(0) if positional else keywords.get(first)
-    right = positional.pop(0) if positional else keywords.get(second)
+    left = positional.pop(0) if positional else keywords.get(fused.left)
+    right = positional.pop(0) if positional else keywords.get(fused.right)
+    beta, alpha = keywords.get(fused.beta, 1), keywords.get(fused.alpha, 1)
     if not all(isinstance(n, Node) for n in (addend, left, right)) or positional:
         return None
-    scales = keywords.get(beta, 1), keywords.get(alpha, 1)
-    if not all(isinstance(s, int | float) for s in scales) or not is_floating(node):
+    if not all(isinstance(s, int | float) for s in (beta, alpha)):
         return None
-    return addend, left, right, *scales  # type: ignore[return-value]
+    return _Parts(fused.product, addend, left, right, beta, alpha)  # type: ignore[arg-type]
 
 
-def _depends_on(products: tuple[Any, ...], addend: Node, order: dict[Node, int]) -> bool:
+def _depends_on(products: tuple[Any, ...], addend: Node) -> bool:
     """Whether a factor was computed from the addend, or from what the addend was computed from."""
     roots = {addend, *addend.all_input_nodes}
-    earliest = min(order.get(r, 0) for r in roots)
+    earliest = min(roots)
     stack, seen = list(products), set()
     while stack:
         node = stack.pop()
-        if node in seen or order.get(node, earliest) < earliest:
+        if node in seen or node < earliest:
             continue
         if node in roots and node.op != "get_attr":
             return True
@@ -83,29 +86,28 @@ def _depends_on(products: tuple[Any, ...], addend: Node, order: dict[Node, int])
     return False
 
 
-def _split_product(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
-    parts = _read(node)
-    if parts is None or not same_shape(parts[0], node) or not _depends_on(parts[1:3], parts[0], order):
+def _split_product(graph: Graph, node: Node) -> bool:
+    parts = _match_fused(node)
+    if parts is None or not same_shape(parts.addend, node) or not _depends_on((parts.left, parts.right), parts.addend):
         return False
-    addend, left, right, beta, alpha = parts
-    name = _FUSED[op_name(node)][0]
+    addend = parts.addend
     with graph.inserting_before(node):
-        product = emit(graph, name, (left, right), like=node)
+        product = emit(graph, parts.product, (parts.left, parts.right), like=node)
         if not same_shape(product, node):
             product = emit(graph, "expand_as", (product, addend), like=node)
-        if beta != 1:
-            addend = emit(graph, "mul", (addend, beta), like=node)
+        if parts.beta != 1:
+            addend = emit(graph, "mul", (addend, parts.beta), like=node)
         total = emit(graph, "add", (addend, product), like=node)
-        if alpha != 1:
-            total.kwargs = {"alpha": alpha}
+        if parts.alpha != 1:
+            total.kwargs = {"alpha": parts.alpha}
     node.replace_all_uses_with(total)
     return True
 
 
-def _split_sum_of_stack(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+def _split_sum_of_stack(graph: Graph, node: Node) -> bool:
     """`stack([h, f], d).sum(d)` is `h + f`."""
     parts = _stacked(node)
-    if len(parts) < 2 or not any(_depends_on((q,), p, order) for p in parts for q in parts if p is not q):
+    if len(parts) < 2 or not any(_depends_on((q,), p) for p in parts for q in parts if p is not q):
         return False
     total: Node = parts[0]
     with graph.inserting_before(node):
@@ -140,12 +142,12 @@ def _sums_along(node: Node, stack: Node) -> bool:
     return bool(known and rank and len(node.args) <= 2 and dims[0] % rank == along % rank)
 
 
-def _split_scatter(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+def _split_scatter(graph: Graph, node: Node) -> bool:
     """`h.index_add(d, i, f)` is `h + zeros_like(h).index_add(d, i, f)`, and so with `scatter_add`."""
     if op_name(node) not in ("index_add", "scatter_add") or len(node.args) < 4:
         return False
     state, *rest = node.args
-    if not isinstance(state, Node) or not isinstance(rest[2], Node) or not _depends_on((rest[2],), state, order):
+    if not isinstance(state, Node) or not isinstance(rest[2], Node) or not _depends_on((rest[2],), state):
         return False
     with graph.inserting_before(node):
         zeros = emit(graph, "zeros_like", (state,), like=node)
@@ -155,14 +157,14 @@ def _split_scatter(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
     return True
 
 
-def _split_lerp(graph: Graph, node: Node, order: dict[Node, int]) -> bool:
+def _split_lerp(graph: Graph, node: Node) -> bool:
     """`lerp(h, f, w)` with a weight that does not depend on the stream is `h * (1 - w) + f * w`."""
     if op_name(node) != "lerp" or len(node.args) != 3:
         return False
     start, end, weight = node.args
-    if not (isinstance(start, Node) and isinstance(end, Node) and _depends_on((end,), start, order)):
+    if not (isinstance(start, Node) and isinstance(end, Node) and _depends_on((end,), start)):
         return False
-    if isinstance(weight, Node) and (tensor_of(weight) is None or _depends_on((weight,), start, order)):
+    if isinstance(weight, Node) and (tensor_of(weight) is None or _depends_on((weight,), start)):
         return False
     with graph.inserting_before(node):
         if isinstance(weight, Node):
