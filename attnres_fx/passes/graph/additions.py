@@ -25,7 +25,14 @@ class Addition:
 
 
 def match_addition(node: Node) -> Addition | None:
-    """A node as an addition of two floating tensors, or None."""
+    """A node as an addition of two tensors.
+
+    Args:
+        node: Any node of a graph with values on its nodes.
+
+    Returns:
+        The addition; None where a node is no addition, or where an operand or the result is not a floating tensor.
+    """
     name = op_name(node)
     if name not in ("add", "sub", "rsub"):
         return None
@@ -43,6 +50,7 @@ def match_addition(node: Node) -> Addition | None:
 
 
 def adds_zero(node: Node) -> bool:
+    """Whether a node is `x + 0` or `0 + x`."""
     operands = [*node.args[:2], *(node.kwargs[k] for k in ("input", "other") if k in node.kwargs)]
     numbers = [o for o in operands if not isinstance(o, Node)]
     return len(operands) == 2 and len(numbers) == 1 and is_zero(numbers[0]) and op_name(node) == "add"
@@ -56,4 +64,5 @@ def added_zero_operand(node: Node) -> Node | None:
 
 
 def is_zero(value: Any) -> bool:
+    """Whether an argument is the number zero."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == 0

@@ -21,9 +21,16 @@ def copy_graph(graph: Graph) -> Graph:
 
 
 def on_device(graph: Graph, device: torch.device) -> Graph | None:
-    """A copy of a graph whose factory calls make their tensors on that device; None where none makes them elsewhere.
+    """A copy of a graph whose factory calls make their tensors on another device.
 
     A trace writes the device of its example into `arange`, `full`, casts: moved weights need moved constants.
+
+    Args:
+        graph: Any graph; it is left as it is.
+        device: Where the tensors are to be made.
+
+    Returns:
+        The copy; None where no call of the graph names another device.
     """
 
     def moved(value: Any) -> Any:

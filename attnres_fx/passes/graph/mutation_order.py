@@ -10,9 +10,11 @@ from attnres_fx.passes.graph.aliasing import aliased_argument, mutated_arguments
 
 @dataclass(frozen=True, eq=False)
 class Writes:
-    """needs: for each node that looks at a storage after it was written, the writes it comes after.
+    """The writes into storages of a graph.
 
-    targets: every write with the nodes that own the storages it writes to.
+    Args:
+        needs: For each node that looks at a storage after it was written, the writes it comes after.
+        targets: Every write, with the nodes that own the storages it writes to.
     """
 
     needs: Mapping[Node, tuple[Node, ...]]
@@ -24,7 +26,14 @@ class Writes:
 
 
 def find_writes(graph: Graph) -> Writes:
-    """All writes into storages of a graph. Nodes must carry values."""
+    """Find all writes into storages of a graph.
+
+    Args:
+        graph: A graph with values on its nodes. It is left as it is.
+
+    Returns:
+        The writes, and which nodes come after which of them.
+    """
     owners: dict[Node, Node] = {}
     targets: dict[Node, tuple[Node, ...]] = {}
     for node in graph.nodes:

@@ -21,6 +21,7 @@ def value_of(node: Node) -> Any:
 
 
 def tensor_of(node: Node) -> torch.Tensor | None:
+    """A node's value where it is a tensor; None for all other nodes."""
     value = value_of(node)
     return value if isinstance(value, torch.Tensor) else None
 
@@ -38,11 +39,13 @@ def plain_size(size: Any) -> Any:
 
 
 def same_shape(a: Node, b: Node) -> bool:
+    """Whether two nodes are tensors whose sizes are known to be equal."""
     left, right = tensor_of(a), tensor_of(b)
     return left is not None and right is not None and shapes_agree(tuple(left.shape), tuple(right.shape))
 
 
 def shapes_agree(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal, without making a guard of it."""
     return len(left) == len(right) and all(sizes_agree(x, y) for x, y in zip(left, right, strict=True))
 
 
@@ -56,6 +59,7 @@ def sizes_agree(x: Any, y: Any) -> bool:
 
 
 def numel_of_row_is_kept(before: Node, after: Node) -> bool:
+    """Whether the last dimensions of two tensors are known to be equal."""
     x, y = shape_of(before), shape_of(after)
     return bool(x) and bool(y) and sizes_agree(x[-1], y[-1])
 
@@ -95,6 +99,7 @@ def describe(node: Node) -> str:
 
 
 def copy_meta(target: Node, like: Node) -> None:
+    """Give a node what another knows of its place in the user's source, and whether backward recomputes it."""
     target.meta.update({k: v for k, v in like.meta.items() if k in _KEPT_META})
     if "recompute" in like.meta:
         target.meta.update({k: like.meta[k] for k in ("recompute", "ac_graph_id") if k in like.meta})
@@ -103,7 +108,19 @@ def copy_meta(target: Node, like: Node) -> None:
 def insert_call(
     graph: Graph, target: Callable[..., Any], args: tuple[Any, ...], *, like: Node, value: Any, name: str = ""
 ) -> Node:
-    """Insert one call at the graph's insertion point, with the metadata of `like` and the value given."""
+    """Insert one call at the graph's insertion point.
+
+    Args:
+        graph: The graph to write into.
+        target: The function that is called.
+        args: Its arguments: nodes, numbers, lists of them.
+        like: The node whose metadata the new one gets.
+        value: The value it has; None leaves it without one.
+        name: The name it should get; by default that of the function.
+
+    Returns:
+        The new node.
+    """
     node = graph.create_node("call_function", target, args, name=name or None)
     copy_meta(node, like)
     set_value(node, value, like)
@@ -111,6 +128,7 @@ def insert_call(
 
 
 def insert_attribute(graph: Graph, target: str, *, like: Node, value: torch.Tensor) -> Node:
+    """Insert, at the graph's insertion point, a node that gets the attribute at the path `target`."""
     node = graph.create_node("get_attr", target)
     copy_meta(node, like)
     set_value(node, value, like)
@@ -118,6 +136,7 @@ def insert_attribute(graph: Graph, target: str, *, like: Node, value: torch.Tens
 
 
 def set_value(node: Node, value: Any, like: Node) -> None:
+    """Note the value of a node under the name that the tracer of another used; None leaves it without one."""
     if value is not None:
         node.meta["example_value" if "example_value" in like.meta and "val" not in like.meta else "val"] = value
 
@@ -132,7 +151,7 @@ def copy_call(node: Node, replace: dict[Node, Node], *, value: Any = None) -> No
 
 
 def fake_like(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The value with another dtype, in the same fake mode."""
+    """A tensor like `value` in another dtype, in the same fake mode."""
     if value.dtype == dtype:
         return value
     mode = getattr(value, "fake_mode", None)
@@ -143,6 +162,7 @@ def fake_like(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def fake_parameter(value: torch.Tensor, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor of a size and dtype on the device of `value`, in the same fake mode."""
     mode = getattr(value, "fake_mode", None)
     if mode is None:
         return torch.empty(size, dtype=dtype, device=value.device)
@@ -151,7 +171,16 @@ def fake_parameter(value: torch.Tensor, size: tuple[int, ...], dtype: torch.dtyp
 
 
 def computed_value(op: str, target: Any, args: Any, kwargs: Any) -> Any:
-    """The value a call would have on the values of its arguments, without guards; None where that fails."""
+    """The value that a call would have on the values of its arguments, without new guards.
+
+    Args:
+        op: `"call_function"` or `"call_method"`, as in `torch.fx`.
+        target: The function, or the name of the method.
+        args, kwargs: Its arguments, nodes among them.
+
+    Returns:
+        The value; None where the call fails.
+    """
     known = [v for n in _nodes_in((args, kwargs)) if (v := value_of(n)) is not None]
     mode = next((m for v in known if (m := getattr(v, "fake_mode", None)) is not None), None)
 
@@ -201,6 +230,7 @@ def nodes_without_gradients(graph: Graph) -> frozenset[Node]:
 
 
 def is_floating(node: Node) -> bool:
+    """Whether a node is a floating tensor with at least one dimension."""
     value = tensor_of(node)
     return value is not None and value.is_floating_point() and value.dim() >= 1
 

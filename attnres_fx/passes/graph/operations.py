@@ -36,6 +36,7 @@ def _module_name(node: Node) -> str:
 
 
 def called_module(node: Node) -> torch.nn.Module | None:
+    """The module that a `call_module` node calls; None where its graph has no module there."""
     root = node.graph.owning_module
     try:
         return root.get_submodule(str(node.target)) if isinstance(root, GraphModule) else None
@@ -116,10 +117,12 @@ def asks_only_metadata(node: Node, of: Node | None = None) -> bool:
 
 
 def is_dropout(node: Node) -> bool:
+    """Whether a node is a dropout, active or not."""
     return has_trait(node, Trait.DROPOUT)
 
 
 def is_aten(node: Node) -> bool:
+    """Whether a node calls an aten overload, or one of another library."""
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
@@ -162,6 +165,7 @@ def writes_in_place(node: Node) -> bool:
 
 
 def indexes_by_tensor(index: Any) -> bool:
+    """Whether an index picks by a tensor or a list, and so makes a copy and no view."""
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(p, list | torch.Tensor) or (isinstance(p, Node) and tensor_of(p) is not None) for p in parts)
 

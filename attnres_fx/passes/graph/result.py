@@ -15,9 +15,15 @@ log = logging.getLogger("attnres_fx.passes")
 
 @dataclass(frozen=True)
 class PassResult:
-    """The module a pass worked on, whether it changed it, what it put in and the names of what it took out.
+    """What a pass did.
 
-    name: the pass; difference: the operations that are fewer and more after it. Both are `run_pass`'s to fill in.
+    Args:
+        graph_module: The module that it worked on.
+        modified: Whether it changed the module.
+        replaced: What it put in, as data of the pass's own.
+        removed: Names of the nodes that it took out.
+        name: The pass; `run_pass` fills it in.
+        difference: The operations that are fewer and more after it; `run_pass` fills it in.
     """
 
     graph_module: GraphModule
@@ -32,7 +38,16 @@ class PassResult:
 
 
 def run_pass(function: Callable[..., PassResult], gm: GraphModule, **options: Any) -> PassResult:
-    """Run a pass; where it changed something, lint and log one line with the difference in operations."""
+    """Run a pass; where it changed something, lint the graph and log one line.
+
+    Args:
+        function: The pass, `(gm, *, options) -> PassResult`.
+        gm: The module it works on.
+        options: The options of the pass.
+
+    Returns:
+        Its result, with the pass's name and the difference in operations.
+    """
     before = _operations(gm)
     result = function(gm, **options)
     if not result.modified:

@@ -15,8 +15,11 @@ from attnres_fx.passes.graph.operations import dropout_probability, has_trait, i
 class RowMap:
     """A node that maps over every source of the state it is given.
 
-    kind: `"identity"`, `"cast"`, `"reshape"` (rows in the same order), `"token"` (rows moved or picked)
-        or `"factor"` (rows multiplied). `others` are the nodes the factor itself comes from.
+    Args:
+        state: What is mapped.
+        kind: `"identity"`, `"cast"`, `"reshape"` (rows in the same order), `"token"` (rows moved or picked)
+            or `"factor"` (rows multiplied).
+        others: The nodes that a factor comes from.
     """
 
     state: Node
@@ -25,7 +28,14 @@ class RowMap:
 
 
 def match_row_maps(node: Node) -> tuple[RowMap, ...]:
-    """The ways in which a node can be a row map; a product of two tensors is one in either argument."""
+    """The ways in which a node can be a row map.
+
+    Args:
+        node: Any node of a graph with values on its nodes.
+
+    Returns:
+        A row map for each argument that the node maps row by row: two for a product of two tensors.
+    """
     if not is_floating(node):
         return ()
     name = op_name(node)

@@ -47,7 +47,14 @@ _KEEPS_ORDER = Trait.RESHAPE | Trait.IDENTITY | Trait.CAST
 
 
 def functionalize_mutations_pass(gm: GraphModule) -> PassResult:
-    """Rewrite, in place, every write into an intermediate value or an input as a new value."""
+    """Rewrite, in place, every write into an intermediate value or an input as a new value.
+
+    Args:
+        gm: A module with values on the nodes of its graph.
+
+    Returns:
+        The module, and the names of the writes that are no longer there.
+    """
     pass_ = _Functionalizer(gm)
     changed = pass_.run()
     if changed:
@@ -58,10 +65,14 @@ def functionalize_mutations_pass(gm: GraphModule) -> PassResult:
 class _Functionalizer:
     """Walks the graph once; arguments are original nodes until a node is placed, and current values after.
 
-    same: result of a write -> the tensor it wrote to. parent: view -> what it is a view of. argument: view ->
-    the node that stands for its parent in its own arguments.
-    version: how often a storage was written to. current: node -> the version it was last seen at, and the
-    node that holds its value there.
+    Attributes:
+        same: The result of a write, and the tensor it wrote to.
+        parent: A view, and what it is a view of.
+        argument: A view, and the node that stands for its parent in its own arguments.
+        base: A view, and the node that owns its storage.
+        version: How often a storage was written to.
+        current: A node, the version it was last seen at, and the node that holds its value there.
+        inputs: The inputs of the graph that are written to, in the order of the writes.
     """
 
     def __init__(self, gm: GraphModule) -> None:

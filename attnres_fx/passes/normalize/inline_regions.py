@@ -27,7 +27,14 @@ from attnres_fx.passes.graph.result import PassResult
 
 
 def inline_regions_pass(gm: GraphModule) -> PassResult:
-    """Inline, in place, every region that may hide part of a stream."""
+    """Inline, in place, every region that may hide part of a stream.
+
+    Args:
+        gm: A module; values on the nodes of its graph and of the bodies stay.
+
+    Returns:
+        The module, and the names of the calls that are no longer there.
+    """
     inlined: list[str] = []
     while (found := next(_hiding_regions(gm), None)) is not None:
         inlined.append(found[0].name)

@@ -25,7 +25,14 @@ NORMALIZATION: tuple[Callable[[GraphModule], PassResult], ...] = (
 
 
 def normalize_(gm: GraphModule) -> tuple[PassResult, ...]:
-    """Run the normalisation passes on a graph, in place. Its nodes must carry values."""
+    """Run the normalisation passes on a graph, in place.
+
+    Args:
+        gm: A module with values on the nodes of its graph, attributes aside.
+
+    Returns:
+        What each pass did, in the order of `NORMALIZATION`.
+    """
     set_attribute_values_(gm)
     results = tuple(run_pass(each, gm) for each in NORMALIZATION)
     set_attribute_values_(gm)
@@ -42,9 +49,14 @@ def set_attribute_values_(gm: GraphModule) -> None:
 
 
 def propagate_values_(gm: GraphModule, args: Sequence[Any]) -> None:
-    """Give every node of a raw trace a fake value, by running it on fake copies of example arguments.
+    """Give every node of a trace without values a fake one, by running it on fake copies of example arguments.
 
-    Raises CaptureError where the graph does not run on them.
+    Args:
+        gm: The trace; one whose nodes have values is left as it is.
+        args: An example argument for each of its inputs.
+
+    Raises:
+        CaptureError: The graph does not run on them.
     """
     if has_values(gm):
         return

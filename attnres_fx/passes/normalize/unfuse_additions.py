@@ -23,7 +23,14 @@ from attnres_fx.passes.graph.result import PassResult
 
 
 def unfuse_additions_pass(gm: GraphModule) -> PassResult:
-    """Split, in place, fused additions whose addend may be a state."""
+    """Split, in place, fused additions whose addend may be a state.
+
+    Args:
+        gm: A module with values on the nodes of its graph.
+
+    Returns:
+        The module, and the names of the fused calls that are no longer there.
+    """
     split = []
     for node in list(gm.graph.nodes):
         if (operand := added_zero_operand(node)) is not None and _is_same_kind(operand, node):

@@ -17,7 +17,14 @@ from attnres_fx.passes.streams.stream import StreamSet
 def analyze_(gm: GraphModule) -> StreamSet:
     """Normalise a graph in place and find its residual streams.
 
-    Raises AlreadyConvertedError where it reads through depth attention already.
+    Args:
+        gm: A module with values on the nodes of its graph.
+
+    Returns:
+        The streams, and what looks like one and is refused, regions that cannot be inlined among it.
+
+    Raises:
+        AlreadyConvertedError: The graph reads through depth attention already.
     """
     for node in gm.graph.nodes:
         if op_name(node).startswith("attnres_fx::"):

@@ -21,6 +21,7 @@ class StreamChain:
 
     @property
     def num_sublayers(self) -> int:
+        """How many terms the stream has after its root."""
         return sum(len(p.terms) for p in self.parts)
 
     def computes_inside(self, node: Node) -> bool:
@@ -34,6 +35,7 @@ class StreamChain:
         )
 
     def to_stream(self) -> Stream:
+        """The stream as plain data, without a name."""
         chain = (self.parts[0].root, *(t for p in self.parts for t in p.terms))
         depths = {t: i for i, t in enumerate(chain)}
         reads = self._chain_reads()

@@ -9,14 +9,19 @@ from attnres_fx.passes.graph.operations import asks_only_metadata, is_light
 class Dependence:
     """Which nodes depend on which anchors, at all and through more than elementwise operations.
 
-    One bit for each anchor; anchors are the nodes that stand in candidate additions.
+    Args:
+        graph: The graph; nodes that are added to it later are not known.
+        anchors: The nodes that others are asked to depend on: one bit is kept for each.
+
+    Attributes:
+        written: The tensors that a node writes into, and what they are views of. Whatever they were copies of, they
+            hold something else after that.
     """
 
     def __init__(self, graph: Graph, anchors: set[Node]) -> None:
         self._bit = {node: 1 << i for i, node in enumerate(anchors)}
         self._any: dict[Node, int] = {}
         self._heavy: dict[Node, int] = {}
-        #: Storages that a node writes into: whatever they are copies of, they hold something else after.
         self.written: set[Node] = set()
         for node in graph.nodes:
             reached = heavy = 0
@@ -37,6 +42,7 @@ class Dependence:
             self._heavy[seen] |= self._heavy[node]
 
     def at_all(self, node: Node, anchor: Node) -> bool:
+        """Whether `node` depends on `anchor`, however little is done on the way."""
         return bool(self._any[node] & self._bit.get(anchor, 0))
 
     def is_branch(self, node: Node, anchor: Node) -> bool:

@@ -16,6 +16,15 @@ from attnres_fx.passes.streams.stream import Stream
 
 
 def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Stream]:
+    """Say of each stream which other one computes it inside a sublayer.
+
+    Args:
+        streams: Streams with names.
+        chains: The nodes of each.
+
+    Returns:
+        The streams with `nested_in`, in their order.
+    """
     return [replace(s, nested_in=_enclosing(c, chains, streams)) for s, c in zip(streams, chains, strict=True)]
 
 
@@ -72,14 +81,22 @@ def _computes(outer: RootStates, met: list[Node], inner: RootStates) -> bool:
 
 
 def refuse_injected(stream: RootStates, into: RootStates) -> Refusal:
+    """The refusal of a root that is added inside the sublayers of another's stream."""
     where = f"it is added inside the sublayers of the stream from {describe(into.root)}, and carries nothing on"
     return Refusal("injected", describe(stream.root), where)
 
 
 def allow_inside_sublayers(refused: list[tuple[Node, Refusal]], chains: list["StreamChain"]) -> list[Refusal]:
-    """A refusal stops a conversion, unless what it is about goes on inside one sublayer of a stream.
+    """A refusal stops a conversion, unless what it is about stands inside one sublayer of a stream.
 
     A chain of one sublayer that holds many of them is no stream around them but a skip over them all.
+
+    Args:
+        refused: What was refused, each with the node that it is about.
+        chains: All streams of the graph.
+
+    Returns:
+        The refusals in their order; those inside a sublayer stop no conversion.
     """
     inside = {c: [n for n, r in refused if r.stops_conversion and c.computes_inside(n)] for c in chains}
     harmless = {n for c, nodes in inside.items() if c.num_sublayers > 1 or len(nodes) < 3 for n in nodes}
@@ -93,7 +110,15 @@ def allow_inside_sublayers(refused: list[tuple[Node, Refusal]], chains: list["St
 
 
 def find_interruptions(streams: Sequence[Stream], chains: Sequence["StreamChain"]) -> list[Refusal]:
-    """Where one stream ends only because something is done to it that is neither sum, factor nor view."""
+    """Where one stream ends only because something is done to it that is neither sum, factor nor view.
+
+    Args:
+        streams: All streams of a graph, with `nested_in`.
+        chains: The nodes of each.
+
+    Returns:
+        A refusal for each stream that begins where another ends.
+    """
     ending = {n: s for s, c in zip(streams, chains, strict=True) for p in c.parts for n in p.nodes}
     refusals = []
     for stream, chain in zip(streams, chains, strict=True):

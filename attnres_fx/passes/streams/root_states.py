@@ -12,6 +12,15 @@ from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged, R
 
 @dataclass
 class RootRead:
+    """A place that reads a state of one root.
+
+    Args:
+        core: The node that holds the sum.
+        site: The node whose value the read replaces: the sum, or the last row map of it that all consumers share.
+        consumers: What takes it in, in graph order.
+        terms: The terms of the sum, the root among them.
+    """
+
     core: Node
     site: Node
     consumers: tuple[Node, ...]
@@ -19,7 +28,16 @@ class RootRead:
 
 
 class RootStates:
-    """The states of one root: its chain and the places that consume it."""
+    """The states of one root: its chain and the places that consume it.
+
+    Attributes:
+        nodes: The states, in graph order.
+        chain: The root and the terms of its longest sum.
+        terms: The chain without the root.
+        reads: The places that read a state, in graph order.
+        fixed_width: D, the size of the root's last dimension; None where it is free.
+        channels_first: A node that takes features from dimension 1; None where there is none.
+    """
 
     def __init__(self, sums: FormalSums, root: Node) -> None:
         self.sums = sums

@@ -6,6 +6,19 @@ from attnres_fx.passes.streams.stream import Stream, StreamSet
 
 
 def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tuple[Stream, ...]:
+    """The streams that a config asks for.
+
+    Args:
+        streams: What was found in a graph.
+        config: Its `streams` says which; under `"main"` and `"all"` a refusal may stop the conversion.
+        name: How the errors call the model.
+
+    Raises:
+        NotAdditiveError: A stream is carried by something that is no sum.
+        StreamWidthError: A stream has no fixed width, or another width further on.
+        StreamNameError: There is no stream of a name that the config gives.
+        NoStreamError: There is no stream at all.
+    """
     for refusal in streams.refusals:
         if refusal.stops_conversion and config.streams in ("main", "all"):
             kind = NotAdditiveError if refusal.kind == "not additive" else StreamWidthError

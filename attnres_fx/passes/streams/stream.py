@@ -16,8 +16,12 @@ from attnres_fx.passes.streams.refusals import Refusal
 class Term:
     """A value written into a stream.
 
-    node: what holds the value. written_by: the addition that writes it (the value itself for the root).
-    sublayer: index of the sublayer it belongs to; -1 for the root, None for a term outside the chain.
+    Args:
+        node: What holds the value.
+        written_by: The addition that writes it; the value itself for the root.
+        sublayer: Index of the sublayer that it belongs to; -1 for the root, None for a term outside the chain.
+        module: Path of the module that computes it.
+        line: `file:line` of the addition in the user's source; empty where the tracer kept none.
     """
 
     node: str
@@ -31,9 +35,15 @@ class Term:
 class Read:
     """A place where a state is consumed by something that is not part of the sum.
 
-    state: the node that holds the sum. site: the node whose value the read replaces, the state itself or
-        the last row map that all consumers share. position: sublayers written before it. extras: terms
-        it sees that the chain does not go on with. consumers: the nodes that consume it.
+    Args:
+        name: The module that consumes it, numbered where one consumes several; `"output"` for the model's result.
+        state: The node that holds the sum.
+        site: The node whose value the read replaces: the state, or the last row map that all consumers share.
+        position: How many sublayers are written before it.
+        extras: Terms it sees that the chain does not go on with.
+        consumers: The nodes that consume it.
+        module: Path of the module that consumes it first.
+        line: `file:line` of that in the user's source; empty where the tracer kept none.
     """
 
     name: str
@@ -47,6 +57,7 @@ class Read:
 
     @property
     def sees_only_root(self) -> bool:
+        """Whether it stands before the first sublayer: such a read has no parameters."""
         return self.position == 0 and not self.extras
 
 
@@ -54,8 +65,14 @@ class Read:
 class Stream:
     """One residual stream.
 
-    width: D, the size of the last dimension. post_norm: whether a norm sits on the stream, so that every
-        state has two terms and each norm reads. nested_in: the stream whose sublayer it is inside, if any.
+    Args:
+        name: The module path that its terms and reads share, numbered where several share one.
+        root: The value that it begins with.
+        terms: What is written into it, the root aside.
+        reads: The places that consume its states.
+        width: D, the size of the last dimension.
+        post_norm: Whether norms stand on the stream itself: every state has two terms then, and each norm reads.
+        nested_in: The stream whose sublayer it is inside; None for the others.
     """
 
     name: str
@@ -68,6 +85,7 @@ class Stream:
 
     @property
     def num_sublayers(self) -> int:
+        """How many sublayers write into it."""
         return 1 + max((t.sublayer for t in self.terms if t.sublayer is not None), default=-1)
 
     @property
@@ -78,14 +96,27 @@ class Stream:
 
 @dataclass(frozen=True)
 class StreamSet:
-    """All streams of one graph, what looked like one and was refused, and the sums they were read from."""
+    """What was found in one graph.
+
+    Args:
+        streams: All its residual streams.
+        refusals: What looks like one and was left alone, or stops a conversion.
+        sums: The formal sums that they were read from.
+    """
 
     streams: tuple[Stream, ...]
     refusals: tuple[Refusal, ...]
     sums: FormalSums = field(compare=False, repr=False)
 
     def select(self, wanted: str | Sequence[str]) -> tuple[Stream, ...]:
-        """`"main"`, `"all"`, or streams by name. Raises StreamNameError for a name that does not exist."""
+        """Streams by name.
+
+        Args:
+            wanted: One name or several, `"main"` for all that are inside no other stream, or `"all"`.
+
+        Raises:
+            StreamNameError: There is no stream of that name.
+        """
         if wanted == "all":
             return self.streams
         if wanted == "main":
