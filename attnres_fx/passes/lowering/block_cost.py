@@ -15,11 +15,15 @@ MEMORY_SHARE = 0.2
 class BlockReads:
     """The reads of a block that share their completed sources.
 
-    completed: sources that all of them see. merged: reads that see the partial sum as well. folded: how many of those
-    also take in the addition that builds it. alone: reads of the completed sources only; folded_alone: how many of
-    those take in an addition, which they can only outside of two phases. kept: U that the block's sublayers keep for
-    backward, whatever the reads do. batched: phase 1 runs on the kernels, which read a source for all queries at once;
-    the inner compiler makes a loop over the sources for each.
+    Args:
+        completed: How many sources all of them see.
+        merged: How many reads see the partial sum as well.
+        folded: How many of those also take in the addition that builds it.
+        alone: How many reads see the completed sources only.
+        folded_alone: How many of those take in an addition, which they can only outside of two phases.
+        kept: U that the block's sublayers keep for backward, whatever the reads do.
+        batched: Whether phase 1 runs on the kernels, which read a source for all queries at once; the inner compiler
+            makes a loop over the sources for each query.
     """
 
     completed: int
@@ -32,18 +36,25 @@ class BlockReads:
 
     @property
     def reads(self) -> int:
+        """How many reads the block has."""
         return self.merged + self.alone
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """U moved in forward and backward, and U kept alive over the block beyond sources and results."""
+    """What the reads of a block move and keep, in U.
+
+    Args:
+        forward, backward: Moved in each direction.
+        live: Kept alive over the block beyond sources and results.
+    """
 
     forward: int
     backward: int
     live: int
 
     def moved(self, training: bool) -> int:
+        """U moved in a step, backward included in training."""
         return self.forward + (self.backward if training else 0)
 
 
@@ -73,7 +84,15 @@ def cost_two_phase(block: BlockReads) -> BlockCost:
 
 @dataclass(frozen=True)
 class PhaseChoice:
-    """The form of a block, U moved by both, U that two phases keep alive, and why."""
+    """The form that the reads of a block get.
+
+    Args:
+        two_phase: Whether it is two phases.
+        block: The reads.
+        per_read, phased: U moved read by read, and in two phases.
+        live: U that two phases keep alive.
+        why: The reason in words.
+    """
 
     two_phase: bool
     block: BlockReads
@@ -96,7 +115,13 @@ class PhaseChoice:
 def choose_phases(block: BlockReads, *, training: bool, memory_share: float = MEMORY_SHARE) -> PhaseChoice:
     """The form that moves fewer bytes, unless two phases would keep too much memory in training.
 
-    training: count backward too, where phase-1 outputs are kept for it.
+    Args:
+        block: The reads of one block.
+        training: Whether backward counts too; phase-1 outputs are kept for it.
+        memory_share: How much the outputs may keep, as a share of what the block keeps anyway.
+
+    Returns:
+        The form, with the counts that it was chosen by.
     """
     each, phased = cost_read_by_read(block), cost_two_phase(block)
     costs = each.moved(training), phased.moved(training)

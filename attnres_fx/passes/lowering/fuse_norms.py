@@ -59,7 +59,14 @@ class NormFusion:
 
 
 def fuse_norms_pass(gm: GraphModule) -> PassResult:
-    """Fold norms into reads, in place; `replaced` holds a NormFusion for each."""
+    """Fold norms into reads, in place.
+
+    Args:
+        gm: A module with values on the nodes of its graph.
+
+    Returns:
+        The module; `replaced` holds a NormFusion for each norm that was folded.
+    """
     found = _find(gm)
     for fusion, call, match in found:
         _rewrite(gm, fusion, call, match)

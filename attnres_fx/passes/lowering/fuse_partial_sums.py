@@ -25,7 +25,13 @@ from attnres_fx.passes.lowering.read_calls import DepthReadCall, as_depth_read, 
 
 @dataclass(frozen=True)
 class SumFusion:
-    """An addition to fold: the names of the read's node, of the sum, and of what it adds."""
+    """An addition to fold, by names of nodes.
+
+    Args:
+        read: The read that sees the sum first.
+        total: The sum.
+        partial, delta: What is added; the read goes on to return `partial + delta`.
+    """
 
     read: str
     total: str
@@ -34,7 +40,14 @@ class SumFusion:
 
 
 def fuse_partial_sums_pass(gm: GraphModule) -> PassResult:
-    """Fold partial sums into reads, in place; `replaced` holds a SumFusion for each."""
+    """Fold partial sums into reads, in place.
+
+    Args:
+        gm: A module with values on the nodes of its graph.
+
+    Returns:
+        The module; `replaced` holds a SumFusion for each sum that was folded.
+    """
     plan = plan_sum_fusions(gm)
     nodes = {n.name: n for n in gm.graph.nodes}
     for fusion in plan:

@@ -67,10 +67,13 @@ def checked_lowering(given: Any) -> Lowering:
 class LoweringPass:
     """A pass in its place among the others.
 
-    run: `(gm, *, ...) -> PassResult`. switch: the field of `Lowering` that turns it on and off. reason: why it stands
-    where it stands. takes: which of the options `choose` (the switch's value) and `training` it is called with.
-    training_only: it runs only where gradients will be taken. auto_device: under `"auto"` it changes reads on this
-    type of device alone, None for any.
+    Args:
+        run: The pass, `(gm, *, ...) -> PassResult`.
+        switch: The field of `Lowering` that turns it on and off.
+        reason: Why it stands where it stands.
+        takes: Which of the options `choose` (the switch's value) and `training` it is called with.
+        training_only: Whether it runs only where gradients will be taken.
+        auto_device: Under `"auto"` it changes reads on this type of device alone; None for any.
     """
 
     run: Callable[..., PassResult]
@@ -82,6 +85,7 @@ class LoweringPass:
 
     @property
     def name(self) -> str:
+        """The name of the pass, as the log has it."""
         return self.run.__name__
 
     @property

@@ -59,11 +59,13 @@ def asks_of(user: Node, node: Node) -> bool:
 
 
 def dtype_of(node: Node) -> torch.dtype | None:
+    """The dtype of a node's tensor; None where it has none."""
     value = tensor_of(node)
     return None if value is None else value.dtype
 
 
 def is_row_vector(node: Any, width: Any) -> bool:
+    """Whether a node is a floating tensor [width]."""
     shape = shape_of(node) if isinstance(node, Node) else ()
     value = tensor_of(node) if isinstance(node, Node) else None
     return len(shape) == 1 and sizes_agree(shape[0], width) and value is not None and value.is_floating_point()

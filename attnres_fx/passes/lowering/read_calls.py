@@ -34,10 +34,14 @@ _READS = (DEPTH_ATTENTION, DEPTH_ATTENTION_FUSED, DEPTH_ATTENTION_MERGE)
 
 @dataclass(frozen=True)
 class DepthReadCall:
-    """One read: the node, and what it is called with.
+    """One read.
 
-    head: what stands before the epilogue, `(sources, query, key_weight, eps, gain)` or
-    `(mixed, lse, partial, query, key_weight, eps, gain)`.
+    Args:
+        node: The call.
+        merge: Whether it is the second of two phases.
+        head: What stands before the epilogue: `(sources, query, key_weight, eps, gain)`, or of a merge
+            `(mixed, lse, partial, query, key_weight, eps, gain)`.
+        epilogue: What the read does besides: an addition to its last source, a norm, a cast.
     """
 
     node: Node
@@ -78,6 +82,7 @@ class DepthReadCall:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
+        """What the operators with an epilogue are called with."""
         return (*self.head, *self.epilogue.to_arguments())
 
     def values(self) -> list[torch.Tensor]:
@@ -127,6 +132,7 @@ def as_depth_read(node: Node) -> DepthReadCall | None:
 
 
 def known(node: Node) -> torch.Tensor:
+    """The tensor of a node that is known to have one."""
     value = tensor_of(node)
     assert value is not None
     return value

@@ -37,16 +37,26 @@ AUTO_DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class Thread:
-    """A read that hands on sources: the names of its node and of the sources that a later read takes."""
+    """A read that hands on sources.
+
+    Args:
+        read: The node of the read.
+        handed_on: The sources that a later read takes from it, by name.
+    """
 
     read: str
     handed_on: tuple[str, ...]
 
 
 def thread_gradients_pass(gm: GraphModule, *, choose: bool | Literal["auto"] = "auto") -> PassResult:
-    """Thread sources through reads, in place; `replaced` holds a Thread for each read that hands any on.
+    """Thread sources through reads, in place.
 
-    choose: True, or `"auto"` for reads on a CUDA device, whose kernels add what comes in.
+    Args:
+        gm: A module with values on the nodes of its graph.
+        choose: True, or `"auto"` for reads on a CUDA device alone: its kernels add up gradients.
+
+    Returns:
+        The module; `replaced` holds a Thread for each read that hands sources on.
     """
     plan = plan_threads(gm, choose)
     threads = {t.read: t for t in plan}

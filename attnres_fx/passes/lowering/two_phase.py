@@ -52,7 +52,13 @@ log = logging.getLogger("attnres_fx.passes")
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """The reads of one block by node name, what they share, and the form they get."""
+    """The reads of one block and the form they get.
+
+    Args:
+        reads: The nodes of the reads, by name.
+        completed: The sources that they share, by name.
+        choice: The form, and what it costs.
+    """
 
     reads: tuple[str, ...]
     completed: tuple[str, ...]
@@ -66,10 +72,15 @@ def two_phase_pass(
     training: bool = True,
     memory_share: float = MEMORY_SHARE,
 ) -> PassResult:
-    """Rewrite, in place, the blocks for which two phases are chosen; `replaced` holds a PhasePlan for each block.
+    """Rewrite, in place, the blocks for which two phases are chosen.
 
-    choose: `"auto"` for the cheaper form a block, True for two phases wherever reads share sources. training,
-    memory_share: as for `choose_phases`. A graph that holds fused reads already is left as it is.
+    Args:
+        gm: A module with values on the nodes of its graph. One that holds fused reads already is left as it is.
+        choose: `"auto"` for the cheaper form of each block, True for two phases wherever reads share sources.
+        training, memory_share: As for `choose_phases`.
+
+    Returns:
+        The module; `replaced` holds a PhasePlan for each block.
     """
     plans = plan_phases(gm, choose=choose, training=training, memory_share=memory_share)
     nodes = {n.name: n for n in gm.graph.nodes}
