@@ -30,7 +30,7 @@ class SumFusion:
     Args:
         read: The read that sees the sum first.
         total: The sum.
-        partial, delta: What is added; the read goes on to return `partial + delta`.
+        partial, delta: What is added; the read returns `partial + delta` as well.
     """
 
     read: str

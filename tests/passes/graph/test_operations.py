@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
-from attnres_fx.passes.graph.emit import emit
+from attnres_fx.passes.graph.emit import emit, emit_switch
 from attnres_fx.passes.graph.operation_table import ALIASES, BY_NAME, OPERATIONS, Trait
 from attnres_fx.passes.graph.operations import has_trait, op_name
 
@@ -62,3 +62,21 @@ def test_a_trait_is_asked_of_whatever_spelling_a_node_has():
     ]
     assert all(has_trait(n, Trait.TOKEN_MOVE) and not has_trait(n, Trait.CAST) for n in moves)
     assert not has_trait(x, Trait.TOKEN_MOVE)
+
+
+def test_the_product_inside_a_fused_addition_can_be_written():
+    products = {o.fused.product for o in OPERATIONS if o.fused is not None}
+    assert products == {"mm", "bmm", "mul", "div"}
+    assert products <= set(EMITTED)
+
+
+@pytest.mark.parametrize("name", [o.name for o in OPERATIONS if o.switch is not None])
+def test_a_switch_that_is_written_is_read_back_and_switches_nothing_meanwhile(name):
+    graph = Graph()
+    x = graph.placeholder("x")
+    like = graph.call_function(torch.neg, (x,))
+    args = {"_set_grad_enabled": (False,), "_enter_autocast": ("cpu", torch.bfloat16, True, None)}.get(name, ())
+    node = emit_switch(graph, name, args, like=like)
+    assert op_name(node) == name and has_trait(node, Trait.SWITCHES_MODE | Trait.ASKS_MODE)
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    assert "val" not in node.meta and "example_value" not in node.meta
