@@ -1,7 +1,6 @@
 """The model that is planned for, as a chain of sublayers: an original rewritten for given blocks, or one converted."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -9,10 +8,11 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from attnres_fx.capture.capture import capture
-from attnres_fx.capture.captured import Captured
+from attnres_fx.capture.captured import Captured, flat_module
 from attnres_fx.config import AttnResConfig
-from attnres_fx.conversion.convert import Model, convert, refuse_converted, rewrite_
+from attnres_fx.conversion.convert import Model, refuse_converted, rewrite_
 from attnres_fx.conversion.converted_model import ConvertedModel
+from attnres_fx.conversion.flat_export import export_flat
 from attnres_fx.errors import CaptureError
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import CarriedValue
@@ -29,7 +29,7 @@ from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams
 
 
-class _OriginalModel:
+class OriginalModel:
     """One mode of a model that is not converted yet, rewritten for whatever blocks are asked."""
 
     def __init__(self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig):
@@ -37,17 +37,17 @@ class _OriginalModel:
         self.name = type(model).__name__
         self.config = config
         self.captured = _captured(model, args, kwargs)
-        self.pristine = next(iter(self.captured.graphs.values())).gm
+        self.pristine = _in_aten(self.captured)
 
     def rewritten(self, layouts: BlockLayouts | None = None) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
         """The graph with depth attention for these blocks, by default those of the config, and its blocks."""
         gm = _copied(self.pristine)
         name_as_the_model_does(gm, self.captured.root)
-        found = analyze_(gm)
-        selected = select_streams(found, self.config, self.name)
-        plan = plan_depth_reads(found, selected, self.config, schedules=layouts)
+        streams = analyze_(gm)
+        selected = select_streams(streams, self.config, self.name)
+        plan = plan_depth_reads(streams, selected, self.config, schedules=layouts)
         parameters = make_parameters(gm.graph, self.captured.root, plan, self.config)
-        replacements = rewrite_(gm, found, plan, parameters)
+        replacements = rewrite_(gm, streams, plan, parameters)
         return chain_graph(gm, selected, replacements), {s.stream.name: s.schedule for s in plan.streams}
 
 
@@ -62,31 +62,20 @@ def _captured(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
             raise error from error.__cause__
 
 
-class _TracedModel:
-    """A symbolic trace: its modules are opened, and its operations known, when it is exported again."""
-
-    def __init__(self, model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig):
-        self.model, self.args, self.kwargs, self.config = model, args, kwargs, config
-
-    def rewritten(self, layouts: BlockLayouts | None = None) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
-        config = self.config
-        if layouts:
-            (blocks,) = layouts.values()
-            config = replace(config, num_blocks=None, block_size=None, boundaries=blocks.starts[1:])
-        return converted_chain(convert(self.model, self.args, self.kwargs, config=config, check=False))
+def _in_aten(captured: Captured) -> GraphModule:
+    """The graph in aten operations: a symbolic trace is exported, which opens its modules."""
+    graph = next(iter(captured.graphs.values()))
+    if captured.in_spec is not None:
+        return graph.gm
+    captured.root.train(captured.training)
+    gm, _ = flat_module(export_flat(captured.root, graph))
+    return gm
 
 
 def _copied(gm: GraphModule) -> GraphModule:
     graph = Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     return GraphModule(gm, graph)
-
-
-def original_model(
-    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, config: AttnResConfig
-) -> "_OriginalModel | _TracedModel":
-    traced = isinstance(model, GraphModule) and not hasattr(model, "_in_spec")
-    return (_TracedModel if traced else _OriginalModel)(model, args, kwargs, config)
 
 
 def converted_chain(model: Any) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:

@@ -17,11 +17,11 @@ from attnres_fx.partition.pipeline_schedule import as_pipeline_schedule
 from attnres_fx.partition.plan.options import input_specs, options_with_defaults
 from attnres_fx.partition.plan.plan import Plan
 from attnres_fx.partition.plan.planned_model import (
+    OriginalModel,
     carried_values,
     converted_chain,
     fingerprint,
     name_of,
-    original_model,
 )
 from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest
 from attnres_fx.partition.planner.search import find_partition
@@ -96,7 +96,7 @@ def plan(
     )
     device = _speed(device, link_bandwidth)
     config, given = _config_of(model, config)
-    original = None if isinstance(model, ConvertedModel) else original_model(model, args, kwargs, config)
+    original = None if isinstance(model, ConvertedModel) else OriginalModel(model, args, kwargs, config)
     chained, layouts = original.rewritten() if original else converted_chain(model)
     costs = _costs_of(chained, costs)
     free = original is not None and not given and config.variant != "full" and len(costs.streams) == 1

@@ -246,6 +246,15 @@ def test_the_command_plans_saves_and_draws(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_symbolic_trace_is_exported_once_though_its_blocks_are_chosen_afterwards(monkeypatch):
+    exported = []
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: exported.append(1) or export(*a, **k))
+    found = planned(torch.fx.symbolic_trace(gpt()), num_blocks=3)
+    assert [len(layout.blocks) for layout in found.block_layouts.values()] == [3]
+    assert len(exported) == 1
+
+
 def test_a_symbolic_trace_is_planned_as_its_module_is(plan):
     traced = planned(torch.fx.symbolic_trace(gpt()))
     assert traced.starts == plan.starts
