@@ -9,10 +9,19 @@ from torch import Tensor
 from attnres_fx.ops.kernels import read
 from attnres_fx.ops.kernels.availability import INTERPRETED
 from attnres_fx.ops.kernels.launch import chosen_launch, itemsize, launch, operator, packed, padded
-from attnres_fx.ops.kernels.layout import layout_of
+from attnres_fx.ops.kernels.layout import Direction, layout_of
 
 #: Columns and rows of a tile of `sum_rows`.
 _SUM_BLOCK, _SUM_TILE = 64, 32
+
+
+def _constants(direction: Direction, sources: Sequence[Tensor], norm: int) -> tuple[dict[str, Any], int]:
+    """The constants that a kernel of a read is compiled with, and the number of its programs."""
+    width = int(sources[0].shape[1])
+    layout, (chosen, programs) = layout_of(width, direction, itemsize(sources)), chosen_launch(direction, sources)
+    constants = {"S": len(sources), "D": width, "K": layout.chunks, "C": layout.chunk, "NORM": norm}
+    constants |= {"PACKED": packed(sources), "num_warps": layout.warps, "num_stages": chosen.num_stages}
+    return constants, programs
 
 
 @operator("read_forward")
@@ -32,22 +41,10 @@ def read_forward(
     dtype: torch.dtype,
     saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One group of sources.
+    """One group of sources; the arguments are fields of `ReadTensors`, as rows, and of `ReadOptions`.
 
     Args:
         sources: at most 16 tensors [N, D], the numbers of a row side by side.
-        query: [D].
-        key_weight: [D].
-        eps: added to the mean square of a source.
-        gain: multiplies the mixture.
-        delta: [N, D], added to the last source.
-        carry: [N, D], the mixture that the read goes on from.
-        carry_lse: [N] float32, its log-sum-exp.
-        norm: a `NormKind`.
-        norm_weight: [D].
-        norm_bias: [D].
-        norm_eps: added to the mean square or the variance.
-        dtype: of out.
         saves: whether stats and norm_stats are wanted.
 
     Returns:
@@ -55,11 +52,11 @@ def read_forward(
         asked for is empty.
     """
     outputs = _forward_outputs(sources, delta, norm, dtype, saves)
-    count, width = sources[0].shape[0], int(sources[0].shape[1])
+    count = sources[0].shape[0]
     if isinstance(count, int) and count == 0:
         return outputs
     out, partial, lse, stats, norm_stats = outputs
-    layout, (chosen, programs) = layout_of(width, "forward", itemsize(sources)), chosen_launch("forward", sources)
+    constants, programs = _constants("forward", sources, norm)
     launch(
         read.read_forward,
         (torch.sym_min(count, programs),),
@@ -82,14 +79,7 @@ def read_forward(
         eps,
         gain,
         norm_eps,
-        S=len(sources),
-        D=width,
-        K=layout.chunks,
-        C=layout.chunk,
-        NORM=norm,
-        PACKED=packed(sources),
-        num_warps=layout.warps,
-        num_stages=chosen.num_stages,
+        **constants,
     )
     return outputs
 
@@ -154,7 +144,7 @@ def read_backward(
             output.zero_()
         return outputs
     *grad_sources, grad_query, grad_key_weight, grad_norm_weight, grad_norm_bias, grad_carry, grad_carry_lse = outputs
-    layout, (chosen, programs) = layout_of(width, "backward", itemsize(sources)), chosen_launch("backward", sources)
+    constants, programs = _constants("backward", sources, norm)
     rows = [
         torch.zeros((programs, width), dtype=torch.float32, device=grad_out.device) if wanted else None
         for wanted in (weights_need_grad, norm_weight is not None, norm_bias is not None)
@@ -182,14 +172,7 @@ def read_backward(
         *rows,
         count,
         gain,
-        S=len(sources),
-        D=width,
-        K=layout.chunks,
-        C=layout.chunk,
-        NORM=norm,
-        PACKED=packed(sources),
-        num_warps=layout.warps,
-        num_stages=chosen.num_stages,
+        **constants,
     )
     for summed, factor, out, other, second in (
         (rows[0], key_weight, grad_query, query, grad_key_weight),
