@@ -69,6 +69,10 @@ class ArgumentError(AttnResError, TypeError):
     """A converted model was called with arguments, or shapes, it was not captured with."""
 
 
+class EditedError(AttnResError, RuntimeError):
+    """A converted model was changed in a way that its graph cannot see."""
+
+
 class CheckError(AttnResError, RuntimeError):
     """The self-check found a converted model that does not compute what the original computes."""
 

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from attnres_fx.capture.captured import Captured
-from attnres_fx.capture.exported_module import capture_module
+from attnres_fx.capture.captured_module import capture_module
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.traced_graph import capture_graph_module, capture_program
 from attnres_fx.errors import ArgumentError, CaptureError
@@ -22,6 +22,7 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     modes: Sequence[Mode] = ("train", "eval"),
+    in_aten: bool = False,
 ) -> Captured:
     """Trace a model in the modes asked for, its own first; a graph module is taken as it is.
 
@@ -33,6 +34,7 @@ def capture(
         dynamic_shapes: which sizes are free, as for `torch.export.export`; by default the first two dimensions of
             each tensor, or as many of them as the tracer accepts.
         modes: for an `nn.Module`, the modes to trace.
+        in_aten: for an `nn.Module`, whether its graphs shall be of aten operations, for those who only look at them.
 
     Returns:
         The graphs by mode, and how they are called. The model is as it was, and its tensors are shared.
@@ -56,4 +58,4 @@ def capture(
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: pass an nn.Module, a torch.fx.GraphModule or an ExportedProgram."
         )
-    return capture_module(model, args, kwargs, dynamic_shapes, modes)
+    return capture_module(model, args, kwargs, dynamic_shapes, modes, in_aten=in_aten)

@@ -9,8 +9,10 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.side_effects import TensorWrite
 from attnres_fx.capture.signature import CallSignature, InputShape
 from attnres_fx.capture.sizes import Guards, input_shapes, sizes_of, take_guards
+from attnres_fx.capture.watched import WatchedValue
 
 
 @dataclass
@@ -23,6 +25,10 @@ class CapturedGraph:
         shapes: one entry per input, None where it is no tensor.
         ranges: the least and the greatest size of each symbol, None where there is no greatest.
         guards: checks the flat inputs for what the tracer took for granted.
+        writes: the outputs after those of `out_spec`, and where each call stores them.
+        watched: values of the model that became part of the graph.
+        lost: what of the model's backward the graph does not hold, in words.
+        typed: whether the graph has dtypes and devices of the example written into it, as an exported one has.
     """
 
     gm: GraphModule
@@ -30,6 +36,10 @@ class CapturedGraph:
     shapes: tuple[InputShape | None, ...]
     ranges: dict[str, tuple[int, int | None]]
     guards: Guards | None = None
+    writes: tuple[TensorWrite, ...] = ()
+    watched: tuple[WatchedValue, ...] = ()
+    lost: tuple[str, ...] = ()
+    typed: bool = False
 
 
 @dataclass
@@ -40,6 +50,7 @@ class Captured:
         graphs: by mode; modes may share one.
         failures: by mode, why there is no graph.
         root: modules of their own that hold the model's parameters and buffers.
+        cloned: whether `root` is a clone of the model, with its classes and attributes.
         signature: the arguments of a call.
         in_spec: pytree of (args, kwargs), None where the graph takes them as they are.
         training: whether the model was in train mode.
@@ -57,6 +68,7 @@ class Captured:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    cloned: bool = False
 
 
 def flatten_arguments_(gm: GraphModule) -> Guards | None:
@@ -85,4 +97,4 @@ def graph_of_export(program: ExportedProgram) -> CapturedGraph:
     """An export as a captured graph."""
     gm, guards = flat_module(program)
     ranges = {str(symbol): sizes_of(bounds) for symbol, bounds in program.range_constraints.items()}
-    return CapturedGraph(gm, program.call_spec.out_spec, input_shapes(gm), ranges, guards)
+    return CapturedGraph(gm, program.call_spec.out_spec, input_shapes(gm), ranges, guards, typed=True)

@@ -1,136 +1,186 @@
-"""An `nn.Module` to graphs, by `torch.export` in each mode."""
+"""An `nn.Module` to a graph by `torch.export`: for models that Dynamo refuses. It holds less than a Dynamo graph."""
 
+import contextlib
 import inspect
+import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from attnres_fx.capture.captured import Captured, CapturedGraph, graph_of_export
-from attnres_fx.capture.isolated_run import Mode, checkpoint_watch, fast_path_off, in_mode, mirror, run_untouched
-from attnres_fx.capture.signature import signature_of
-from attnres_fx.capture.sizes import free_sizes, refused_ones, without_ones
+from attnres_fx.capture.captured import CapturedGraph, graph_of_export
+from attnres_fx.capture.free_sizes import free_dimensions, with_two_rows
+from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
+from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.capture.recorder import CAPTURE_LOCK, functorch_depth, restore_functorch
 from attnres_fx.errors import AttnResError, CaptureError
 
+RANDOM = "draws of Python's random"
 
-def capture_module(
+
+def export_module(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    mode: Mode,
     dynamic_shapes: Any,
-    modes: Sequence[Mode],
-) -> Captured:
-    own: Mode = "train" if model.training else "eval"
-    notes: list[str] = []
-    bound = _bind_cache_off(model, args, kwargs)
-    if bound:
-        notes.append("use_cache=False is bound: a cache object cannot be captured")
-    kwargs = {**kwargs, **bound}
-    example = without_ones(model, args, kwargs) if dynamic_shapes is None else (args, kwargs)
-    # Strides of an example would become guards, and they change no value.
-    example = pytree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, example)
-    graphs: dict[Mode, CapturedGraph] = {}
-    failures: dict[Mode, str] = {}
-    in_spec = None
-    for mode in sorted({*modes, own}, key=lambda m: m != own):
-        if mode not in modes:
-            continue
-        try:
-            program = _export(model, mode, example[0], example[1], dynamic_shapes, notes)
-        except CaptureError as error:
-            failures[mode] = str(error)
-            continue
-        graphs[mode] = graph_of_export(program)
-        refused = refused_ones(model, graphs[mode].gm, graphs[mode].shapes, example[0], example[1], mode)
-        for symbol in refused.keys() & graphs[mode].ranges.keys():
-            graphs[mode].ranges[symbol] = (2, graphs[mode].ranges[symbol][1])
-            notes.append(f"{refused[symbol]} must be 2 or more: at 1 the graph does not compute what the model does")
-        in_spec = program.call_spec.in_spec
-    if not graphs:
-        raise CaptureError(failures[own])
-    signature = signature_of(model.forward, args, kwargs, tuple(bound))
-    return Captured(
-        graphs, failures, mirror(model), signature, in_spec, own == "train", args, kwargs, sorted(set(notes))
-    )
+    notes: list[str],
+    refused: Exception | None = None,
+    *,
+    as_called: bool = False,
+) -> CapturedGraph:
+    """Export in one mode, giving up freedom of sizes only as far as it must.
 
+    Args:
+        model: The model; it is left as it is.
+        args: Example arguments by position.
+        kwargs: Example arguments by keyword.
+        mode: `"train"` or `"eval"`.
+        dynamic_shapes: As `torch.export.export` takes them, or None.
+        notes: Gets what a user should know.
+        refused: Why Dynamo did not take the model; None where only the values of a call are wanted.
+        as_called: Whether sizes of 1 of the example are what is wanted.
 
-def _export(
-    model: nn.Module, mode: Mode, args: Any, kwargs: Any, dynamic_shapes: Any, notes: list[str]
-) -> ExportedProgram:
-    """Export in one mode, giving up freedom of sizes only as far as it must."""
-    attempts = _attempts(model, args, kwargs, dynamic_shapes)
+    Raises:
+        CaptureError: It cannot be exported either, or its backward would be lost.
+    """
+    if dynamic_shapes is None and not as_called:
+        args, kwargs = with_two_rows(args, kwargs)
+    args, kwargs = pytree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, (args, kwargs))
     errors: list[Exception] = []
-    for shapes, what_is_lost in attempts:
-        with (
-            in_mode(model, mode),
-            fast_path_off(),
-            checkpoint_watch() as checkpointed,
-            warnings.catch_warnings(),
-        ):
+    for shapes, what_is_lost in _attempts(model, args, kwargs, dynamic_shapes):
+        clone, _ = clone_tree(model)
+        set_mode_(clone, mode)
+        depth = functorch_depth()
+        with CAPTURE_LOCK, fast_path_off(), lost_by_export() as lost, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
             except AttnResError:
                 raise
             except Exception as error:  # the tracer lets anything the model raises through
                 errors.append(error)
                 continue
+            finally:
+                restore_functorch(depth)
+        lost |= _backward_hooks(clone)
+        if refused is not None and lost and (mode == "train" or RANDOM in lost):
+            raise CaptureError(
+                f"{type(model).__name__} in {mode} mode: Dynamo cannot trace it ({_cause(refused)}), and torch.export "
+                f"would lose {' and '.join(sorted(lost))}: use ax.compile, or rewrite what Dynamo refuses."
+            )
+        if refused is not None and lost:
+            notes.append(
+                f"the eval graph has no gradients, because torch.export loses {' and '.join(sorted(lost))}: use "
+                f"ax.compile to differentiate"
+            )
         if what_is_lost:
             notes.append(what_is_lost)
-        if checkpointed and mode == "train":
-            warnings.warn(
-                "the model checkpoints activations, which torch.export does not keep: the converted model saves "
-                "them all. The compile backend keeps checkpointing.",
-                stacklevel=4,
-            )
-        return program
-    raise CaptureError(_capture_message(model, mode, errors[-1])) from errors[-1]
+        graph = graph_of_export(program)
+        graph.lost = tuple(sorted(lost))
+        return graph
+    raise CaptureError(_capture_message(model, mode, errors[-1], refused)) from refused
 
 
-def _capture_message(model: nn.Module, mode: Mode, error: Exception) -> str:
-    cause = " ".join(str(error).split()) or type(error).__name__
+def _backward_hooks(model: nn.Module) -> set[str]:
+    """The modules whose backward hooks an export would lose, in words."""
+    return {
+        f"the backward hook of {path or 'the model'}"
+        for path, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    }
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+def _capture_message(model: nn.Module, mode: Mode, error: Exception, refused: Exception | None) -> str:
+    dynamo = f"Dynamo: {type(refused).__name__}: {_cause(refused)}. " if refused is not None else ""
     return (
-        f"{type(model).__name__} could not be captured in {mode} mode: {type(error).__name__}: {cause[:600]}. "
-        f"Try torch.export.export(model, args, kwargs, strict=False) alone to see the whole trace; then remove "
-        f"the data-dependent code it names, pass other example arguments, capture a part of the model, or trace "
-        f"it yourself (torch.fx.symbolic_trace, torch.export) and convert the graph."
+        f"{type(model).__name__} could not be captured in {mode} mode. {dynamo}"
+        f"torch.export: {type(error).__name__}: {_cause(error)}. "
+        f"Try torch.compile(model, fullgraph=True) alone to see the whole trace; then remove the data-dependent code "
+        f"it names, pass other example arguments, capture a part of the model, or trace it yourself "
+        f"(torch.fx.symbolic_trace, torch.export) and convert the graph."
     )
 
 
 def _attempts(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> list[tuple[Any, str]]:
     if dynamic_shapes is not None:
         return [(dynamic_shapes, "")]
-    free = [free_sizes(model, args, kwargs, limit) for limit in (2, 1)]
-    attempts = [(free[0], ""), (free[1], "only the first dimension of each argument is free"), (None, "")]
-    attempts[-1] = (None, "the sizes of all arguments are fixed")
-    kept: list[tuple[Any, str]] = []
+    attempts = [
+        (_free_sizes(model, args, kwargs, 2), ""),
+        (_free_sizes(model, args, kwargs, 1), "only the first dimension of each argument is free"),
+        (None, "the sizes of all arguments are fixed"),
+    ]
+    different: list[tuple[Any, str]] = []
     for attempt in attempts:
-        if attempt[0] not in [k[0] for k in kept]:
-            kept.append(attempt)
-    return kept
+        if attempt[0] not in [d[0] for d in different]:
+            different.append(attempt)
+    if different[0][0] is None:
+        different[0] = attempts[-1]
+    return different
 
 
-def _bind_cache_off(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`use_cache=False` where the model returns an object pytree does not know and takes that argument."""
-    parameters = inspect.signature(model.forward).parameters
-    names = list(parameters)
-    named = "use_cache" in parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if "use_cache" in kwargs or not (named or takes_any) or (named and names.index("use_cache") < len(args)):
-        return {}
+def _free_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> Any:
+    """`Dim.AUTO` for the dimensions that may be free, by argument name; None where the arguments have no names."""
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    free = free_dimensions(leaves, limit)
+    shapes = [dict.fromkeys(free.get(i, ()), Dim.AUTO) or None for i in range(len(leaves))]
+    positional, named = pytree.tree_unflatten(shapes, spec)
+    names = _forward_names(model, len(args))
+    if not any(shapes) or len(names) < len(args):
+        return None
+    return {**dict(zip(names, positional, strict=True)), **named}
+
+
+def _forward_names(model: nn.Module, count: int) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return names[:count]
+
+
+@contextlib.contextmanager
+def lost_by_export() -> Iterator[set[str]]:
+    """Notes what a model calls that an exported graph does not hold."""
+    seen: set[str] = set()
+
+    def watched(original: Callable[..., Any], what: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.add(what)
+            return original(*args, **kwargs)
+
+        return call
+
+    places: Sequence[tuple[Any, str, str]] = (
+        (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", "checkpointing"),
+        (torch.utils.checkpoint, "_infer_device_type", "checkpointing"),
+        (Tensor, "register_hook", "a tensor hook"),
+        (random, "random", RANDOM),
+        (random, "uniform", RANDOM),
+        (random, "randint", RANDOM),
+    )
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places if hasattr(owner, name)]
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def watched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.add(f"the backward of {cls.__name__}")
+        return apply.__get__(None, cls)(*args, **kwargs)
+
     try:
-        if _is_plain(run_untouched(model, args, kwargs, "eval")):
-            return {}
-        off = {**kwargs, "use_cache": False}
-        return {"use_cache": False} if named or _is_plain(run_untouched(model, args, off, "eval")) else {}
-    except Exception:
-        return {}  # whatever is wrong, the capture says it better
-
-
-def _is_plain(output: Any) -> bool:
-    known = (Tensor, int, float, bool, str, type(None))
-    return all(isinstance(leaf, known) for leaf in pytree.tree_leaves(output))
+        for (owner, name, what), (_, _, original) in zip(
+            (p for p in places if hasattr(p[0], p[1])), originals, strict=True
+        ):
+            setattr(owner, name, watched(original, what))
+        torch.autograd.Function.apply = classmethod(watched_apply)  # type: ignore[assignment, method-assign]
+        yield seen
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]

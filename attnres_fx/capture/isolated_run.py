@@ -1,40 +1,30 @@
-"""Running and copying a caller's model without leaving a trace on it."""
+"""Running a caller's model without leaving a trace on it: on a clone of its tree, with buffers of its own."""
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.module_clone import clone_tree
+
 Mode = Literal["train", "eval"]
 
 
 def shared_copy(module: Any) -> Any:
-    """A copy of a module tree that holds the same parameter and buffer objects."""
+    """A deep copy of a module tree that holds the same parameter and buffer objects."""
     memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo)
 
 
-def mirror(model: nn.Module) -> nn.Module:
-    """Empty modules in the shape of a model's tree, holding the model's own parameters and buffers."""
-    made: dict[int, nn.Module] = {}
-
-    def build(module: nn.Module) -> nn.Module:
-        if id(module) in made:
-            return made[id(module)]
-        empty = made[id(module)] = nn.Module()
-        for name, parameter in module._parameters.items():
-            empty.register_parameter(name, parameter)
-        for name, buffer in module._buffers.items():
-            empty.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
-        for name, child in module._modules.items():
-            empty.add_module(name, build(child) if child is not None else None)
-        return empty
-
-    return build(model)
+def set_mode_(model: nn.Module, mode: Mode) -> None:
+    """Put a model in a mode as its `train` does; one that is in it keeps the flags of its submodules."""
+    if model.training != (mode == "train"):
+        with contextlib.suppress(NotImplementedError):  # an exported graph holds one mode and refuses to change
+            model.train(mode == "train")
 
 
 @contextlib.contextmanager
@@ -42,26 +32,59 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """The model in train or eval mode; every module's own flag is put back after."""
     flags = {m: m.training for m in model.modules()}
     try:
-        if model.training != (mode == "train"):
-            with contextlib.suppress(NotImplementedError):  # an exported graph holds one mode and refuses to change
-                model.train(mode == "train")
+        set_mode_(model, mode)
         yield
     finally:
         for module, flag in flags.items():
             module.training = flag
 
 
+def isolated_clone(model: nn.Module) -> nn.Module:
+    """A clone of a model with parameters of its own on the same memory; buffers and other tensors are copies."""
+    clone, _ = clone_tree(model)
+    copies: dict[int, Tensor] = {}
+    aliases: dict[int, nn.Parameter] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return copies[id(tensor)]
+
+    for module in clone.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                alias = aliases.get(id(parameter))
+                if alias is None:
+                    alias = aliases[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                module._parameters[name] = alias
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copied(buffer)
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                module.__dict__[name] = copied(value)
+    return clone
+
+
+@contextlib.contextmanager
+def seeded(devices: Sequence[torch.device], seed: int = 0) -> Iterator[None]:
+    """From one random state, which is put back after, on the CPU and on these devices."""
+    cuda = {d.index for d in devices if d.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(d for d in cuda if d is not None)):
+        torch.manual_seed(seed)
+        yield
+
+
 def run_untouched(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mode: Mode, *, seed: int = 0
 ) -> Any:
     """Outputs of one run that leaves buffers, arguments and random state as they were, without gradients."""
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    clone = isolated_clone(model)
+    set_mode_(clone, mode)
     args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
-    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index for d in devices]), torch.no_grad(), in_mode(model, mode):
-        torch.manual_seed(seed)
-        with fast_path_off():
-            return torch.func.functional_call(model, buffers, args, dict(kwargs))
+    devices = list({t.device for t in clone.parameters()})
+    with seeded(devices, seed), torch.no_grad(), fast_path_off():
+        return clone(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -73,28 +96,3 @@ def fast_path_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def checkpoint_watch() -> Iterator[list[bool]]:
-    """Notes whether the model calls `torch.utils.checkpoint`."""
-    import torch.utils.checkpoint as module
-
-    seen: list[bool] = []
-    names = ("_checkpoint_without_reentrant_generator", "_infer_device_type")
-    originals: dict[str, Callable[..., Any]] = {n: getattr(module, n) for n in names if hasattr(module, n)}
-
-    def watched(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            seen.append(True)
-            return original(*args, **kwargs)
-
-        return call
-
-    for name, original in originals.items():
-        setattr(module, name, watched(original))
-    try:
-        yield seen
-    finally:
-        for name, original in originals.items():
-            setattr(module, name, original)

@@ -29,7 +29,7 @@ def capture_graph_module(model: GraphModule, args: tuple[Any, ...], kwargs: dict
     if not (hasattr(model, "_in_spec") and hasattr(model, "_out_spec")):
         return _captured_trace(gm, args, kwargs)
     guards = flatten_arguments_(gm)
-    graph = CapturedGraph(gm, model._out_spec, input_shapes(gm), {}, guards)
+    graph = CapturedGraph(gm, model._out_spec, input_shapes(gm), {}, guards, typed=True)
     return _captured_export("an exported graph", graph, gm, model._in_spec, args, kwargs)
 
 

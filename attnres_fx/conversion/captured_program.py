@@ -1,17 +1,21 @@
 """A captured mode's program, and the arguments of a call as its flat inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.side_effects import TensorWrite
 from attnres_fx.capture.signature import CallSignature, InputShape, check_shapes
 from attnres_fx.capture.sizes import Guards
+from attnres_fx.capture.watched import WatchedValue
 from attnres_fx.conversion.graph_runner import Program
 from attnres_fx.errors import ArgumentError
 from attnres_fx.passes.rewrite.depth_attention import Replacement
+
+Autocast = tuple[tuple[str, torch.dtype | None], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,43 +23,68 @@ class CapturedProgram(Program):
     """A captured mode's program, and how it is called.
 
     Attributes:
-        out_spec: pytree of the outputs, None where the graph returns them in their structure.
-        shapes: one entry per input, None where it is no tensor.
-        ranges: the least and the greatest size of each symbol, None where there is no greatest.
-        replacements: the reads that were put in.
-        guards: checks the flat inputs for what the tracer took for granted.
+        out_spec: Pytree of the result, None where the graph returns it in its structure.
+        shapes: Of each input, None where it is no tensor.
+        ranges: The least and the greatest size of each free size.
+        replacements: The reads that were put in.
+        guards: Checks the inputs for what the tracer took for granted.
+        writes: Where a call stores the outputs that come after the result's.
+        watched: Values of the model that are part of the graph.
+        signature: The arguments of a call.
+        in_spec: Pytree of (args, kwargs), None where the graph takes them as they are.
+        lost: What of the original's backward the graph does not hold; such a program runs without gradients.
+        autocast: The autocast that the graph was traced under, None where it means the same under any.
     """
 
     out_spec: Any
     shapes: tuple[InputShape | None, ...]
-    ranges: Mapping[str, tuple[int, int | None]]
+    ranges: dict[str, tuple[int, int | None]]
     replacements: tuple[Replacement, ...]
-    guards: Guards | None = None
+    guards: Guards | None
+    writes: tuple[TensorWrite, ...]
+    watched: tuple[WatchedValue, ...]
+    signature: CallSignature
+    in_spec: Any
+    lost: tuple[str, ...]
+    autocast: Autocast | None
 
 
-def flat_arguments(
-    program: CapturedProgram, signature: CallSignature, in_spec: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
+def current_autocast() -> Autocast:
+    """The dtype that autocast casts to, by the type of device; None where it is off."""
+    return tuple(
+        (kind, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None) for kind in ("cpu", "cuda")
+    )
+
+
+def bar_ones(program: CapturedProgram, symbols: Collection[str]) -> None:
+    """Let a program take these free sizes from 2 on: it was traced at larger ones, and 1 may take another path."""
+    for symbol in symbols:
+        if symbol in program.ranges:
+            low, high = program.ranges[symbol]
+            program.ranges[symbol] = (max(low, 2), high)
+
+
+def flat_arguments(program: CapturedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """The arguments of a call as the flat inputs of a program.
 
     Args:
         program: of the mode that runs.
-        signature: the arguments of a call.
-        in_spec: pytree of (args, kwargs), None where the graph takes them as they are.
         args: of the call, by position.
         kwargs: of the call, by keyword.
 
     Raises:
         ArgumentError: they do not fit what was captured.
     """
-    bound_args, bound_kwargs = signature.bind(args, kwargs)
-    if in_spec is None:
+    bound_args, bound_kwargs = program.signature.bind(args, kwargs)
+    if program.in_spec is None:
         return list(bound_args)
     leaves, spec = pytree.tree_flatten((bound_args, bound_kwargs))
     if len(leaves) == len(program.shapes):
         check_shapes(program.shapes, leaves, program.ranges)
-    if len(leaves) != len(program.shapes) or spec != in_spec:
-        raise ArgumentError(f"the arguments have another structure than the captured ones: {spec} against {in_spec}.")
+    if len(leaves) != len(program.shapes) or spec != program.in_spec:
+        raise ArgumentError(
+            f"the arguments have another structure than the captured ones: {spec} against {program.in_spec}."
+        )
     if program.guards is not None:
         _check_guards(program.guards, leaves)
     return leaves
@@ -68,7 +97,4 @@ def _check_guards(guards: Guards, leaves: list[Any]) -> None:
     try:
         guards(*leaves)
     except AssertionError as error:
-        raise ArgumentError(
-            f"the captured graph does not hold for arguments of these sizes: {error}. Convert again with an "
-            f"example of these sizes, or capture both and choose."
-        ) from error
+        raise ArgumentError(f"the captured graph does not hold for arguments of these sizes: {error}.") from error

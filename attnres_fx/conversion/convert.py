@@ -6,36 +6,35 @@ from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
 from attnres_fx.capture.capture import capture
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.config import AttnResConfig
-from attnres_fx.conversion.converted_model import ConvertedModel
+from attnres_fx.conversion.conversion import Conversion
+from attnres_fx.conversion.converted_model import ConvertedModel, converted_model
+from attnres_fx.conversion.edits import refuse_forwards
+from attnres_fx.conversion.recapturing import Recapturing
 from attnres_fx.conversion.report import ConversionReport, StreamReport
-from attnres_fx.conversion.verify import check_conversion
+from attnres_fx.conversion.rewriting import require_same_reads, rewrite_, same_streams
+from attnres_fx.conversion.verify import Check, check_conversion
 from attnres_fx.errors import (
     AlreadyConvertedError,
     ConfigError,
-    RewriteError,
 )
-from attnres_fx.parameters import AttnResParameters, attribute_name
+from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import (
-    DepthReadPlan,
     Lowering,
-    ReadParameters,
     ReadPlan,
     Replacement,
     Stream,
     StreamSet,
     analyze_,
     checked_lowering,
-    insert_depth_attention_pass,
     plan_depth_reads,
-    run_pass,
 )
-from attnres_fx.passes.graph.nodes import fake_parameter, insert_attribute, tensor_of
+from attnres_fx.passes.graph.nodes import module_path
 from attnres_fx.passes.lowering.read_calls import OPERATORS
 from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams
@@ -81,7 +80,7 @@ def convert(
     *,
     config: AttnResConfig | None = None,
     dynamic_shapes: Any = None,
-    check: bool = True,
+    check: Check = True,
     lowering: Lowering | None = None,
 ) -> ConvertedModel:
     """Replace the residual streams of a model by attention over depth.
@@ -93,7 +92,9 @@ def convert(
         kwargs: Example keyword arguments.
         config: Variant, blocks and output mode; `AttnResConfig()` by default.
         dynamic_shapes: As `torch.export.export` takes them; by default batch and sequence are free.
-        check: Run original and result once at zero queries, and compare (output `"sum"`).
+        check: Run original and result twice in each mode, at zero queries and from one random state, and compare
+            outputs, gradients, buffers, and another batch and length where they are free (output `"sum"`).
+            `"outputs"` compares outputs alone; False runs nothing.
         lowering: What is folded into the reads when the model runs, `Lowering()` by default; reports, `graph_module`
             and files keep the reads as they were put in.
 
@@ -121,21 +122,24 @@ def convert(
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     analyses = _analyze(captured)
     plans = _plan(analyses, config, _name(model))
+    guarded = _modules_that_add(captured, plans)
     parameters, replacements = _rewrite(captured, analyses, plans, config)
     report = _report(model, captured, next(iter(analyses.values())), next(iter(plans.values())), config)
-    converted = ConvertedModel(
-        captured.root,
-        parameters,
-        {m: (g, replacements[id(g)]) for m, g in captured.graphs.items()},
-        captured.failures,
-        captured.signature,
-        captured.in_spec,
-        report,
-        lowering,
-    )
-    nn.Module.train(converted, _starting_mode(captured) == "train")
-    if check:
-        check_conversion(model, converted, captured)
+    typed = any(graph.typed for graph in captured.graphs.values())
+    conversion = Conversion(report, captured.failures, lowering, typed)
+    graphs = {m: (g, replacements[id(g)]) for m, g in captured.graphs.items()}
+    if captured.cloned:
+        conversion.base = type(captured.root)
+        conversion.guarded = {p: captured.root.get_submodule(p).__dict__.get("forward") for p in guarded}
+        conversion.recapture = Recapturing(config)
+    converted = converted_model(captured.root, parameters, graphs, captured.signature, captured.in_spec, conversion)
+    starting = _starting_mode(captured)
+    if not captured.cloned or starting != ("train" if captured.training else "eval"):
+        nn.Module.train(converted, starting == "train")
+    check_conversion(model, converted, captured, check)
+    if captured.cloned:
+        refuse_forwards(converted, conversion.guarded)
+        conversion.guard_edits(converted, model if isinstance(model, nn.Module) else None)
     return converted
 
 
@@ -149,8 +153,28 @@ def _analyze(captured: Captured) -> dict[Mode, StreamSet]:
 
 def _plan(analyses: Mapping[Mode, StreamSet], config: AttnResConfig, model: str) -> dict[Mode, ReadPlan]:
     selected = select_streams(next(iter(analyses.values())), config, model)
-    _require_same_reads(analyses, selected)
-    return {m: plan_depth_reads(s, _same_streams(s, selected), config) for m, s in analyses.items()}
+    require_same_reads(analyses, selected)
+    return {m: plan_depth_reads(s, same_streams(s, selected), config) for m, s in analyses.items()}
+
+
+def _modules_that_add(captured: Captured, plans: Mapping[Mode, ReadPlan]) -> tuple[str, ...]:
+    """The submodules whose own code adds to a stream that is rewritten, and those around them."""
+    paths: dict[str, None] = {}
+    for mode, plan in plans.items():
+        nodes = {n.name: n for n in captured.graphs[mode].gm.graph.nodes}
+        for stream in plan.streams:
+            for term in stream.stream.terms[1:]:
+                parts = module_path(nodes[term.written_by]).split(".") if term.written_by in nodes else []
+                paths |= {".".join(parts[: i + 1]): None for i in range(len(parts)) if parts[0]}
+    return tuple(p for p in paths if _is_submodule(captured.root, p))
+
+
+def _is_submodule(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _rewrite(
@@ -188,61 +212,6 @@ def refuse_converted(model: Any) -> None:
 
 def _name(model: Any) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else "ExportedProgram"
-
-
-def _same_streams(streams: StreamSet, selected: Sequence[Stream]) -> tuple[Stream, ...]:
-    """The selected streams as another mode's graph has them."""
-    names = {s.name for s in selected}
-    return tuple(s for s in streams.streams if s.name in names)
-
-
-def _require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stream]) -> None:
-    wanted = {s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads] for s in selected}
-    for mode, streams in found.items():
-        have = {
-            s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads]
-            for s in streams.streams
-            if s.name in wanted
-        }
-        if have != wanted:
-            names = {r[0] for reads in have.values() for r in reads} ^ {
-                r[0] for reads in wanted.values() for r in reads
-            }
-            raise RewriteError(
-                f"the train and the eval graph do not have the same reads ({', '.join(sorted(names)) or 'order'} "
-                f"in one only, seen in {mode} mode). Dropout on the stream itself does this: move it onto the "
-                f"branch, set its probability to 0, or convert a graph of one mode."
-            )
-
-
-def rewrite_(
-    gm: GraphModule, streams: StreamSet, plan: ReadPlan, parameters: AttnResParameters
-) -> tuple[Replacement, ...]:
-    """Execute a read plan on an analysed graph with these parameters, in place."""
-    gm.add_module("attnres", parameters)
-    result = run_pass(
-        insert_depth_attention_pass,
-        gm,
-        streams=streams,
-        plan=plan,
-        eps=parameters.config.eps,
-        fetch=lambda read, like: _fetch(gm.graph, parameters, read, like),
-    )
-    return result.replaced
-
-
-def _fetch(graph: Graph, parameters: AttnResParameters, read: DepthReadPlan, like: Node) -> ReadParameters:
-    module = parameters.reads[read.read]
-    value = tensor_of(like)
-    assert value is not None
-
-    def attribute(name: str) -> Node:
-        held = getattr(module, name)
-        fake = fake_parameter(value, tuple(held.shape), held.dtype)
-        return insert_attribute(graph, f"attnres.reads.{attribute_name(read.read)}.{name}", like=like, value=fake)
-
-    gate = attribute("gate") if module.gate is not None else None
-    return ReadParameters(attribute("query"), attribute("key_weight"), gate)
 
 
 def _report(

@@ -1,5 +1,7 @@
-"""The module a conversion returns: the original's parameters, the new ones, and one program a mode."""
+"""The module a conversion returns: the original's modules, the new parameters, and the programs of its calls."""
 
+import contextlib
+import functools
 import inspect
 import io
 from collections.abc import Mapping
@@ -13,8 +15,12 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.signature import CallSignature
-from attnres_fx.conversion.captured_program import CapturedProgram, flat_arguments
+from attnres_fx.conversion.calls import program_for
+from attnres_fx.conversion.captured_program import CapturedProgram, current_autocast, flat_arguments
+from attnres_fx.conversion.conversion import ADDED, CONSTANTS, Conversion, placement_of
+from attnres_fx.conversion.edits import allow_forwards, refuse_forwards
 from attnres_fx.conversion.files import ModelParts, load_parts, save_parts
 from attnres_fx.conversion.graph_runner import GraphRunner
 from attnres_fx.conversion.report import ConversionReport
@@ -24,77 +30,98 @@ from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
-CONSTANTS = "_captured"
-
 
 class ConvertedModel(GraphRunner):
     """A model whose residual streams are read by attention over depth.
 
-    Call it with the arguments it was captured with, by position or keyword; it returns what the original returns.
-    Made by `convert` and by `load`.
+    Made by `convert`: a clone of the original's module tree that shares its tensors, an instance of the original's
+    class, whose forward runs captured programs. Made by `load`, or from a graph: bare modules that hold the tensors.
 
     Attributes:
         attnres: the added parameters, one `DepthRead` per read.
-        report: the streams, their reads and blocks, and what was left alone.
-        programs: by mode, the program that a call runs.
-        failures: by mode, why there is no program.
-        signature: the arguments of a call.
-        in_spec: pytree of (args, kwargs), None where the graphs take them as they are.
     """
 
     attnres: AttnResParameters
-    report: ConversionReport
-    programs: dict[Mode, CapturedProgram]
+    _attnres_conversion: Conversion
 
-    def __init__(
+    @property
+    def report(self) -> ConversionReport:
+        """The streams, their reads and blocks, and what was left alone."""
+        return self._attnres_conversion.report
+
+    @property  # type: ignore[override]
+    def programs(self) -> dict[Mode, CapturedProgram]:
+        """By mode, the program that was captured first."""
+        return self._attnres_conversion.programs
+
+    @programs.setter
+    def programs(self, programs: dict[Mode, CapturedProgram]) -> None:
+        self._attnres_conversion.programs = programs
+
+    @property
+    def failures(self) -> dict[Mode, str]:
+        """By mode, why there is no program."""
+        return self._attnres_conversion.failures
+
+    @property
+    def signature(self) -> CallSignature:
+        """The arguments of a call, as they were captured first."""
+        return next(iter(self.programs.values())).signature
+
+    @property
+    def in_spec(self) -> Any:
+        """Pytree of (args, kwargs), None where the graphs take them as they are."""
+        return next(iter(self.programs.values())).in_spec
+
+    @property
+    def lowering(self) -> Lowering:  # type: ignore[override]
+        """What is folded into the reads."""
+        return self._attnres_conversion.lowering
+
+    @property
+    def typed(self) -> bool:  # type: ignore[override]
+        """Whether dtypes are written into the graphs, so that they cannot be cast."""
+        return self._attnres_conversion.typed
+
+    def captured_program(
         self,
-        root: nn.Module,
-        attnres: AttnResParameters,
-        graphs: Mapping[Mode, tuple[CapturedGraph, tuple[Replacement, ...]]],
-        failures: Mapping[Mode, str],
+        mode: Mode,
+        captured: CapturedGraph,
+        replacements: tuple[Replacement, ...],
         signature: CallSignature,
         in_spec: Any,
-        report: ConversionReport,
-        lowering: Lowering | None = None,
-    ) -> None:
-        super().__init__()
-        for store in ("_parameters", "_buffers", "_modules"):
-            getattr(self, store).update(getattr(root, store))
-        self._non_persistent_buffers_set |= root._non_persistent_buffers_set
-        self.attnres = attnres
-        self.report = report
-        self.signature = signature
-        self.in_spec = in_spec
-        self.failures = dict(failures)
-        self.lowering = lowering or Lowering()
-        self.typed = in_spec is not None
-        by_graph: dict[int, CapturedProgram] = {}  # modes may share a graph
-        programs = {}
-        trained = {id(graph) for mode, (graph, _) in graphs.items() if mode == "train"}
-        for mode, (graph, replacements) in graphs.items():
-            if id(graph) not in by_graph:
-                by_graph[id(graph)] = self._captured_program(mode, graph, replacements, id(graph) in trained)
-            programs[mode] = by_graph[id(graph)]
-        self.programs = programs
-        self.__class__ = _with_signature(signature)
-
-    def _captured_program(
-        self, mode: Mode, captured: CapturedGraph, replacements: tuple[Replacement, ...], training: bool
+        training: bool,
     ) -> CapturedProgram:
+        """A captured and rewritten graph as a program on this model's own tensors.
+
+        Args:
+            mode: That the graph was captured in.
+            captured: The graph; its attributes are renamed to where this model keeps them.
+            replacements: The reads that were put in.
+            signature: The arguments of a call.
+            in_spec: Pytree of (args, kwargs), None where the graph takes them as they are.
+            training: Whether the program is trained with.
+        """
         gm = captured.gm
         for node in gm.graph.nodes:
             if node.op in ("get_attr", "call_module"):
                 node.target = self._adopt(gm, str(node.target), mode)
-        program = self._program(gm.graph, training)
+        made = self._program(gm.graph, training)
         return CapturedProgram(
-            program.graph,
-            program.call,
-            program.lowered,
+            made.graph,
+            made.call,
+            made.lowered,
             captured.out_spec,
             captured.shapes,
             captured.ranges,
             replacements,
             captured.guards,
+            captured.writes,
+            captured.watched,
+            signature,
+            in_spec,
+            captured.lost,
+            None if captured.typed or self._attnres_conversion.base is None else current_autocast(),
         )
 
     def _adopt(self, gm: GraphModule, target: str, mode: Mode) -> str:
@@ -111,6 +138,8 @@ class ConvertedModel(GraphRunner):
         store = self._modules[CONSTANTS]
         assert store is not None
         name = f"{mode}_{target.replace('.', '_')}"
+        while getattr(store, name, value) is not value:
+            name += "_"
         if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
             store.register_buffer(name, value, persistent=False)
         else:
@@ -121,11 +150,39 @@ class ConvertedModel(GraphRunner):
         return f"this model has no {mode} graph: {self.failures.get(mode, 'it was not captured')}."
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        program = self.programs[self.mode]
-        outputs = program.run(self, *self.flatten_arguments(*args, **kwargs))
-        if program.out_spec is None:
-            return outputs
-        return pytree.tree_unflatten(outputs, program.out_spec)
+        program, inputs = program_for(self, args, kwargs)
+        return run_program(program, self, inputs)
+
+    def original(self) -> nn.Module:
+        """A clone of the tree with the original's class and forward, on the same tensors.
+
+        Raises:
+            RewriteError: The model holds no Python of the original: it was made from a graph, or loaded.
+        """
+        conversion = self._attnres_conversion
+        if conversion.base is None:
+            raise RewriteError("this converted model holds no code of its original: it was made from a graph.")
+        allow_forwards(self, conversion.guarded)
+        try:
+            root, _ = clone_tree(self)
+        finally:
+            refuse_forwards(self, conversion.guarded)
+        del root.__dict__["_attnres_conversion"]
+        for added in ADDED:
+            root._modules.pop(added, None)
+        root.__class__ = conversion.base
+        root.__dict__.update(conversion.own_forward)
+        return root
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with tensors of its own, which runs the same programs."""
+        conversion = self._attnres_conversion
+        if conversion.edits is not None:
+            conversion.edits.check(self)
+        copied = super().__deepcopy__(memo)
+        if conversion.edits is not None:
+            copied._attnres_conversion.guard_edits(copied, None)
+        return copied
 
     def flatten_arguments(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The arguments of a call as the flat inputs of the current mode's program.
@@ -140,7 +197,7 @@ class ConvertedModel(GraphRunner):
         Raises:
             ArgumentError: they do not fit what was captured.
         """
-        return flat_arguments(self.programs[self.mode], self.signature, self.in_spec, args, kwargs)
+        return flat_arguments(self.programs[self.mode], args, kwargs)
 
     def replacements(self, mode: Mode | None = None) -> tuple[Replacement, ...]:
         """The depth-attention nodes of a mode's graph.
@@ -161,7 +218,18 @@ class ConvertedModel(GraphRunner):
         """
         program = self.programs[mode]
         gm = GraphModule(self, copy_graph(program.graph))
-        return CapturedGraph(gm, program.out_spec, program.shapes, dict(program.ranges), program.guards)
+        ranges = dict(program.ranges)
+        return CapturedGraph(
+            gm,
+            program.out_spec,
+            program.shapes,
+            ranges,
+            program.guards,
+            program.writes,
+            program.watched,
+            program.lost,
+            self.typed,
+        )
 
     def save(self, path: Any) -> None:
         """Write programs of both modes, weights, config and report to a file for `attnres_fx.load`.
@@ -192,15 +260,21 @@ class ConvertedModel(GraphRunner):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves as any module does, but keeps its dtypes: the captured graphs have theirs written into them."""
-        captured = self.parameters() if self.in_spec is not None else ()
-        for dtype in {p.dtype for p in captured if p.is_floating_point()}:
-            if (wanted := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
-                raise RewriteError(
-                    f"a converted model cannot change from {dtype} to {wanted}: its graphs were captured in {dtype}. "
-                    f"Cast the original model and convert it again; load_state_dict carries the weights over."
-                )
-        return super()._apply(fn, recurse)
+        """Moves and casts as any module does, as far as its graphs can follow."""
+        before = {p.dtype for p in self.parameters() if p.is_floating_point()}
+        cast = {d: to for d in before if (to := fn(torch.empty(0, dtype=d)).dtype) != d}
+        conversion = self._attnres_conversion
+        if cast and self.typed and conversion.recapture is None:
+            dtype, wanted = next(iter(cast.items()))
+            raise RewriteError(
+                f"this converted model cannot change from {dtype} to {wanted}: its graphs were captured in {dtype}, "
+                f"and it holds no Python to capture again. Cast the original model and convert it again; "
+                f"load_state_dict carries the weights over."
+            )
+        super()._apply(fn, recurse)
+        if not cast and conversion.placement is not None:  # the graphs were moved along
+            conversion.placement = placement_of(self)
+        return self
 
     def __reduce__(self) -> Any:
         """Pickled as `save` writes it, so that `torch.save` and processes can carry it."""
@@ -210,6 +284,60 @@ class ConvertedModel(GraphRunner):
 
     def extra_repr(self) -> str:
         return f"{self.signature}, modes={'/'.join(self.programs)}"
+
+
+def run_program(program: CapturedProgram, root: nn.Module, inputs: list[Any]) -> Any:
+    """The result of a program on the tensors of a module tree, which gets what the program writes."""
+    with torch.no_grad() if program.lost else contextlib.nullcontext():
+        outputs = program.run(root, *inputs)
+    if program.out_spec is None:
+        return outputs
+    for write in program.writes:
+        setattr(root.get_submodule(write.module), write.name, outputs[write.output])
+    return pytree.tree_unflatten(outputs[: program.out_spec.num_leaves], program.out_spec)
+
+
+def converted_model(
+    root: nn.Module,
+    attnres: AttnResParameters,
+    graphs: Mapping[Mode, tuple[CapturedGraph, tuple[Replacement, ...]]],
+    signature: CallSignature,
+    in_spec: Any,
+    conversion: Conversion,
+) -> ConvertedModel:
+    """A converted model on the modules of a tree.
+
+    Args:
+        root: A clone of the original, which becomes the converted model where `conversion.base` is its class; else
+            modules whose tensors a new one takes over.
+        attnres: The added parameters.
+        graphs: By mode, with the reads of each; modes may share one.
+        signature: The arguments of a call.
+        in_spec: Pytree of (args, kwargs), None where the graphs take them as they are.
+        conversion: Without programs.
+    """
+    model: Any
+    if conversion.base is not None:
+        model = root
+        conversion.own_forward = {n: model.__dict__.pop(n) for n in ("forward",) if n in model.__dict__}
+    else:
+        model = ConvertedModel()
+        for store in ("_parameters", "_buffers", "_modules"):
+            getattr(model, store).update(getattr(root, store))
+        model._non_persistent_buffers_set |= root._non_persistent_buffers_set
+    model.__class__ = _converted_class(conversion.base, signature)
+    model.__dict__["_attnres_conversion"] = conversion
+    model._modules["attnres"] = attnres
+    conversion.placement = placement_of(model)
+    trained = {id(graph) for mode, (graph, _) in graphs.items() if mode == "train"}
+    programs: dict[int, CapturedProgram] = {}
+    for mode, (graph, reads) in graphs.items():
+        if id(graph) not in programs:
+            training = id(graph) in trained
+            programs[id(graph)] = model.captured_program(mode, graph, reads, signature, in_spec, training)
+        conversion.programs[mode] = programs[id(graph)]
+    converted: ConvertedModel = model
+    return converted
 
 
 def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
@@ -226,16 +354,9 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
         SaveError: the file is no such model, or one of another format.
     """
     parts = load_parts(path, map_location=map_location)
-    converted = ConvertedModel(
-        parts.root,
-        parts.attnres,
-        parts.graphs,
-        parts.failures,
-        parts.signature,
-        parts.in_spec,
-        parts.report,
-        parts.lowering,
-    )
+    typed = any(graph.typed for graph, _ in parts.graphs.values())
+    conversion = Conversion(parts.report, dict(parts.failures), parts.lowering, typed)
+    converted = converted_model(parts.root, parts.attnres, parts.graphs, parts.signature, parts.in_spec, conversion)
     nn.Module.train(converted, parts.training)
     return converted
 
@@ -245,12 +366,18 @@ def _from_bytes(data: bytes) -> ConvertedModel:
     return load(io.BytesIO(data))
 
 
-def _with_signature(signature: CallSignature) -> type[ConvertedModel]:
-    """ConvertedModel whose `forward` shows the captured arguments to whoever inspects it (export, trainers)."""
+def _converted_class(base: type[nn.Module] | None, signature: CallSignature) -> type:
+    """A class that runs programs, and is the original's; its `forward` shows its arguments to whoever inspects it."""
 
     def forward(self: ConvertedModel, *args: Any, **kwargs: Any) -> Any:
         return ConvertedModel.forward(self, *args, **kwargs)
 
+    if base is not None:
+        shown = inspect.signature(base.forward)
+        forward = functools.wraps(base.forward)(forward)
+        forward.__signature__ = shown  # type: ignore[attr-defined]
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        return type(base.__name__, (ConvertedModel, base), {"forward": forward, **names})
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     shown = signature.to_inspect()
     forward.__signature__ = shown.replace(parameters=[own, *shown.parameters.values()])  # type: ignore[attr-defined]

@@ -20,7 +20,9 @@ from torch.utils import _pytree as pytree
 from attnres_fx._version import __version__
 from attnres_fx.capture.captured import CapturedGraph, flat_module
 from attnres_fx.capture.isolated_run import Mode, in_mode
+from attnres_fx.capture.side_effects import TensorWrite
 from attnres_fx.capture.signature import CallSignature, InputShape, child_specs
+from attnres_fx.capture.size_guards import SizeGuards
 from attnres_fx.capture.sizes import Guards
 from attnres_fx.conversion.flat_export import export_flat, in_graph_order, reads_of_export
 from attnres_fx.conversion.plain_data import from_plain, to_plain
@@ -128,11 +130,27 @@ def _about(parts: ModelParts, programs: dict[int, str]) -> dict[str, Any]:
                 "out_spec": _dump_spec(graph.out_spec),
                 "shapes": to_plain(graph.shapes, error=SaveError),
                 "ranges": {name: list(bounds) for name, bounds in graph.ranges.items()},
+                "writes": to_plain(graph.writes, error=SaveError),
+                "size_guards": _plain_guards(graph.guards),
                 "replacements": to_plain(in_graph_order(graph.gm, replacements), error=SaveError),
             }
             for mode, (graph, replacements) in parts.graphs.items()
         },
     }
+
+
+def _plain_guards(guards: Guards | None) -> dict[str, Any] | None:
+    """Conditions on sizes as data; None where they are part of an exported program."""
+    if not isinstance(guards, SizeGuards):
+        return None
+    return {"places": dict(guards.places), "conditions": list(guards.conditions), "names": list(guards.names)}
+
+
+def _guards_of(data: dict[str, Any] | None, exported: Guards | None) -> Guards | None:
+    if data is None:
+        return exported
+    places = {name: (i, d) for name, (i, d) in data["places"].items()}
+    return SizeGuards(places, tuple(data["conditions"]), tuple(data["names"]))
 
 
 def _dump_spec(spec: Any) -> str | None:
@@ -196,8 +214,11 @@ def _parts_of(about: dict[str, Any], stored: dict[str, Any]) -> ModelParts:
             gm, guards, out_spec = _loaded_graph(stored[f"program.{name}"], tensors)
             shapes = from_plain(tuple[InputShape | None, ...], program["shapes"], f"{mode}.shapes", error=SaveError)
             ranges = {n: (low, high) for n, (low, high) in program["ranges"].items()}
+            writes = from_plain(tuple[TensorWrite, ...], program["writes"], f"{mode}.writes", error=SaveError)
+            guards = _guards_of(program["size_guards"], guards)
             # A symbolic trace returned its outputs in their structure; exported again, it returns them flat.
-            graphs[name] = CapturedGraph(gm, _load_spec(program["out_spec"]) or out_spec, shapes, ranges, guards)
+            spec = _load_spec(program["out_spec"]) or out_spec
+            graphs[name] = CapturedGraph(gm, spec, shapes, ranges, guards, writes, typed=True)
         reads = from_plain(tuple[Replacement, ...], program["replacements"], f"{mode}.replacements", error=SaveError)
         by_mode[mode] = (graphs[name], reads_of_export(graphs[name].gm, reads))
     return ModelParts(

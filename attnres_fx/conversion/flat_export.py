@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from attnres_fx.capture.captured import CapturedGraph
+from attnres_fx.capture.captured import CapturedGraph, flat_module
+from attnres_fx.capture.restore import A_CHECKPOINT, what_backward_holds
 from attnres_fx.capture.signature import InputShape
-from attnres_fx.errors import SaveError
+from attnres_fx.capture.size_guards import SizeGuards
+from attnres_fx.capture.transform_regions import outline_transforms_pass
+from attnres_fx.errors import CaptureError, SaveError
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes.graph.nodes import plain_size
 from attnres_fx.passes.rewrite.depth_attention import Replacement
@@ -33,6 +36,34 @@ def export_flat(root: nn.Module, captured: CapturedGraph) -> torch.export.Export
         except Exception as error:
             errors.append(error)
     raise SaveError(f"the converted graph could not be exported again: {errors[0]}") from errors[0]
+
+
+def flat_aten(root: nn.Module, captured: CapturedGraph) -> tuple[GraphModule, Any]:
+    """A graph in aten operations, which say what they read and write, and the pytree of its outputs.
+
+    Args:
+        root: The modules that hold its tensors.
+        captured: Of torch functions, or a symbolic trace.
+
+    Raises:
+        CaptureError: Its outputs depend on more than aten operations hold.
+        SaveError: It cannot be exported.
+    """
+    if captured.writes:
+        raise CaptureError(
+            f"a call of the model stores a tensor in {captured.writes[0].place}, which is no buffer that is written to "
+            f"in place: stages would lose it. Write to a buffer (buffer.copy_(value)) instead."
+        )
+    held = [what for what in what_backward_holds(captured.gm) if what != A_CHECKPOINT]
+    if held:
+        raise CaptureError(
+            f"the graph holds {' and '.join(held)}, which aten operations cannot express: stages would lose its "
+            f"gradients. Pipelines take models without one."
+        )
+    exported = export_flat(root, captured)
+    gm, _ = flat_module(exported)
+    outline_transforms_pass(gm)
+    return gm, captured.out_spec or exported.call_spec.out_spec
 
 
 def _inputs(captured: CapturedGraph) -> list[tuple[Any, InputShape | None]]:
@@ -79,6 +110,8 @@ class _FlatModel(nn.Module):
         self._non_persistent_buffers_set |= root._non_persistent_buffers_set
         self.training = root.training
         call, guards = type(captured.gm).forward, captured.guards
+        if isinstance(guards, SizeGuards):  # they are data, and go beside the export
+            guards = None
 
         def forward(*leaves: Any) -> Any:
             if guards is not None:

@@ -86,7 +86,7 @@ def test_a_model_without_residual_stream():
 
 
 def test_a_model_that_cannot_be_captured_names_cause_and_what_to_try():
-    refuse(Untraceable(), errors.CaptureError, "could not be captured.*Try torch.export")
+    refuse(Untraceable(), errors.CaptureError, "could not be captured.*Try torch.compile")
 
 
 def test_more_blocks_than_sublayers():

@@ -236,12 +236,31 @@ def test_other_sizes_compile_with_fullgraph():
         torch.testing.assert_close(compiled(ids).logits, converted(ids).logits)
 
 
-def test_dtypes_are_kept_and_the_refusal_says_what_to_do():
-    converted = ax.convert(llama(), kwargs={"input_ids": IDS})
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cast_model_computes_what_the_cast_original_does(dtype):
+    model = llama()
+    converted = ax.convert(model, kwargs={"input_ids": IDS}).to(dtype)
+    expected = model.to(dtype)(IDS).logits
+    assert converted(IDS).logits.dtype == dtype
+    off = (converted(IDS).logits - expected).abs().max() / expected.abs().max()
+    assert off < (1e-12 if dtype == torch.float64 else 2e-2)  # reads sum in float32
+
+
+def test_under_autocast_a_converted_model_computes_what_the_original_does():
+    model = llama()
+    converted = ax.convert(model, kwargs={"input_ids": IDS})
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(converted(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(converted(IDS).logits, model(IDS).logits)
+
+
+def test_an_exported_program_keeps_its_dtypes_and_says_what_to_do():
+    program = torch.export.export(llama(), (), {"input_ids": IDS, "use_cache": False}, strict=False)
+    converted = ax.convert(program)
     for cast in (converted.half, converted.double, lambda: converted.to(torch.bfloat16)):
         with pytest.raises(ax.AttnResError, match="Cast the original model and convert it again"):
             cast()
-    assert converted.float().to("cpu")(IDS).logits.dtype == torch.float32
+    assert converted.float().to("cpu")(input_ids=IDS).logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("train", [True, False])

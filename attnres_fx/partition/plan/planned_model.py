@@ -8,11 +8,12 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from attnres_fx.capture.capture import capture
-from attnres_fx.capture.captured import Captured, flat_module
+from attnres_fx.capture.captured import Captured
 from attnres_fx.config import AttnResConfig
-from attnres_fx.conversion.convert import Model, refuse_converted, rewrite_
+from attnres_fx.conversion.convert import Model, refuse_converted
 from attnres_fx.conversion.converted_model import ConvertedModel
-from attnres_fx.conversion.flat_export import export_flat
+from attnres_fx.conversion.flat_export import flat_aten
+from attnres_fx.conversion.rewriting import rewrite_
 from attnres_fx.errors import CaptureError
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import CarriedValue
@@ -54,21 +55,21 @@ class OriginalModel:
 def _captured(model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Captured:
     """One mode: the train graph where there is one, since that is what a pipeline trains."""
     try:
-        return capture(model, args, kwargs, modes=("train",))
+        return capture(model, args, kwargs, modes=("train",), in_aten=True)
     except CaptureError as error:
         try:
-            return capture(model, args, kwargs, modes=("eval",))
+            return capture(model, args, kwargs, modes=("eval",), in_aten=True)
         except (CaptureError, KeyError):
             raise error from error.__cause__
 
 
 def _in_aten(captured: Captured) -> GraphModule:
-    """The graph in aten operations: a symbolic trace is exported, which opens its modules."""
+    """The graph in aten operations: one of torch functions is exported, which opens its modules."""
     graph = next(iter(captured.graphs.values()))
-    if captured.in_spec is not None:
+    if graph.typed:
         return graph.gm
     captured.root.train(captured.training)
-    gm, _ = flat_module(export_flat(captured.root, graph))
+    gm, _ = flat_aten(captured.root, graph)
     return gm
 
 

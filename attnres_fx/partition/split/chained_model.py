@@ -9,12 +9,11 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from attnres_fx.capture.captured import flat_module
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.captured_program import CapturedProgram, flat_arguments
 from attnres_fx.conversion.converted_model import ConvertedModel
-from attnres_fx.conversion.flat_export import export_flat, in_graph_order, reads_of_export
+from attnres_fx.conversion.flat_export import flat_aten, in_graph_order, reads_of_export
 from attnres_fx.partition.split.chain import Chain, ChainRead, ChainStream, drop_assertions_pass, find_chain
 from attnres_fx.partition.split.input_sizes import ask_inputs_for_sizes_pass
 from attnres_fx.partition.split.split_chain import Split, refuse_empty_stages, split_chain
@@ -118,13 +117,12 @@ def name_as_the_model_does(gm: GraphModule, model: nn.Module) -> None:
 def _in_aten(converted: ConvertedModel, mode: Mode) -> tuple[GraphModule, tuple[Replacement, ...], Any]:
     """A graph in aten operations, which say what they read and write, its reads, and its outputs' structure."""
     program = converted.programs[mode]
-    if converted.in_spec is not None:
+    if converted.typed:
         return converted.graph_module(mode), program.replacements, program.out_spec
     captured = converted.captured(mode)
-    exported = export_flat(converted, captured)
-    gm, _ = flat_module(exported)
+    gm, out_spec = flat_aten(converted, captured)
     reads = reads_of_export(gm, in_graph_order(captured.gm, program.replacements))
-    return gm, reads, exported.call_spec.out_spec
+    return gm, reads, out_spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +222,7 @@ class CallConvention:
     def flatten(self, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         if self.in_spec is None:
             return pytree.tree_leaves(self.signature.bind(args, dict(kwargs)))
-        return flat_arguments(self.programs[mode], self.signature, self.in_spec, args, kwargs)
+        return flat_arguments(self.programs[mode], args, kwargs)
 
     def unflatten(self, mode: Mode, outputs: Any) -> Any:
         return pytree.tree_unflatten(outputs, self.out_specs[mode])

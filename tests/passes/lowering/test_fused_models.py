@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 import attnres_fx as ax
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 from attnres_fx.passes import Lowering, lower_
+from attnres_fx.passes.graph.nodes import value_of
 from attnres_fx.passes.graph.operations import op_name
 from tests.support.families import FAMILIES, GROUPED, TEXT, family, widened
 from tests.support.lowered import NORMS_ONLY, D, assert_same, count, example, run_both, with_queries
@@ -90,9 +91,9 @@ def test_inserted_nodes_carry_values_and_where_they_come_from():
     fused = [n for n in gm.graph.nodes if op_name(n) == "attnres_fx::depth_attention_fused"]
     assert fused
     for node in fused:
-        assert [tuple(v.shape)[-1] for v in node.meta["val"]] == [32] * len(node.meta["val"])
+        assert [tuple(v.shape)[-1] for v in value_of(node)] == [32] * len(value_of(node))
         assert node.meta["nn_module_stack"] and "small_gpt" in node.meta["stack_trace"]
-        assert all("val" in u.meta for u in node.users)
+        assert all(value_of(u) is not None for u in node.users)
 
 
 # --- the converted model stays what it was -----------------------------------------------------------

@@ -12,6 +12,7 @@ import attnres_fx as ax
 from attnres_fx.errors import RewriteError
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes import ReadPlan, analyze_, insert_depth_attention_pass, plan_depth_reads, propagate_values_
+from attnres_fx.passes.graph.operations import op_name
 
 WIDTH = 8
 
@@ -100,13 +101,13 @@ def summed(node):
     """What a node is the sum of: the input, layers by their number, and other nodes by their name."""
     if node.op == "placeholder":
         return {"x"}
-    if node.target is torch.ops.aten.linear.default:
+    if op_name(node) == "linear":
         return {node.args[1].target.split(".")[1]}
-    if node.target is torch.ops.aten.add.Tensor:
+    if op_name(node) == "add":
         left, right = map(summed, node.args)
         assert not left & right
         return left | right
-    if node.target is torch.ops.aten.mul.Tensor:  # half a state has halves of its sources
+    if op_name(node) == "mul":  # half a state has halves of its sources
         return summed(node.args[0])
     return {node.name}
 
@@ -120,10 +121,10 @@ def value_of(placed, nodes):
     (scaled,) = difference.users
     (value,) = scaled.users
     prefix = f"attnres.reads.{placed.read.replace('.', '__')}"
-    assert (difference.target, difference.args) == (torch.ops.aten.sub.Tensor, (read, state))
-    assert (scaled.target, scaled.args[0]) == (torch.ops.aten.mul.Tensor, difference)
+    assert (op_name(difference), difference.args) == ("sub", (read, state))
+    assert (op_name(scaled), scaled.args[0]) == ("mul", difference)
     assert str(scaled.args[1].target) == f"{prefix}.gate"
-    assert (value.target, value.args) == (torch.ops.aten.add.Tensor, (state, scaled))
+    assert (op_name(value), value.args) == ("add", (state, scaled))
     return value
 
 

@@ -1,0 +1,264 @@
+"""A recorded graph bound to its model: every input, output and write by identity."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from attnres_fx.capture.recorder import Recording
+from attnres_fx.capture.side_effects import TensorWrite
+from attnres_fx.capture.tensor_places import tensors_within
+from attnres_fx.capture.transform_regions import outline_transforms_pass
+from attnres_fx.errors import CaptureError
+from attnres_fx.passes.graph.copying import copy_graph
+from attnres_fx.passes.graph.nodes import describe, value_of
+
+#: Where a bound graph keeps tensors that are neither parameters nor buffers.
+CONSTANT = "_constant_"
+
+
+@dataclass(frozen=True)
+class BoundGraph:
+    """A graph with flat inputs and outputs, on the tensors of a module tree.
+
+    Attributes:
+        gm: The graph. Its inputs are the leaves of the arguments, its outputs those of the result, then what is to be
+            written.
+        out_spec: Pytree of the result.
+        writes: Where the outputs after the result's are to be stored.
+    """
+
+    gm: GraphModule
+    out_spec: Any
+    writes: tuple[TensorWrite, ...]
+
+
+def bind_graph(
+    recording: Recording,
+    model: nn.Module,
+    leaves: Sequence[Any],
+    names: Sequence[str],
+    places: Mapping[int, str],
+    writes: Sequence[TensorWrite] = (),
+) -> BoundGraph:
+    """Bind what Dynamo recorded.
+
+    Args:
+        recording: Of a clone of the model.
+        model: The clone, whose tensors are the model's own.
+        leaves: The flat arguments of the recorded call.
+        names: A name for each of them.
+        places: Where the model's tensors were before the call, by their ids.
+        writes: What the call stored in attributes of the model, by the recorded output.
+
+    Raises:
+        CaptureError: An input or an output of the graph comes from nowhere in the model or the arguments.
+    """
+    return _Binder(recording, model, leaves, names, places).bound(writes)
+
+
+class _Binder:
+    def __init__(
+        self,
+        recording: Recording,
+        model: nn.Module,
+        leaves: Sequence[Any],
+        names: Sequence[str],
+        places: Mapping[int, str],
+    ) -> None:
+        self.recording, self.model, self.leaves = recording, model, leaves
+        self.root = nn.Module()
+        for store in ("_parameters", "_buffers", "_modules"):
+            getattr(self.root, store).update(getattr(model, store))
+        self.graph = copy_graph(recording.gm.graph)
+        self.places = places
+        self.argument: dict[int, int] = {}
+        for i, leaf in enumerate(leaves):
+            for _, tensor in tensors_within(leaf):
+                self.argument.setdefault(id(tensor), i)
+        self.recorded = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self.start = next(n for n in self.graph.nodes if n.op != "placeholder")
+        self.constants: dict[int, str] = {}
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            self.inputs = [self.graph.placeholder(f"{name}_input") for name in names]
+        for node, name in zip(self.inputs, names, strict=True):
+            node.target = name
+
+    def bound(self, writes: Sequence[TensorWrite]) -> BoundGraph:
+        sizes: list[tuple[Node, Any]] = []
+        for node, value in zip(self.recorded, self.recording.inputs, strict=True):
+            if isinstance(value_of(node), torch.SymInt | torch.SymFloat):
+                sizes.append((node, value))
+            else:
+                self._bind(node, value)
+        for node, value in sizes:
+            self._bind_size(node, value)
+        for node in self.inputs:  # named after the arguments, now that the recorded names are free
+            node._rename(str(node.target))
+        out_spec, stored = self._bind_outputs(writes)
+        self._take_attributes()
+        self._clean_paths()
+        self.graph.lint()
+        gm = GraphModule(self.root, self.graph)
+        outline_transforms_pass(gm)
+        return BoundGraph(gm, out_spec, stored)
+
+    def _bind(self, node: Node, value: Any) -> None:
+        place = self.argument.get(id(value))
+        if place is not None:
+            bound = self.inputs[place]
+            if value is not self.leaves[place]:
+                raise CaptureError(
+                    f"argument {bound.target!r} is a {type(self.leaves[place]).__name__} that holds tensors and that "
+                    f"torch.utils._pytree does not know: register it there, or pass its tensors."
+                )
+            bound.meta = {**node.meta, **bound.meta}
+        elif not node.users:
+            self.graph.erase_node(node)
+            return
+        else:
+            with self.graph.inserting_before(self.start):
+                bound = self.graph.get_attr(self._attribute(node, value))
+            bound.meta = dict(node.meta)
+        node.replace_all_uses_with(bound)
+        self.graph.erase_node(node)
+
+    def _attribute(self, node: Node, value: Any) -> str:
+        """The path of what the model holds; of a constant where no attribute path leads to it."""
+        path = self.places.get(id(value))
+        if path is None and id(value) in self.recording.lasting:
+            return self._constant(value, self.recording.lasting[id(value)])  # in a closure, or global
+        if path is None:
+            raise CaptureError(_of_unknown_origin(node, value))
+        return path if _is_attribute_path(self.model, path) else self._constant(value, path)
+
+    def _constant(self, value: Tensor, path: str) -> str:
+        if id(value) not in self.constants:
+            name = CONSTANT + re.sub(r"\W", "_", path)
+            setattr(self.root, name, value)
+            self.constants[id(value)] = name
+        return self.constants[id(value)]
+
+    def _bind_size(self, node: Node, value: Any) -> None:
+        """A size that Dynamo passes beside the tensors is read from the tensor it is a size of."""
+        if not node.users:
+            self.graph.erase_node(node)
+            return
+        symbol = str(value_of(node))
+        for source in self.inputs:
+            held = value_of(source)
+            if not isinstance(held, Tensor):
+                continue
+            for d, size in enumerate(held.shape):
+                if isinstance(size, torch.SymInt) and str(size.node._expr) == symbol:
+                    with self.graph.inserting_before(self.start):
+                        read = self.graph.call_method("size", (source, d))
+                    read.meta = dict(node.meta)
+                    node.replace_all_uses_with(read)
+                    self.graph.erase_node(node)
+                    return
+        raise CaptureError(
+            f"{describe(node)}: the number {value!r} changes from call to call and is no size of an argument: pass it "
+            f"as a tensor, or draw it with torch."
+        )
+
+    def _bind_outputs(self, writes: Sequence[TensorWrite]) -> tuple[Any, tuple[TensorWrite, ...]]:
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        returned: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+        position = {id(o): i for i, o in enumerate(self.recording.outputs)}
+        leaves, spec = pytree.tree_flatten(self.recording.result)
+        nodes = []
+        for leaf in leaves:
+            at = None if _is_plain(leaf) else position.get(id(leaf))
+            nodes.append(self._known(leaf) if at is None else returned[at])
+        stored = tuple(replace(w, output=len(nodes) + i) for i, w in enumerate(writes))
+        output.args = ((*nodes, *(returned[w.output] for w in writes)),)
+        return spec, stored
+
+    def _known(self, leaf: Any) -> Any:
+        """An output that the graph did not make: an argument, a tensor of the model, or a plain value."""
+        if not isinstance(leaf, Tensor):
+            if _is_plain(leaf):
+                return leaf
+            raise CaptureError(
+                f"the model returns a {type(leaf).__name__}, which torch.utils._pytree does not know: register it, or "
+                f"return tensors."
+            )
+        place = self.argument.get(id(leaf))
+        if place is not None:
+            return self.inputs[place]
+        path = self.places.get(id(leaf))
+        if path is None:
+            raise CaptureError(f"an output of shape {tuple(leaf.shape)} comes from nowhere in the graph.")
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        with self.graph.inserting_before(output):
+            node = self.graph.get_attr(path)
+        node.meta["val"] = leaf
+        return node
+
+    def _take_attributes(self) -> None:
+        """Bodies of regions, and tensors that Dynamo made while tracing, become attributes of the bound graph."""
+        for node in self.graph.nodes:
+            if node.op in ("get_attr", "call_module"):
+                name = str(node.target).split(".")[0]
+                if name not in self.root.__dict__ and not hasattr(self.root, name):
+                    setattr(self.root, name, getattr(self.recording.gm, name))
+
+    def _clean_paths(self) -> None:
+        for graph in _graphs_in(self.root, self.graph):
+            for node in graph.nodes:
+                stack = node.meta.get("nn_module_stack")
+                if stack:
+                    node.meta["nn_module_stack"] = _named_from_root(stack)
+
+
+def _graphs_in(root: nn.Module, graph: Any) -> list[Any]:
+    """A graph and the graphs of the bodies it calls."""
+    graphs = [graph]
+    for node in graph.nodes:
+        body = getattr(root, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(body, GraphModule):
+            graphs += _graphs_in(body, body.graph)
+    return graphs
+
+
+def _named_from_root(stack: Mapping[str, Any]) -> dict[str, Any]:
+    """A node's module stack with paths that begin below the model."""
+    cleaned = {}
+    for key, (path, kind) in stack.items():
+        cleaned[key] = (module_path_of(str(path)), kind)
+    return cleaned
+
+
+def module_path_of(source: str) -> str:
+    """The path of a module in its model, from how Dynamo writes it."""
+    source = re.sub(r"^L\['module'\]\.?", "", source)
+    parts = re.findall(r"\[['\"]?([^\]'\"]+)['\"]?\]|([^.\[\]]+)", source)
+    return ".".join(p for pair in parts for p in pair if p and p not in ("_modules", "__dict__"))
+
+
+def _is_attribute_path(root: nn.Module, path: str) -> bool:
+    """Whether a path leads from attribute to attribute to a tensor; a path into a container does not."""
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return isinstance(value, Tensor)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in (int, float, bool, str, complex) or isinstance(value, torch.dtype)
+
+
+def _of_unknown_origin(node: Node, value: Any) -> str:
+    kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return (
+        f"the model takes {kind} ({describe(node)}) that is neither an argument nor held by a module: a value drawn by "
+        f"Python's random or numpy, or kept outside the model. Draw it with torch (torch.rand), or pass it as an "
+        f"argument."
+    )

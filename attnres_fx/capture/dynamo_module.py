@@ -1,0 +1,119 @@
+"""An `nn.Module` to a graph of torch functions, through Dynamo, on a clone of its tree."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from attnres_fx.capture.bound_graph import bind_graph
+from attnres_fx.capture.captured import CapturedGraph
+from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
+from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.capture.recorder import Recording, record
+from attnres_fx.capture.side_effects import PythonChange, TensorWrite, attributes_of, changes_since, undo_writes_
+from attnres_fx.capture.signature import InputShape, dtype_kind
+from attnres_fx.capture.size_guards import size_guards
+from attnres_fx.capture.tensor_places import tensor_places
+from attnres_fx.capture.watched import watched_values
+from attnres_fx.errors import CaptureError
+from attnres_fx.passes.graph.nodes import plain_size, value_of
+
+
+def trace_module(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mode: Mode, free: Mapping[int, Sequence[int]]
+) -> CapturedGraph:
+    """Trace one call of a model in one mode. The model is not run, and neither it nor its tensors are changed.
+
+    Args:
+        model: The model.
+        args: Example arguments by position.
+        kwargs: Example arguments by keyword.
+        mode: `"train"` or `"eval"`.
+        free: The dimensions that may be free, by the index of the argument's leaf. The trace fixes those that the
+            model's code needs fixed.
+
+    Raises:
+        CaptureError: The model does something at a call that no graph can hold; it is named.
+        Exception: What Dynamo raises for a model that it cannot trace.
+    """
+    clone, _ = clone_tree(model)
+    set_mode_(clone, mode)
+    places = tensor_places(clone)
+    recording, leaves, writes, changes = _recorded(clone, args, kwargs, free)
+    if changes:  # a table that is made at the first call is there at the second; a counter goes on
+        places |= tensor_places(clone)
+        recording, leaves, writes, changes = _recorded(clone, args, kwargs, free)
+    if changes:
+        raise CaptureError(_python_state_message(model, changes))
+    names = leaf_names(model, args, kwargs)
+    bound = bind_graph(recording, clone, leaves, names, places, writes)
+    inputs = [n for n in bound.gm.graph.nodes if n.op == "placeholder"]
+    values = [value_of(n) for n in inputs]
+    guards, ranges = size_guards(values, names)
+    shapes = tuple(_shape(name, value) for name, value in zip(names, values, strict=True))
+    written = {(w.module, w.name) for w in writes}
+    watched = tuple(v for v in watched_values(clone, recording.watched) if (v.module, str(v.steps[0])) not in written)
+    return CapturedGraph(bound.gm, bound.out_spec, shapes, ranges, guards, bound.writes, watched)
+
+
+def _recorded(
+    clone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], free: Mapping[int, Sequence[int]]
+) -> tuple[Recording, list[Any], list[TensorWrite], list[PythonChange]]:
+    """One trace of a clone, its flat arguments, and what it left behind on the clone."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    copies: dict[int, Any] = {}
+    leaves = [copies.setdefault(id(x), _copied(x)) if isinstance(x, Tensor) else x for x in leaves]
+    for i, dimensions in free.items():
+        for d in dimensions:
+            torch._dynamo.maybe_mark_dynamic(leaves[i], d)
+    positional, named = pytree.tree_unflatten(leaves, spec)
+    before = attributes_of(clone)
+    with fast_path_off():
+        recording = record(clone, positional, named)
+    writes, changes = changes_since(before, clone, recording.outputs)
+    undo_writes_(before, clone, writes)
+    return recording, leaves, writes, changes
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy that Dynamo may mark. Strides of an example would become guards, and they change no value."""
+    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return copied.requires_grad_(tensor.requires_grad)
+
+
+def _shape(name: str, value: Any) -> InputShape | None:
+    if not isinstance(value, Tensor):
+        return None
+    sizes = tuple(s if isinstance(s, int) else str(s) for s in map(plain_size, value.shape))
+    return InputShape(name, sizes, dtype_kind(value))
+
+
+def leaf_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """A name for each leaf of the arguments, after the parameters of the model's forward; unique identifiers."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "args")
+    names += [f"{rest}_{i}" for i in range(len(args) - len(names))]
+    found: list[str] = []
+    for path, _ in pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]:
+        keys = [str(getattr(k, "idx", getattr(k, "key", getattr(k, "name", k)))) for k in path]
+        first = names[int(keys[1])] if keys[0] == "0" else keys[1]
+        name = "_".join([first, *keys[2:]])
+        name = "".join(c if c.isalnum() else "_" for c in name)
+        name = name if name.isidentifier() else f"input_{name}"
+        while name in found:
+            name += "_"
+        found.append(name)
+    return found
+
+
+def _python_state_message(model: nn.Module, changes: Sequence[PythonChange]) -> str:
+    listed = "; ".join(map(str, changes[:3])) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+    return (
+        f"a call of {type(model).__name__} changes Python state, which a graph cannot hold: {listed}. Keep it in a "
+        f"buffer (register_buffer, and write to the tensor), leave it out of forward, or use ax.compile, which runs "
+        f"the model's own Python."
+    )

@@ -1,0 +1,147 @@
+"""One graph from Dynamo by documented means: a backend that records it and returns stand-ins instead of running it.
+
+The module is not run. Dynamo's own code calls the recorded graph with the objects it found, and builds the module's
+output from what it gets back; who is who is told by identity (`bound_graph`).
+"""
+
+import contextlib
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from attnres_fx.errors import CaptureError
+from attnres_fx.passes.graph.nodes import value_of
+
+#: Captures and what they patch belong to the process: one at a time.
+CAPTURE_LOCK = threading.RLock()
+
+
+@dataclass
+class Recording:
+    """What Dynamo recorded of one call.
+
+    Attributes:
+        gm: Its graph of torch functions; every tensor it takes is a placeholder.
+        inputs: What its placeholders were given, in order.
+        outputs: The stand-ins it returned, in order.
+        result: The module's output, built from the stand-ins.
+        watched: What Dynamo took for granted: the source of each value as Dynamo writes it, and the kind of guard.
+        lasting: The source of each tensor that was there before the call, by its id.
+    """
+
+    gm: GraphModule
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    result: Any
+    watched: tuple[tuple[str, str], ...]
+    lasting: dict[int, str]
+
+
+@dataclass
+class _Recorder:
+    graphs: list[GraphModule] = field(default_factory=list)
+    inputs: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...] = ()
+
+    def __call__(self, gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs.append(gm)
+        returned = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+
+        def stand_in(*inputs: Any) -> tuple[Any, ...]:
+            self.inputs = inputs
+            self.outputs = tuple(_stand_in(n) for n in returned)  # type: ignore[union-attr]
+            return self.outputs
+
+        return stand_in
+
+
+def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
+    """Let Dynamo trace one call of a module.
+
+    Args:
+        module: The module; Dynamo's code writes to its attributes what the call would write.
+        args: Positional arguments, whose free sizes are marked.
+        kwargs: Keyword arguments.
+
+    Raises:
+        CaptureError: Dynamo traced no graph, or more than one.
+        Exception: What Dynamo, or the module's own code, raises.
+    """
+    recorder = _Recorder()
+    watched: list[tuple[str, str]] = []
+    lasting: dict[int, str] = {}
+
+    def note(guards: Sequence[Any]) -> list[bool]:
+        watched.extend((str(g.name), str(g.guard_type)) for g in guards)
+        lasting.update({id(g.value): str(g.name) for g in guards if g.has_value and isinstance(g.value, Tensor)})
+        return [True] * len(guards)
+
+    call = torch.compile(_entry(), backend=recorder, fullgraph=True, dynamic=False, options={"guard_filter_fn": note})
+    with isolated_dynamo(), torch.enable_grad():
+        result = call(module, tuple(args), dict(kwargs))
+    if len(recorder.graphs) != 1:
+        what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."
+        raise CaptureError(f"Dynamo traced {what}")
+    return Recording(recorder.graphs[0], recorder.inputs, recorder.outputs, result, tuple(watched), lasting)
+
+
+def _entry() -> Callable[..., Any]:
+    """A function with a code object of its own, so that no capture counts towards another's limit of recompilations."""
+
+    def attnres_capture(module: Any, args: Any, kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    code = attnres_capture.__code__
+    return types.FunctionType(code.replace(co_name=code.co_name), attnres_capture.__globals__)
+
+
+def _stand_in(node: Any) -> Any:
+    """A tensor without data in the shape of a graph's output, or the plain value it stands for."""
+    if not isinstance(node, Node):
+        return node
+    value = value_of(node)
+    if isinstance(value, Tensor):
+        sizes = [s if isinstance(s, int) else s.node.hint for s in value.shape]
+        made = torch.empty(sizes, dtype=value.dtype, device="meta")
+        return made.requires_grad_(value.requires_grad) if made.is_floating_point() or made.is_complex() else made
+    return _Size(value.node.hint) if isinstance(value, torch.SymInt) else value
+
+
+class _Size(int):
+    """A size that a graph returns, told from other numbers by identity."""
+
+
+@contextlib.contextmanager
+def isolated_dynamo() -> Iterator[None]:
+    """Dynamo as it comes, whatever the process set, and nothing left behind by what it raises."""
+    level = functorch_depth()
+    with (
+        CAPTURE_LOCK,
+        torch.compiler.set_stance("default"),
+        torch._dynamo.config.patch(suppress_errors=False, disable=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            restore_functorch(level)
+
+
+def functorch_depth() -> int:
+    """How many functorch transforms are on."""
+    level = torch._C._functorch.maybe_current_level()
+    return 0 if level is None else int(level)
+
+
+def restore_functorch(depth: int) -> None:
+    """Leave the functorch transforms that an exception left on."""
+    if functorch_depth() > depth:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)

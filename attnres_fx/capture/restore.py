@@ -1,0 +1,120 @@
+"""Operations that Dynamo records for compilers, as the functions that mean the same in eager.
+
+Run as they were recorded, a checkpointed region draws other dropout in its recomputation than in its forward, and
+custom backwards and hooks cannot be compiled once more.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import checkpoint
+
+from attnres_fx.passes.graph.operations import op_name
+from attnres_fx.passes.graph.result import PassResult
+
+CHECKPOINT = "higher_order::tag_activation_checkpoint"
+FUNCTION = "higher_order::autograd_function_apply"
+HOOK = "higher_order::register_hook"
+
+A_CHECKPOINT = "a checkpoint"
+
+
+def restore_autograd_pass(gm: GraphModule) -> PassResult:
+    """Turn recorded checkpoints, custom functions and tensor hooks into such, in place.
+
+    Args:
+        gm: A graph of torch functions, from Dynamo.
+
+    Returns:
+        The names of the nodes that were changed, as notes.
+    """
+    changed = []
+    for node in gm.graph.nodes:
+        restored = _RESTORED.get(op_name(node))
+        if restored is not None:
+            restored(gm, node)
+            changed.append(node.name)
+    if changed:
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.recompile()
+    return PassResult(gm, bool(changed), (), tuple(changed))
+
+
+def what_backward_holds(gm: GraphModule) -> tuple[str, ...]:
+    """What of a graph's backward its forward does not show, in words."""
+    words = {CHECKPOINT: A_CHECKPOINT, FUNCTION: "a custom autograd.Function", HOOK: "a tensor hook"}
+    targets = {_CHECKPOINTED: words[CHECKPOINT], _HOOKED: words[HOOK]}
+    found = []
+    for node in gm.graph.nodes:
+        word = words.get(op_name(node)) or targets.get(node.target)
+        if word is None and hasattr(node.target, "attnres_restored_function"):
+            word = words[FUNCTION]
+        if word is not None and word not in found:
+            found.append(word)
+    return tuple(found)
+
+
+def _restore_checkpoint(gm: GraphModule, node: Node) -> None:
+    node.target = _CHECKPOINTED
+    node.kwargs = {**node.kwargs, "use_reentrant": False}
+
+
+def _restore_function(gm: GraphModule, node: Node) -> None:
+    forward, backward = (getattr(gm, str(n.target)) for n in node.args[:2])  # type: ignore[union-attr]
+    not_differentiable = node.kwargs.get("non_differentiable_idx", ())
+    node.target = _function_of(forward, backward, tuple(not_differentiable))  # type: ignore[arg-type]
+    node.args, node.kwargs = node.args[2:], {}
+
+
+def _restore_hook(gm: GraphModule, node: Node) -> None:
+    node.target = _HOOKED
+
+
+def _function_of(
+    forward_graph: Callable[..., Any], backward_graph: Callable[..., Any], not_differentiable: Sequence[int]
+) -> Callable[..., Any]:
+    """A function whose forward and backward are recorded graphs."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            outputs, saved = forward_graph(*args)
+            outputs = tuple(outputs)
+            ctx.tensors = [i for i, s in enumerate(saved) if isinstance(s, Tensor)]
+            ctx.save_for_backward(*[saved[i] for i in ctx.tensors])
+            ctx.others = [None if isinstance(s, Tensor) else s for s in saved]
+            ctx.mark_non_differentiable(*[outputs[i] for i in not_differentiable])
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Any) -> Any:
+            saved = list(ctx.others)
+            for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                saved[i] = tensor
+            return backward_graph(*grad_outputs, *saved)
+
+    def recorded_function(*args: Any) -> Any:
+        return Recorded.apply(*args)
+
+    recorded_function.attnres_restored_function = True  # type: ignore[attr-defined]
+    return recorded_function
+
+
+def hooked(tensor: Tensor, body: Callable[..., Any], *captured: Any) -> Tensor:
+    """The tensor, with a hook on its gradient where it has one."""
+    if tensor.requires_grad:
+        tensor.register_hook(lambda grad: body(grad, *captured))
+    return tensor
+
+
+_CHECKPOINTED: Any = checkpoint
+_HOOKED: Any = hooked
+_RESTORED: dict[str, Callable[[GraphModule, Node], None]] = {
+    CHECKPOINT: _restore_checkpoint,
+    FUNCTION: _restore_function,
+    HOOK: _restore_hook,
+}

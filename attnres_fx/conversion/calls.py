@@ -1,0 +1,140 @@
+"""Which program of a converted model a call runs, and the capture of a call that fits none."""
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.conversion.captured_program import CapturedProgram, bar_ones, current_autocast, flat_arguments
+from attnres_fx.conversion.conversion import MOST_PROGRAMS, Conversion, placement_of
+from attnres_fx.errors import ArgumentError
+
+log = logging.getLogger(__name__)
+
+
+def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[CapturedProgram, list[Any]]:
+    """The program that a call fits, captured now if there is none yet.
+
+    Args:
+        model: A ConvertedModel, in the mode of the call.
+        args: Of the call, by position.
+        kwargs: Of the call, by keyword.
+
+    Returns:
+        The program, and its flat inputs.
+
+    Raises:
+        ArgumentError: The call fits no program, and cannot be captured.
+        EditedError: The model was changed in a way that its programs do not see.
+    """
+    conversion: Conversion = model._attnres_conversion
+    mode: Mode = model.mode
+    first = conversion.programs[mode]
+    if torch.compiler.is_compiling():
+        return first, flat_arguments(first, args, kwargs)
+    if conversion.edits is not None:
+        conversion.edits.check(model)
+        if why := conversion.edits.original_changed(mode):
+            first = _follow_original(model, mode, args, kwargs, why)
+    if conversion.recapture is not None and conversion.placement != (now := placement_of(model)):
+        conversion.placement, conversion.outdated = now, set(conversion.programs)
+    if mode in conversion.outdated:
+        first = _captured_for_placement(model, mode, args, kwargs)
+    errors: list[ArgumentError] = []
+    autocast = current_autocast()
+    for program in (first, *conversion.further.get(mode, ())):
+        if program.autocast not in (None, autocast):
+            errors.append(ArgumentError("the call is made under another autocast than the captured ones."))
+            continue
+        try:
+            return program, flat_arguments(program, args, kwargs)
+        except ArgumentError as error:
+            errors.append(error)
+    further = _further_program(model, mode, args, kwargs, errors[0])
+    return further, flat_arguments(further, args, kwargs)
+
+
+def _further_program(
+    model: Any, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: ArgumentError
+) -> CapturedProgram:
+    """A program for another kind of call, from the original's Python; raises `why` where there is none."""
+    conversion: Conversion = model._attnres_conversion
+    if conversion.recapture is None or not _accepts(model, args, kwargs):
+        raise why
+    further = conversion.further.setdefault(mode, [])
+    if len(further) + 1 >= MOST_PROGRAMS:
+        raise ArgumentError(
+            f"{why} {MOST_PROGRAMS} kinds of calls were captured in {mode} mode already, which is the most: "
+            f"ax.compile(model) takes any number."
+        ) from why
+    log.info("%s: a call of another kind is captured in %s mode: %s", conversion.report.model, mode, why)
+    try:
+        program = _recaptured(model, model.original(), mode, args, kwargs)
+    except ArgumentError as error:
+        raise ArgumentError(f"{why} {error}") from error
+    further.append(program)
+    if conversion.edits is not None:
+        conversion.edits.watch(model, program.watched)
+    return program
+
+
+def _accepts(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the original's forward takes arguments of these names."""
+    try:
+        inspect.signature(model._attnres_conversion.base.forward).bind(model, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _follow_original(
+    model: Any, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: str
+) -> CapturedProgram:
+    """The program of a mode anew from the original, which was changed and shares its weights with this model."""
+    conversion: Conversion = model._attnres_conversion
+    assert conversion.edits is not None
+    original = conversion.edits.original() if conversion.edits.original is not None else None
+    assert original is not None
+    log.info("%s: captured again in %s mode, because %s", conversion.report.model, mode, why)
+    program = _recaptured(model, original, mode, args, kwargs)
+    _replace(conversion, mode, program)
+    conversion.edits.follow(mode, program.watched)
+    return program
+
+
+def _captured_for_placement(
+    model: Any, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> CapturedProgram:
+    """The program of a mode anew: a trace writes some dtypes and devices of its example down."""
+    conversion: Conversion = model._attnres_conversion
+    log.info(
+        "%s: captured again in %s mode, because its parameters are now %s",
+        conversion.report.model,
+        mode,
+        conversion.placement,
+    )
+    program = _recaptured(model, model.original(), mode, args, kwargs)
+    _replace(conversion, mode, program)
+    conversion.outdated.discard(mode)
+    return program
+
+
+def _replace(conversion: Conversion, mode: Mode, program: CapturedProgram) -> None:
+    conversion.programs[mode] = program
+    conversion.further.pop(mode, None)
+
+
+def _recaptured(
+    model: Any, source: nn.Module, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> CapturedProgram:
+    recapture = model._attnres_conversion.recapture
+    captured, reads = recapture(model, source, mode, args, kwargs)
+    program: CapturedProgram = model.captured_program(
+        mode, captured.graphs[mode], reads, captured.signature, captured.in_spec, mode == "train"
+    )
+    bar_ones(program, program.ranges)
+    return program

@@ -1,0 +1,86 @@
+"""What a converted model holds beside the original's modules: its programs, and how they are called."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnres_fx.capture.captured import Captured
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.conversion.captured_program import CapturedProgram
+from attnres_fx.conversion.edits import EditGuard
+from attnres_fx.conversion.report import ConversionReport
+from attnres_fx.passes.lowering.lower import Lowering
+from attnres_fx.passes.rewrite.depth_attention import Replacement
+
+#: The children of a converted model that hold constants of its graphs.
+CONSTANTS = "_captured"
+
+#: The children that a conversion adds.
+ADDED = ("attnres", CONSTANTS)
+
+#: Programs a mode may have: each further kind of call is captured once.
+MOST_PROGRAMS = 8
+
+#: Captures a call: (converted model, module to capture, mode, args, kwargs) -> the capture, and its reads.
+Recapture = Callable[
+    [Any, nn.Module, Mode, tuple[Any, ...], Mapping[str, Any]], tuple[Captured, tuple[Replacement, ...]]
+]
+
+
+Placement = tuple[torch.device, torch.dtype]
+
+
+def placement_of(root: nn.Module) -> Placement | None:
+    """Device and dtype of a model's first floating parameter; None where it has none."""
+    return next(((p.device, p.dtype) for p in root.parameters() if p.is_floating_point()), None)
+
+
+@dataclass
+class Conversion:
+    """The state of a converted model that is no module.
+
+    Attributes:
+        report: Streams, reads and blocks.
+        failures: By mode, why there is no program.
+        lowering: What is folded into the reads.
+        typed: Whether dtypes are written into the graphs.
+        base: The original's class, None where there is no Python of the original.
+        own_forward: The forward that was set on the original itself, by name, where there was one.
+        guarded: By path, the submodules that raise when they are called by themselves, and the forward that was set on
+            each, None where there was none.
+        recapture: Captures further kinds of calls, None where that cannot be done.
+        edits: Compares the tree with what the graphs hold of it.
+        placement: Device and dtype that the parameters had when the programs were captured.
+        outdated: The modes whose programs were captured for another placement.
+        programs: By mode, the program that was captured first.
+        further: By mode, the programs of other kinds of calls.
+    """
+
+    report: ConversionReport
+    failures: dict[Mode, str]
+    lowering: Lowering
+    typed: bool
+    base: type[nn.Module] | None = None
+    own_forward: dict[str, Any] = field(default_factory=dict)
+    guarded: dict[str, Any] = field(default_factory=dict)
+    recapture: Recapture | None = None
+    edits: EditGuard | None = None
+    placement: Placement | None = None
+    outdated: set[Mode] = field(default_factory=set)
+    programs: dict[Mode, CapturedProgram] = field(default_factory=dict)
+    further: dict[Mode, list[CapturedProgram]] = field(default_factory=dict)
+
+    def guard_edits(self, root: nn.Module, original: nn.Module | None) -> None:
+        """From now on compare the converted model's tree, and its original's numbers, at every call.
+
+        Args:
+            root: The converted model.
+            original: What it was converted from, where that shares its weights.
+        """
+        self.edits = EditGuard(root, ADDED, original)
+        for programs in (self.programs.values(), *self.further.values()):
+            for program in programs:
+                self.edits.watch(root, program.watched)

@@ -1,0 +1,200 @@
+"""What a converted model takes for granted of its module tree, and the error when that was changed.
+
+A converted model runs a graph, so a hook, another module or another number put into its tree would do nothing. The
+next call says so instead.
+"""
+
+import functools
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.watched import WatchedValue, value_at
+from attnres_fx.errors import EditedError
+
+#: Changes of the original that a converted model follows by being captured again.
+MOST_FOLLOWED = 16
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+
+#: Changes of the original that a converted model follows by being captured again.
+MOST_FOLLOWED = 16
+
+_WAY_OUT = "Do it to the original before convert(), or use ax.compile, which runs the model's own modules."
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A module as it was at the conversion."""
+
+    path: str
+    module: nn.Module
+    kind: type
+    children: tuple[nn.Module | None, ...]
+    hooks: int
+
+
+class EditGuard:
+    """Compares a module tree with what it was when its graphs were captured.
+
+    Args:
+        root: The converted model. Hooks on the root itself work, and are not compared.
+        skipped: Names of the root's children that belong to the library.
+        original: The model that was converted, which shares its weights: what the graphs hold of it is compared too.
+    """
+
+    def __init__(self, root: nn.Module, skipped: Sequence[str], original: nn.Module | None) -> None:
+        self.skipped = tuple(skipped)
+        self.rows = tuple(_row(path, m) for path, m in _tree(root, self.skipped))
+        self.children = _children(root, self.skipped)
+        self.values: list[tuple[Any, WatchedValue]] = []
+        self.original = weakref.ref(original) if original is not None else None
+        self.original_values: list[tuple[Any, WatchedValue]] = []
+        self.global_hooks = _global_hooks()
+        self.stale: set[Mode] = set()
+        self.followed = 0
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of the model makes a guard of its own."""
+
+    def watch(self, root: nn.Module, values: Iterable[WatchedValue]) -> None:
+        """Compare these values too, in this tree and in the original."""
+        values = tuple(values)
+        self.values += [(root.get_submodule(v.module), v) for v in values]
+        self._watch_original(values)
+
+    def check(self, root: nn.Module) -> None:
+        """Compare.
+
+        Raises:
+            EditedError: Something was changed that a call would not see; it is named.
+        """
+        if _children(root, self.skipped) != self.children:
+            raise EditedError(f"a module of the converted model's root was replaced: that has no effect. {_WAY_OUT}")
+        for row in self.rows:
+            module = row.module
+            if type(module) is not row.kind or tuple(module._modules.values()) != row.children:
+                self._check_row(row)
+            if _hook_count(module) != row.hooks:
+                raise EditedError(
+                    f"a hook was put on {row.path} (a {row.kind.__name__}) or taken from it after the conversion: a "
+                    f"converted model runs a graph, and hooks on its submodules do not fire. {_WAY_OUT}"
+                )
+        if _global_hooks() > self.global_hooks:
+            raise EditedError(
+                f"a hook for all modules was registered: hooks on the submodules of a converted model do not fire. "
+                f"{_WAY_OUT}"
+            )
+        for module, value in self.values:
+            _check_value(module, value)
+
+    def follow(self, mode: Mode, values: Iterable[WatchedValue]) -> None:
+        """From now on compare the original with what a fresh program of this mode holds of it.
+
+        Raises:
+            EditedError: The original was changed too often for that.
+        """
+        self.followed += 1
+        if self.followed > MOST_FOLLOWED:
+            raise EditedError(
+                f"the original was changed {self.followed} times since the conversion, and each change makes the "
+                f"converted model be captured again: convert it when its numbers are final, or use ax.compile."
+            )
+        modes: set[Mode] = {"train", "eval"}
+        self.stale = (self.stale or modes) - {mode}
+        self.original_values = []
+        self._watch_original(values)
+
+    def _watch_original(self, values: Iterable[WatchedValue]) -> None:
+        original = self.original() if self.original is not None else None
+        if original is not None:
+            for value in values:
+                self.original_values.append((weakref.ref(original.get_submodule(value.module)), value))
+
+    def original_changed(self, mode: Mode) -> str:
+        """What of the original is another than the program of a mode holds, in words; empty where nothing is."""
+        if mode in self.stale:
+            return "the original was changed"
+        for reference, value in self.original_values:
+            module = reference()
+            if module is not None and (now := value_at(module, value.steps)) != value.value:
+                return f"{_place(value)} of the original is {now!r} and was {value.value!r}"
+        return ""
+
+    def _check_row(self, row: _Row) -> None:
+        module = row.module
+        children = tuple(c for n, c in module._modules.items() if n != "parametrizations")
+        if parametrize.is_parametrized(module) and row.kind in type(module).__mro__ and children == row.children:
+            return  # the graph asks for the weight by name, and gets what the parametrization makes of it
+        what = f"became a {type(module).__name__}" if type(module) is not row.kind else "got other children"
+        raise EditedError(
+            f"{row.path} (a {row.kind.__name__}) {what} after the conversion: a converted model runs a graph, and "
+            f"modules put into its tree (adapters, quantised or sharded layers) have no effect. {_WAY_OUT}"
+        )
+
+
+def _tree(root: nn.Module, skipped: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    added = [m for name in skipped if (m := root._modules.get(name)) is not None]
+    inside = {id(m) for child in added for m in child.modules()}
+    return [(p, m) for p, m in root.named_modules() if p and id(m) not in inside]
+
+
+def _row(path: str, module: nn.Module) -> _Row:
+    return _Row(path, module, type(module), tuple(module._modules.values()), _hook_count(module))
+
+
+def _children(root: nn.Module, skipped: Sequence[str]) -> tuple[int, ...]:
+    return tuple(id(m) for n, m in root._modules.items() if n not in skipped)
+
+
+def _hook_count(module: nn.Module) -> int:
+    held = module.__dict__
+    return sum(len(held[name]) for name in _HOOKS)
+
+
+def _global_hooks() -> int:
+    return sum(len(getattr(torch.nn.modules.module, name)) for name in _GLOBAL_HOOKS)
+
+
+def _place(value: WatchedValue) -> str:
+    return ".".join(p for p in (value.module, *map(str, value.steps)) if p)
+
+
+def _check_value(module: nn.Module, value: WatchedValue) -> None:
+    now = value_at(module, value.steps)
+    if now != value.value:
+        raise EditedError(
+            f"{_place(value)} of the converted model is {now!r} and was {value.value!r} at the conversion, and the "
+            f"graph holds what it was: convert the model again after the change, or use ax.compile."
+        )
+
+
+def refuse_forward(path: str, kind: str, *_: Any, **__: Any) -> Any:
+    """Stands in for the forward of a submodule whose own code would compute plain residuals."""
+    raise EditedError(
+        f"{path} (a {kind}) of a converted model was called by itself: its own code adds plain residuals, and only the "
+        f"whole model runs the converted graph. Use ax.compile, or call the original."
+    )
+
+
+def refuse_forwards(root: nn.Module, paths: Iterable[str]) -> None:
+    """Let the submodules at these paths raise when they are called by themselves."""
+    for path in paths:
+        module = root.get_submodule(path)
+        module.__dict__["forward"] = functools.partial(refuse_forward, path, type(module).__name__)
+
+
+def allow_forwards(root: nn.Module, own: Mapping[str, Any]) -> None:
+    """Undo `refuse_forwards`; `own` holds the forwards that were set on instances before."""
+    for path, forward in own.items():
+        module = root.get_submodule(path)
+        module.__dict__.pop("forward", None)
+        if forward is not None:
+            module.__dict__["forward"] = forward

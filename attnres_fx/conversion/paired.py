@@ -1,0 +1,53 @@
+"""An original and its conversion, run side by side on clones."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnres_fx.capture.isolated_run import Mode, isolated_clone, set_mode_
+from attnres_fx.conversion.captured_program import flat_arguments
+from attnres_fx.conversion.comparison import VerifyReport, differences_of
+from attnres_fx.conversion.converted_model import ConvertedModel, run_program
+from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
+
+
+class Pair:
+    """An original and its conversion on clones that go on from call to call, in one mode, at zero queries."""
+
+    def __init__(self, original: nn.Module, converted: ConvertedModel, mode: Mode) -> None:
+        self.mode, self.converted, self.given = mode, converted, original
+        self.program = converted.programs[mode]
+        self.original = isolated_clone(original)
+        set_mode_(self.original, mode)
+        self.root = isolated_clone(converted)
+        for name, parameter in list(self.root._modules["attnres"].named_parameters()):  # type: ignore[union-attr]
+            *path, last = name.split(".")
+            fresh = torch.ones_like(parameter) if last == "key_weight" else torch.zeros_like(parameter)
+            holder = self.root.get_submodule(".".join(["attnres", *path]))
+            holder._parameters[last] = nn.Parameter(fresh)
+        self.names = [n for n, _ in (*self.original.named_parameters(), *self.original.named_buffers())]
+
+    def originals(self, args: Any, kwargs: Any, *, gradients: bool) -> Outcome:
+        bound = self.program.signature.bound_values
+        kwargs = {**bound, **kwargs}
+        return outcome_of(self.original, self.original, self.names, args, kwargs, gradients=gradients)
+
+    def conversions(self, args: Any, kwargs: Any, *, gradients: bool) -> Outcome:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return run_program(self.program, self.root, flat_arguments(self.program, args, kwargs))
+
+        return outcome_of(call, self.root, self.names, args, kwargs, gradients=gradients)
+
+    def compared(self, args: Any, kwargs: Any, *, gradients: bool, sizes: str = "") -> VerifyReport:
+        gradients = gradients and not self.program.lost
+        try:
+            before = self.originals(args, kwargs, gradients=gradients)
+        except BackwardError:  # the original cannot be trained on these arguments
+            return self.fresh().compared(args, kwargs, gradients=False, sizes=sizes)
+        after = self.conversions(args, kwargs, gradients=gradients)
+        return VerifyReport(self.mode, tuple(differences_of(before, after)), sizes)
+
+    def fresh(self) -> "Pair":
+        """The pair before its first call."""
+        return Pair(self.given, self.converted, self.mode)

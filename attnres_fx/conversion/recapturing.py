@@ -1,0 +1,57 @@
+"""One more program for a call that none of a converted model's programs fits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from attnres_fx.capture.captured import Captured
+from attnres_fx.capture.captured_module import capture_module
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.converted_model import ConvertedModel
+from attnres_fx.conversion.rewriting import rewrite_
+from attnres_fx.errors import ArgumentError, AttnResError, RewriteError
+from attnres_fx.passes import Replacement, analyze_, plan_depth_reads
+
+
+@dataclass(frozen=True)
+class Recapturing:
+    """Captures a call from the original's Python and rewrites it with the parameters the model has.
+
+    Attributes:
+        config: Of the conversion.
+    """
+
+    config: AttnResConfig
+
+    def __call__(
+        self,
+        converted: ConvertedModel,
+        source: nn.Module,
+        mode: Mode,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Captured, tuple[Replacement, ...]]:
+        """The capture of a call in one mode, rewritten, and its reads.
+
+        Raises:
+            ArgumentError: The call cannot be captured, or does not have the reads of the model.
+        """
+        try:
+            captured = capture_module(source, args, dict(kwargs), None, (mode,), as_called=True)
+            graph = captured.graphs[mode]
+            streams = analyze_(graph.gm)
+            names = {s.stream.name for s in converted.report.streams}
+            plan = plan_depth_reads(streams, tuple(s for s in streams.streams if s.name in names), self.config)
+            have, want = {r.read for r in plan.reads}, set(converted.attnres.reads.names)
+            if have != want:
+                listed = ", ".join(sorted(have ^ want)[:4])
+                raise RewriteError(f"it does not have the reads that were converted ({listed})")
+            return captured, rewrite_(graph.gm, streams, plan, converted.attnres)
+        except AttnResError as error:
+            raise ArgumentError(
+                f"Captured as a call of another kind, it fails: {error} "
+                f"ax.compile(model) keeps the model's Python and takes any call."
+            ) from error

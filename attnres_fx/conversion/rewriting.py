@@ -1,0 +1,77 @@
+"""A captured model's graphs analysed, planned and rewritten: the same reads in every graph."""
+
+from collections.abc import Mapping, Sequence
+
+from torch.fx import Graph, GraphModule, Node
+
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.restore import restore_autograd_pass
+from attnres_fx.errors import RewriteError
+from attnres_fx.parameters import AttnResParameters, attribute_name
+from attnres_fx.passes import (
+    DepthReadPlan,
+    ReadParameters,
+    ReadPlan,
+    Replacement,
+    Stream,
+    StreamSet,
+    insert_depth_attention_pass,
+    run_pass,
+)
+from attnres_fx.passes.graph.nodes import fake_parameter, insert_attribute, tensor_of
+
+
+def same_streams(streams: StreamSet, selected: Sequence[Stream]) -> tuple[Stream, ...]:
+    """The selected streams as another mode's graph has them."""
+    names = {s.name for s in selected}
+    return tuple(s for s in streams.streams if s.name in names)
+
+
+def require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stream]) -> None:
+    wanted = {s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads] for s in selected}
+    for mode, streams in found.items():
+        have = {
+            s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads]
+            for s in streams.streams
+            if s.name in wanted
+        }
+        if have != wanted:
+            names = {r[0] for reads in have.values() for r in reads} ^ {
+                r[0] for reads in wanted.values() for r in reads
+            }
+            raise RewriteError(
+                f"the train and the eval graph do not have the same reads ({', '.join(sorted(names)) or 'order'} "
+                f"in one only, seen in {mode} mode). Dropout on the stream itself does this: move it onto the "
+                f"branch, set its probability to 0, or convert a graph of one mode."
+            )
+
+
+def rewrite_(
+    gm: GraphModule, streams: StreamSet, plan: ReadPlan, parameters: AttnResParameters
+) -> tuple[Replacement, ...]:
+    """Execute a read plan on an analysed graph with these parameters, in place."""
+    gm.add_module("attnres", parameters)
+    result = run_pass(
+        insert_depth_attention_pass,
+        gm,
+        streams=streams,
+        plan=plan,
+        eps=parameters.config.eps,
+        fetch=lambda read, like: _fetch(gm.graph, parameters, read, like),
+    )
+    restore_autograd_pass(gm)
+    return result.replaced
+
+
+def _fetch(graph: Graph, parameters: AttnResParameters, read: DepthReadPlan, like: Node) -> ReadParameters:
+    module = parameters.reads[read.read]
+    value = tensor_of(like)
+    assert value is not None
+
+    def attribute(name: str) -> Node:
+        held = getattr(module, name)
+        fake = fake_parameter(value, tuple(held.shape), held.dtype)
+        return insert_attribute(graph, f"attnres.reads.{attribute_name(read.read)}.{name}", like=like, value=fake)
+
+    gate = attribute("gate") if module.gate is not None else None
+    return ReadParameters(attribute("query"), attribute("key_weight"), gate)

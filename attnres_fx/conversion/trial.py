@@ -1,0 +1,108 @@
+"""Calls of a model that leave no trace on it, with everything that a comparison needs: outputs, gradients, state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from attnres_fx.capture.isolated_run import fast_path_off, seeded
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """An output's values, and whether it had a gradient."""
+
+    value: Tensor
+    requires_grad: bool
+
+
+class BackwardError(RuntimeError):
+    """A call cannot be differentiated: it wrote to what its backward needs."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call gave.
+
+    Attributes:
+        outputs: Each leaf of the result, by its place.
+        gradients: Of the parameters and the floating inputs, by name; None where the call did not reach one. Empty
+            where no output has a gradient.
+        buffers: Copies of the buffers after the call, by name.
+    """
+
+    outputs: dict[str, Any]
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+
+
+def outcome_of(
+    call: Callable[..., Any],
+    root: nn.Module,
+    names: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    gradients: bool,
+    seed: int = 0,
+) -> Outcome:
+    """Call once.
+
+    Args:
+        call: Takes the arguments.
+        root: The modules that the call runs on, with parameters and buffers of their own (`isolated_clone`); they keep
+            what the call writes.
+        names: The parameters and buffers to look at.
+        args: Arguments by position; the call gets copies.
+        kwargs: Arguments by keyword; the call gets copies.
+        gradients: Whether to differentiate.
+        seed: Of torch's random numbers; their state is put back after.
+    """
+    pairs, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    leaves = [leaf for _, leaf in pairs]
+    inputs: dict[str, Tensor] = {}
+    copies: dict[int, Any] = {}
+    for path, leaf in pairs:
+        if isinstance(leaf, Tensor) and id(leaf) not in copies:
+            copy = leaf.detach().clone()
+            if gradients and copy.is_floating_point():
+                inputs[f"argument {pytree.keystr(path[1:])}"] = copy.requires_grad_()
+                copy = copy.clone()  # a leaf could not be written to in place
+            copies[id(leaf)] = copy
+    args, kwargs = pytree.tree_unflatten([copies.get(id(x), x) for x in leaves], spec)
+    parameters = {n: p for n, p in root.named_parameters() if n in names and p.requires_grad}
+    devices = list({p.device for p in parameters.values()})
+    with seeded(devices, seed), torch.set_grad_enabled(gradients), fast_path_off():
+        result = call(*args, **kwargs)
+        outputs = {pytree.keystr(p) or "output": x for p, x in pytree.tree_flatten_with_path(result)[0]}
+        grads = _gradients(outputs, {**parameters, **inputs}) if gradients else {}
+    buffers = {n: b.detach().clone() for n, b in root.named_buffers() if n in names}
+    return Outcome({n: _detached(x) for n, x in outputs.items()}, grads, buffers)
+
+
+def _gradients(outputs: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Derivatives of a weighted sum of all outputs; the weights differ, so that nothing cancels."""
+    parts = [x for x in outputs.values() if isinstance(x, Tensor) and x.requires_grad and not x.is_complex()]
+    if not parts or not wanted:
+        return {}
+    loss = sum(_weighted_sum(x) for x in parts)
+    for tensor in wanted.values():
+        tensor.grad = None
+    try:
+        loss.backward()  # type: ignore[union-attr]  # grad() would refuse reentrant checkpoints
+    except RuntimeError as error:
+        raise BackwardError(str(error)) from error
+    return {name: tensor.grad for name, tensor in wanted.items()}
+
+
+def _weighted_sum(x: Tensor) -> Tensor:
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    weights = torch.arange(x.numel(), dtype=x.dtype, device=x.device).cos().reshape(x.shape)
+    return torch.where(torch.isfinite(x), x * weights, 0).sum()
+
+
+def _detached(x: Any) -> Any:
+    return HeldTensor(x.detach(), x.requires_grad) if isinstance(x, Tensor) else x
