@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from attnres_fx.config import AttnResConfig, Output
+from attnres_fx.passes.graph.result import defects_named
 from attnres_fx.passes.schedule import ROOT, DepthSchedule, Source, plan_schedule
-from attnres_fx.passes.streams.formal_sum import FormalSums, Mapped
+from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged
 from attnres_fx.passes.streams.stream import Read, Stream, StreamSet
 
 #: What a term is counted under while a graph is rewritten: a source, or the label of a term outside the chain.
@@ -163,8 +164,15 @@ def plan_depth_reads(
 
     Raises:
         ScheduleError: The blocks of the config do not fit a stream.
+        RewriteError: The plan failed in a way that it does not know of.
     """
-    schedules = schedules or {}
+    with defects_named("planning the depth reads"):
+        return _plan(streams, selected, config, schedules or {})
+
+
+def _plan(
+    streams: StreamSet, selected: tuple[Stream, ...], config: AttnResConfig, schedules: Mapping[str, DepthSchedule]
+) -> ReadPlan:
     plans = tuple(
         _plan_stream(s, schedules.get(s.name) or plan_schedule(s.num_sublayers, config), config.output, streams.sums)
         for s in selected
@@ -181,7 +189,7 @@ def _paired(stream: Stream, plan: StreamPlan) -> list[tuple[Read, DepthReadPlan]
 
 def _plan_stream(stream: Stream, schedule: DepthSchedule, output: Output, sums: FormalSums) -> StreamPlan:
     reads = [_plan_read(stream, read, schedule, output) for read in stream.depth_reads]
-    makers = _summary_makers(reads, sums, post_norm=stream.post_norm)
+    makers = _summary_makers(stream, reads, sums)
     reads = [replace(read, makes_summary=i in makers) for i, read in enumerate(reads)]
     return StreamPlan(
         stream, schedule, tuple(reads), _plan_terms(stream, schedule), _unread_ends(stream, schedule, reads)
@@ -211,10 +219,34 @@ def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Outp
     )
 
 
-def _summary_makers(reads: Sequence[DepthReadPlan], sums: FormalSums, *, post_norm: bool) -> set[int]:
-    """Indices of the reads that the next block receives: the first at each state, and at whatever maps that state."""
+def _carried_on(stream: Stream, sums: FormalSums) -> set[str]:
+    """The states that another term is added to, whatever is done to them before that."""
     by_name = {node.name: node for node in sums.nodes}
-    ends = [i for i, read in enumerate(reads) if read.summary is not None]
+    roots = {sums.root[by_name[read.state]] for read in stream.reads}
+    stack = [
+        parent
+        for node, state in sums.states.items()
+        if sums.root[node] in roots and isinstance(state, Extended | Merged)
+        for parent in sums.parents(node)
+    ]
+    found: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(sums.parents(node))
+    return {node.name for node in found}
+
+
+def _summary_makers(stream: Stream, reads: Sequence[DepthReadPlan], sums: FormalSums) -> set[int]:
+    """Indices of the reads that the next block receives: the first at each state, and at whatever maps that state.
+
+    What reads only the state times something makes none: the chain goes on from the state itself.
+    """
+    post_norm = stream.post_norm
+    carried = set() if post_norm else _carried_on(stream, sums)
+    by_name = {node.name: node for node in sums.nodes}
+    ends = [i for i, read in enumerate(reads) if read.summary is not None and (post_norm or read.state in carried)]
     makers: set[int] = set()
     taken: set[Node] = set()
     for i in sorted(ends, key=lambda i: by_name[reads[i].site]):
@@ -238,7 +270,7 @@ def _unread_ends(stream: Stream, schedule: DepthSchedule, reads: Sequence[DepthR
     if stream.post_norm:
         return ()
     last_term = {t.sublayer: t.written_by for t in stream.terms}
-    ended = {read.summary for read in reads}
+    ended = {read.summary for read in reads if read.makes_summary}
     summaries = (schedule.summary_at(start) for start in schedule.starts)
     unread = (s for s in summaries if s is not None and s not in ended)
     return tuple(BlockEnd(last_term[schedule.maker_of(s)], s) for s in unread)
