@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,8 +39,13 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
             module.training = flag
 
 
-def isolated_clone(model: nn.Module) -> nn.Module:
-    """A clone of a model with parameters of its own on the same memory; buffers and other tensors are copies."""
+def isolated_clone(model: nn.Module, written: Collection[str] = ()) -> nn.Module:
+    """A clone of a model with parameters of its own on the same memory; buffers and other tensors are copies.
+
+    Args:
+        model: Left as it is.
+        written: Parameters that a call writes into, by name: copies too.
+    """
     clone, _ = clone_tree(model)
     copies: dict[int, Tensor] = {}
     aliases: dict[int, nn.Parameter] = {}
@@ -50,12 +55,14 @@ def isolated_clone(model: nn.Module) -> nn.Module:
             copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         return copies[id(tensor)]
 
-    for module in clone.modules():
+    for path, module in clone.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 alias = aliases.get(id(parameter))
                 if alias is None:
-                    alias = aliases[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                    own = (f"{path}.{name}" if path else name) in written
+                    data = parameter.detach().clone() if own else parameter.detach()
+                    alias = aliases[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
                 module._parameters[name] = alias
         for name, buffer in module._buffers.items():
             if buffer is not None:

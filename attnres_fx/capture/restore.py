@@ -38,10 +38,15 @@ def restore_autograd_pass(gm: GraphModule) -> PassResult:
             restored(gm, node)
             changed.append(node.name)
     if changed:
-        gm.graph.eliminate_dead_code()
+        _drop_unused_bodies(gm)
         gm.graph.lint()
         gm.recompile()
     return PassResult(gm, bool(changed), (), tuple(changed))
+
+
+def _drop_unused_bodies(gm: GraphModule) -> None:
+    for node in [n for n in gm.graph.nodes if n.op == "get_attr" and not n.users]:
+        gm.graph.erase_node(node)
 
 
 def what_backward_holds(gm: GraphModule) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from attnres_fx.conversion.captured_program import flat_arguments
 from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel, run_program
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
+from attnres_fx.passes.graph.mutation_order import written_attributes
 
 
 class Pair:
@@ -18,9 +19,14 @@ class Pair:
     def __init__(self, original: nn.Module, converted: ConvertedModel, mode: Mode) -> None:
         self.mode, self.converted, self.given = mode, converted, original
         self.program = converted.programs[mode]
-        self.original = isolated_clone(original)
+        written = written_attributes(self.program.graph)
+        self.original = isolated_clone(original, written)
         set_mode_(self.original, mode)
-        self.root = isolated_clone(converted)
+        self.root = isolated_clone(converted, written)
+        modules = dict(self.root.named_modules())
+        for path, module in self.original.named_modules():
+            if path in modules:  # a symbolic trace calls modules that look at their mode
+                modules[path].training = module.training
         for name, parameter in list(self.root._modules["attnres"].named_parameters()):  # type: ignore[union-attr]
             *path, last = name.split(".")
             fresh = torch.ones_like(parameter) if last == "key_weight" else torch.zeros_like(parameter)

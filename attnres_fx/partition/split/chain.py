@@ -21,6 +21,7 @@ from attnres_fx.passes.graph.nodes import describe, value_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, is_random, op_name
 from attnres_fx.passes.graph.result import PassResult
+from attnres_fx.passes.normalize.dead_code import remove_dead_code_pass
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,12 @@ def drop_assertions_pass(gm: GraphModule) -> PassResult:
     assertions = [n for n in gm.graph.nodes if op_name(n) == "_assert_tensor_metadata" and not n.users]
     for node in assertions:
         gm.graph.erase_node(node)
-    unused = gm.graph.eliminate_dead_code()
-    return PassResult(gm, bool(assertions) or unused, (), tuple(n.name for n in assertions))
+    unused = remove_dead_code_pass(gm).removed
+    attributes = [n for n in gm.graph.nodes if n.op == "get_attr" and not n.users]
+    for node in attributes:
+        gm.graph.erase_node(node)
+    changed = bool(assertions or unused or attributes)
+    return PassResult(gm, changed, (), tuple(n.name for n in assertions))
 
 
 def find_chain(gm: GraphModule, streams: Sequence[ChainStream], reads: Sequence[ChainRead]) -> Chain:

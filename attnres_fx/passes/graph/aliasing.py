@@ -11,8 +11,9 @@ import torch
 from torch.fx import Node
 
 from attnres_fx.passes.graph.nodes import computed_value, tensor_of
-from attnres_fx.passes.graph.operation_table import VIEW_ATTRIBUTES, Trait
+from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import (
+    asked_in_place,
     called_module,
     dropout_probability,
     has_trait,
@@ -20,6 +21,7 @@ from attnres_fx.passes.graph.operations import (
     is_dropout,
     op_name,
     trains,
+    views_by_attribute,
 )
 
 
@@ -55,7 +57,7 @@ def _written(node: Node) -> Any:
         return _written_by_schema(node) if node.target._schema.is_mutable else None
     if node.op == "call_function" and node.kwargs.get("out") is not None:
         return node.kwargs["out"]
-    if node.op == "call_function" and node.kwargs.get("inplace") is True:
+    if asked_in_place(node):
         return _first(node)
     in_place = name.endswith("_") and not name.endswith("__") and not has_trait(node, Trait.NO_WRITE)
     return _first(node) if in_place else None
@@ -86,7 +88,7 @@ def _is_view_of(node: Node, first: Node) -> bool:
     if name == "getitem":
         return not indexes_by_tensor(node.args[1])
     if name == "getattr":
-        return node.args[1] in VIEW_ATTRIBUTES
+        return views_by_attribute(node)
     if name == "identity":
         return True
     if is_dropout(node):

@@ -28,6 +28,7 @@ class Trait(enum.Flag):
     none. SAVES_INPUTS: backward needs what it takes in. RANDOM: draws random numbers, although no tag of aten's may
     say so. SHAPE: looks at the shape or the dtype and at nothing else. PASSES_ON: hands on values and gradients as
     they are, the strides aside. WEIGHT_STEP: models make the weight of a norm with it, `1 + weight` or a cast.
+    STOPS_GRADIENT: hands on values as they are, and no gradient.
     """
 
     CAST = enum.auto()
@@ -57,6 +58,7 @@ class Trait(enum.Flag):
     SHAPE = enum.auto()
     PASSES_ON = enum.auto()
     WEIGHT_STEP = enum.auto()
+    STOPS_GRADIENT = enum.auto()
 
 
 NONE = Trait(0)
@@ -135,6 +137,7 @@ DROPOUT = Trait.DROPOUT | Trait.LIGHT | Trait.RANDOM
 CHANNELS = Trait.CHANNELS_FIRST
 SAVES = Trait.SAVES_INPUTS
 STEP = Trait.WEIGHT_STEP
+STOPS = Trait.STOPS_GRADIENT
 METADATA, SHAPE = Trait.METADATA, Trait.METADATA | Trait.SHAPE
 
 OPERATIONS = (
@@ -173,7 +176,7 @@ OPERATIONS = (
     Operation("contiguous", IDENTITY | COPIES | Trait.PASSES_ON),
     Operation("alias", IDENTITY | Trait.PASSES_ON),
     Operation("clone", IDENTITY, aten="clone.default", function=torch.clone),
-    Operation("detach", IDENTITY, aten="detach.default", function=torch.detach),
+    Operation("detach", STOPS, aten="detach.default", function=torch.detach),
     Operation("identity", IDENTITY, modules=(nn.Identity,)),
     *(Operation(n, IDENTITY) for n in ("lift_fresh", "lift_fresh_copy", "wait_tensor")),
     # Rows in their order, in another shape

@@ -1,5 +1,6 @@
 """What a node does: every analysis asks here, whichever dialect the graph is written in."""
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -7,9 +8,18 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnres_fx.passes.graph.nodes import argument_of, tensor_of
-from attnres_fx.passes.graph.operation_table import ALIASES, BY_MODULE, BY_NAME, BY_OPERATOR, Operation, Trait
+from attnres_fx.passes.graph.operation_table import (
+    ALIASES,
+    BY_MODULE,
+    BY_NAME,
+    BY_OPERATOR,
+    VIEW_ATTRIBUTES,
+    Operation,
+    Trait,
+)
 
-_LIGHT = Trait.LIGHT | Trait.METADATA | Trait.CAST | Trait.IDENTITY | Trait.RESHAPE | Trait.TOKEN_MOVE
+_MOVES = Trait.CAST | Trait.IDENTITY | Trait.STOPS_GRADIENT | Trait.RESHAPE | Trait.TOKEN_MOVE
+_LIGHT = _MOVES | Trait.LIGHT | Trait.METADATA
 
 
 def op_name(node: Node) -> str:
@@ -109,11 +119,23 @@ def is_norm_step(node: Node) -> bool:
 def asks_only_metadata(node: Node, of: Node | None = None) -> bool:
     """Whether a node looks at shape, dtype or device (of one argument, or of all) and at no value."""
     name = op_name(node)
+    if views_by_attribute(node):
+        return False
     if has_trait(node, Trait.METADATA):
         return True
     if name.endswith("_like") or name.startswith("new_"):
         return True
     return of is not None and has_trait(node, Trait.SHAPED_AS) and node.args[0] is not of
+
+
+def views_by_attribute(node: Node) -> bool:
+    """Whether a node is a view that is written as an attribute: `x.T`, `x.data`."""
+    return op_name(node) == "getattr" and len(node.args) > 1 and node.args[1] in VIEW_ATTRIBUTES
+
+
+def stops_gradient(node: Node) -> bool:
+    """Whether a node passes a tensor on without its gradient."""
+    return has_trait(node, Trait.STOPS_GRADIENT) or (views_by_attribute(node) and node.args[1] == "data")
 
 
 def is_dropout(node: Node) -> bool:
@@ -128,7 +150,7 @@ def is_aten(node: Node) -> bool:
 
 def moves_data(node: Node) -> bool:
     """Whether a node only casts, passes on, reshapes or moves the rows of one tensor."""
-    return has_trait(node, Trait.CAST | Trait.IDENTITY | Trait.RESHAPE | Trait.TOKEN_MOVE)
+    return has_trait(node, _MOVES) or views_by_attribute(node)
 
 
 def switches_mode(node: Node) -> bool:
@@ -161,7 +183,36 @@ def writes_in_place(node: Node) -> bool:
     name = op_name(node)
     if name == "setitem" or name.endswith("_"):
         return True
-    return node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
+    return node.kwargs.get("out") is not None or asked_in_place(node)
+
+
+def asked_in_place(node: Node) -> bool:
+    """Whether a function is called with `inplace=True`, by name or by position."""
+    if node.op != "call_function":
+        return False
+    position = _inplace_position(node.target)
+    given = node.args[position] if position is not None and position < len(node.args) else None
+    return node.kwargs.get("inplace", given) is True
+
+
+def not_in_place(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call without its `inplace=True`."""
+    position = _inplace_position(node.target)
+    if position is not None and position < len(args):
+        args = (*args[:position], False, *args[position + 1 :])
+    return args, {**kwargs, "inplace": False} if kwargs.get("inplace") is True else kwargs
+
+
+@cache
+def _inplace_position(target: Any) -> int | None:
+    """Where a function of `torch.nn.functional` takes whether to write in place."""
+    if getattr(target, "__module__", "") != "torch.nn.functional":
+        return None
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # a builtin
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def indexes_by_tensor(index: Any) -> bool:

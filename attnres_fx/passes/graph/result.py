@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from attnres_fx.errors import AttnResError, OperatorError, RewriteError
 from attnres_fx.passes.graph.operations import op_name
 
 log = logging.getLogger("attnres_fx.passes")
@@ -47,9 +48,13 @@ def run_pass(function: Callable[..., PassResult], gm: GraphModule, **options: An
 
     Returns:
         Its result, with the pass's name and the difference in operations.
+
+    Raises:
+        RewriteError: The pass failed in a way that it does not know of.
     """
     before = _operations(gm)
-    result = function(gm, **options)
+    with defects_named(function.__name__):
+        result = function(gm, **options)
     if not result.modified:
         return replace(result, name=function.__name__)
     gm.graph.lint()
@@ -59,6 +64,37 @@ def run_pass(function: Callable[..., PassResult], gm: GraphModule, **options: An
     result = replace(result, name=function.__name__, difference=", ".join(parts))
     log.info("%s", result)
     return result
+
+
+class defects_named:
+    """Let what goes wrong inside the library reach its callers as an error of the library's, with its cause.
+
+    A class, since a generator would take the StopIteration of another for its own.
+
+    Args:
+        what: What is being done, in a word or two.
+
+    Raises:
+        RewriteError: Anything but an `AttnResError` was raised, or the operator refused what a pass gave to it.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        known = isinstance(error, AttnResError) and not isinstance(error, OperatorError)
+        if isinstance(error, Exception) and not known:
+            raise RewriteError(_defect(self.what, error)) from error
+
+
+def _defect(what: str, error: Exception) -> str:
+    return (
+        f"{what} does not know what to do with this graph ({type(error).__name__}: {error}). The model was left as it "
+        f"is. This is a defect of attnres_fx: report it with the model's code. A stream can be left out by "
+        f"AttnResConfig(streams=[names]); attnres_fx.inspect lists their names."
+    )
 
 
 def _operations(gm: GraphModule) -> Counter[str]:

@@ -8,7 +8,14 @@ from torch.fx import Node
 from attnres_fx.passes.graph.additions import added_zero_operand, adds_zero, is_zero
 from attnres_fx.passes.graph.nodes import argument_of, is_floating, numel_of_row_is_kept, same_shape, shape_of
 from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import dropout_probability, has_trait, indexes_by_tensor, is_dropout, op_name
+from attnres_fx.passes.graph.operations import (
+    dropout_probability,
+    has_trait,
+    indexes_by_tensor,
+    is_dropout,
+    op_name,
+    stops_gradient,
+)
 
 
 @dataclass(frozen=True)
@@ -17,8 +24,8 @@ class RowMap:
 
     Args:
         state: What is mapped.
-        kind: `"identity"`, `"cast"`, `"reshape"` (rows in the same order), `"token"` (rows moved or picked)
-            or `"factor"` (rows multiplied).
+        kind: `"identity"`, `"detach"` (no gradient), `"cast"`, `"reshape"` (rows in the same order), `"token"` (rows
+            moved or picked) or `"factor"` (rows multiplied).
         others: The nodes that a factor comes from.
     """
 
@@ -54,10 +61,12 @@ def match_row_maps(node: Node) -> tuple[RowMap, ...]:
 
 
 def _kind_of_map(node: Node, name: str, first: Node) -> str | None:
-    if has_trait(node, Trait.IDENTITY) or (name in ("add", "sub") and adds_zero(node)):
-        return "identity"
+    if stops_gradient(node):
+        return "detach"
     if is_dropout(node):
         return "identity" if dropout_probability(node) == 0 else None
+    if _is_identity(node, name):
+        return "identity"
     if has_trait(node, Trait.CAST):
         return "cast"
     if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
@@ -67,6 +76,10 @@ def _kind_of_map(node: Node, name: str, first: Node) -> str | None:
     if has_trait(node, Trait.TOKEN_MOVE) and _moves_whole_rows(node, name, first):
         return "token"
     return None
+
+
+def _is_identity(node: Node, name: str) -> bool:
+    return has_trait(node, Trait.IDENTITY) or (name in ("add", "sub") and adds_zero(node))
 
 
 def _products(node: Node, name: str) -> tuple[RowMap, ...]:

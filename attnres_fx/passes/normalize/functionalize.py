@@ -9,14 +9,16 @@ After:
 
 A source is read long after it was written, so nothing may overwrite it; and an in-place add on a state is
 an add like any other. Where an operation has no functional form, or writes through a view that picks
-rows, the storage is cloned first. Writes into parameters and buffers are left alone, since callers see
-them; an input that is written to gets its final value copied back at the end, for the same reason.
+rows, the storage is cloned first; so too where gradients do not see the write, under `no_grad` or through
+`detach`: they pass it by. Writes into parameters and buffers stay, since callers see them; an input that is
+written to gets its final value copied back at the end, for the same reason.
 """
 
-import operator
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -25,25 +27,28 @@ from attnres_fx.passes.graph.aliasing import (
     mutated_arguments,
     reshaped_in_place,
     returns_what_it_writes,
-    storage_of,
     written_as_one,
 )
-from attnres_fx.passes.graph.emit import emit
+from attnres_fx.passes.graph.emit import emit, emit_switch
 from attnres_fx.passes.graph.nodes import (
     computed_value,
     copy_call,
-    fake_like,
+    insert_attribute,
+    is_floating,
+    nodes_without_gradients,
     same_shape,
     set_value,
-    tensor_of,
     value_of,
 )
-from attnres_fx.passes.graph.operation_table import BY_OPERATOR, Trait
-from attnres_fx.passes.graph.operations import has_trait, op_name
+from attnres_fx.passes.graph.operations import not_in_place
 from attnres_fx.passes.graph.result import PassResult
-
-#: Views that show the whole storage in its order.
-_KEEPS_ORDER = Trait.RESHAPE | Trait.IDENTITY | Trait.CAST
+from attnres_fx.passes.normalize.attribute_writes import find_attribute_writes
+from attnres_fx.passes.normalize.functional_form import (
+    copied_value,
+    functional_form,
+    in_dtype_of,
+    shows_all,
+)
 
 
 def functionalize_mutations_pass(gm: GraphModule) -> PassResult:
@@ -57,8 +62,6 @@ def functionalize_mutations_pass(gm: GraphModule) -> PassResult:
     """
     pass_ = _Functionalizer(gm)
     changed = pass_.run()
-    if changed:
-        gm.graph.lint()
     return PassResult(gm, bool(changed), (), tuple(changed))
 
 
@@ -66,53 +69,62 @@ class _Functionalizer:
     """Walks the graph once; arguments are original nodes until a node is placed, and current values after.
 
     Attributes:
+        frozen: The nodes that run with gradients off.
+        attributes: The parameters and buffers that are written to.
+        here: The node that the walk has come to.
         same: The result of a write, and the tensor it wrote to.
         parent: A view, and what it is a view of.
         argument: A view, and the node that stands for its parent in its own arguments.
         base: A view, and the node that owns its storage.
         version: How often a storage was written to.
         current: A node, the version it was last seen at, and the node that holds its value there.
-        inputs: The inputs of the graph that are written to, in the order of the writes.
+        epoch: How often an attribute was written to.
+        kept: A view of an attribute or the attribute, at an epoch, and the node that stands for what it holds then.
+        inputs: The inputs of the graph that are written to, and whether a gradient may see a write, in their order.
     """
 
     def __init__(self, gm: GraphModule) -> None:
         self.graph = gm.graph
-        self.same: dict[Node, Node] = {}
+        self.frozen = nodes_without_gradients(gm.graph)
+        self.attributes = find_attribute_writes(gm.graph)
+        self.here = next(iter(gm.graph.nodes))
+        self.same: dict[Node, Node] = {n: f for n, f in self.attributes.first.items() if n is not f}
         self.parent: dict[Node, Node] = {}
         self.argument: dict[Node, Node] = {}
         self.base: dict[Node, Node] = {}
         self.version: dict[Node, int] = {}
         self.current: dict[Node, tuple[int, Node]] = {}
-        self.inputs: dict[Node, None] = {}
+        self.epoch: Counter[Node] = Counter()
+        self.kept: dict[tuple[Node, int], Node] = {}
+        self.inputs: dict[Node, bool] = {}
 
     def run(self) -> list[str]:
         nodes = list(self.graph.nodes)
-        if not any(self._writes(n) for n in nodes):
+        reshapes = any(reshaped_in_place(n) is not None for n in nodes)
+        if not (self.attributes.elsewhere or self.attributes.first or reshapes):
             return []
-        erased: list[Node] = []
-        for node in nodes:
-            written = [self._tensor(n) for n in mutated_arguments(node)]
-            if node.op == "output":
-                self._copy_back(node)
-            if (reshaped := reshaped_in_place(node)) is not None and self._base(
-                self._tensor(reshaped)
-            ).op != "get_attr":
-                erased.append(node)
-                self._reshape(node, self._tensor(reshaped))
-                continue
-            if not written or any(self._base(n).op == "get_attr" for n in written):
-                self._place(node)
-                continue
-            self.inputs.update({self._base(n): None for n in written if self._base(n).op == "placeholder"})
-            erased.append(node)
-            self._make_value(node, written)
+        erased = [node for node in nodes if self._visit(node)]
         for node in reversed(erased):
             self.graph.erase_node(node)
         return [n.name for n in erased]
 
-    def _writes(self, node: Node) -> bool:
-        targets = [*mutated_arguments(node), *((r,) if (r := reshaped_in_place(node)) is not None else ())]
-        return any(storage_of(n)[-1].op != "get_attr" for n in targets)
+    def _visit(self, node: Node) -> bool:
+        """Go on to a node; True where something else computes its value from now on."""
+        self.here = node
+        written = [self._tensor(n) for n in mutated_arguments(node)]
+        if node.op == "output":
+            self._copy_back(node)
+        reshaped = reshaped_in_place(node)
+        if reshaped is not None and not self._is_attribute(self._tensor(reshaped)):
+            self._reshape(node, self._tensor(reshaped))
+            return True
+        if all(map(self._is_attribute, written)):
+            self._place(node, written)
+            return False
+        for base in (b for n in written if (b := self._base(n)).op == "placeholder"):
+            self.inputs[base] = self.inputs.get(base, False) or node not in self.frozen
+        self._make_value(node, written)
+        return True
 
     def _tensor(self, node: Node) -> Node:
         while node in self.same:
@@ -122,14 +134,27 @@ class _Functionalizer:
     def _base(self, node: Node) -> Node:
         return self.base.get(node, node)
 
-    def _place(self, node: Node) -> None:
-        """A node that writes nothing: let it see current values, and note what it is a view of."""
+    def _is_attribute(self, node: Node) -> bool:
+        return self._base(node).op == "get_attr"
+
+    def _place(self, node: Node, written: list[Node]) -> None:
+        """A node that writes to attributes or to nothing: let it see current values; note what it is a view of."""
         parent = aliased_argument(node)
+
+        def seen(argument: Node) -> Node:
+            tensor = self._tensor(argument)
+            base = self._base(tensor)
+            kept = self.epoch[base] > 0 or ((base, 0) in self.attributes.kept and base not in self.version)
+            return self._kept(tensor) if kept and parent is None and tensor not in written else self._value(tensor)
+
         with self.graph.inserting_before(node):
-            node.args = map_arg(node.args, self._now)
-            node.kwargs = map_arg(node.kwargs, self._now)
+            node.args = map_arg(node.args, seen)
+            node.kwargs = map_arg(node.kwargs, seen)
         if parent is not None:
             self._note_view(node, self._tensor(parent), self._now(parent))
+        self.epoch.update({self._base(n) for n in written})
+        if written and written_as_one(node) and returns_what_it_writes(node):
+            self.same[node] = written[0]
 
     def _note_view(self, node: Node, parent: Node, argument: Node) -> None:
         self.parent[node] = parent
@@ -147,49 +172,93 @@ class _Functionalizer:
         known, value = self.current.get(node, (0, node))
         if known == version:
             return value
-        value = copy_call(node, {self.argument[node]: self._value(self.parent[node])})
+        argument = self._value(self.parent[node])
+        with self._gradients(node not in self.frozen):
+            value = copy_call(node, {self.argument[node]: argument})
         self.current[node] = (version, value)
         return value
+
+    def _kept(self, node: Node) -> Node:
+        """What an attribute, or a view of it, holds until it is written to again, as a node of its own."""
+        key = (node, self.epoch[self._base(node)])
+        if key in self.kept:
+            return self.kept[key]
+        if node in self.parent:
+            argument = self._kept(self.parent[node])
+            with self._gradients(node not in self.frozen):
+                self.kept[key] = copy_call(node, {self.argument[node]: argument})
+        elif key in self.attributes.kept:
+            self.kept[key] = self._cloned(node, node)
+        else:
+            self.kept[key] = insert_attribute(self.graph, str(node.target), like=node, value=value_of(node))
+        return self.kept[key]
+
+    @contextmanager
+    def _gradients(self, wanted: bool) -> Iterator[None]:
+        """Insert nodes that run with gradients on or off, whatever holds here."""
+        if wanted == (self.here not in self.frozen):
+            yield
+            return
+        before = emit_switch(self.graph, "is_grad_enabled", (), like=self.here)
+        emit_switch(self.graph, "_set_grad_enabled", (wanted,), like=self.here)
+        yield
+        emit_switch(self.graph, "_set_grad_enabled", (before,), like=self.here)
 
     def _reshape(self, node: Node, tensor: Node) -> None:
         """From here on the tensor is a view of what it was."""
         with self.graph.inserting_before(node):
             value = self._value(tensor)
             args = map_arg(node.args, self._now)
-            view = self._called(node, _functional_target(node), args, map_arg(node.kwargs, self._now))
+            view = self._called(node, functional_form(node), args, map_arg(node.kwargs, self._now))
         self._note_view(view, tensor, value)
         self.same[node] = self.same[tensor] = view
 
     def _make_value(self, node: Node, written: list[Node]) -> None:
         with self.graph.inserting_before(node):
-            functional = _functional_target(node)
-            if functional is not None and written_as_one(node) and self._covers(written[0]):
-                self._make_functional(node, functional, written[0])
+            functional, copied = functional_form(node), copied_value(node)
+            has_value = functional is not None or copied is not None
+            if has_value and written_as_one(node) and self._covers(written[0]) and not self._hides(written[0]):
+                self._make_functional(node, functional, copied, written[0])
             else:
                 self._write_to_clones(node, written)
         if returns_what_it_writes(node):
             self.same[node] = written[0]
 
-    def _make_functional(self, node: Node, functional: Any, written: Node) -> None:
+    def _hides(self, written: Node) -> bool:
+        """Whether a write leaves the gradient of what was written before as it is, since gradients are off here."""
+        base = self._base(written)
+        return self.here in self.frozen and base not in self.frozen and is_floating(base)
+
+    def _make_functional(self, node: Node, functional: Any, copied: Node | None, written: Node) -> None:
         base, target = self._base(written), self._value(written)
-        kwargs = map_arg(node.kwargs, self._now)
-        if kwargs.get("inplace") is True:
-            kwargs = {**kwargs, "inplace": False}
-        value = self._in_dtype_of(self._called(node, functional, map_arg(node.args, self._now), kwargs), target)
+        if copied is not None:
+            value = self._copy_of(self._now(copied), target)
+        else:
+            args, kwargs = not_in_place(node, map_arg(node.args, self._now), map_arg(node.kwargs, self._now))
+            value = in_dtype_of(self._called(node, functional, args, kwargs), target)
         self._advance(base, value if written is base else self._shaped_like(value, self._value(base)))
         self.current[written] = (self.version[base], value)
 
+    def _copy_of(self, value: Node, target: Node) -> Node:
+        """A tensor of its own with a value, in the shape and dtype of what it is written to."""
+        made = in_dtype_of(value, target)
+        if not same_shape(made, target):
+            value = made = emit(self.graph, "expand_as", (made, target), like=self.here)
+        return self._cloned(made, self.here) if made is value else made
+
     def _write_to_clones(self, node: Node, written: list[Node]) -> None:
         """Let a write that has no functional form go to copies of the storages it writes into."""
-        before = {self._value(n): n for n in written}
-        for base in dict.fromkeys(self._base(n) for n in written):
-            self._advance(base, self._cloned(self._value(base)))
+        own = [n for n in written if not self._is_attribute(n)]
+        before = {self._value(n): n for n in own}
+        for base in dict.fromkeys(self._base(n) for n in own):
+            self._advance(base, self._cloned(self._value(base), base))
 
         def now(seen: Node) -> Node:
             value = self._now(seen)
             return self._value(before[value]) if value in before else value
 
         result = self._called(node, node.target, map_arg(node.args, now), map_arg(node.kwargs, now))
+        self.epoch.update({self._base(n) for n in written if n not in own})
         self.current[node] = (0, result)
 
     def _advance(self, base: Node, whole: Node) -> None:
@@ -199,36 +268,22 @@ class _Functionalizer:
     def _covers(self, written: Node) -> bool:
         """Whether a view shows all of its storage in order, so that a write to it is a write to all."""
         while written is not self._base(written):
-            parent = self.parent[written]
-            seen, whole = tensor_of(written), tensor_of(parent)
-            if seen is None or whole is None or seen.dtype != whole.dtype:
+            if not shows_all(written, self.parent[written]):
                 return False
-            in_order = has_trait(written, _KEEPS_ORDER) or op_name(written) == "dropout"
-            whole_view = has_trait(written, Trait.SAME_AT_SAME_SHAPE) and same_shape(written, parent)
-            if not in_order and not whole_view:
-                return False
-            written = parent
+            written = self.parent[written]
         return True
 
     def _called(self, node: Node, target: Any, args: Any, kwargs: Any) -> Node:
         called = self.graph.create_node(node.op, target, args, kwargs)
         called.meta = dict(node.meta)
-        if target is not node.target and isinstance(
-            value := computed_value(node.op, target, args, kwargs), torch.Tensor
-        ):
-            set_value(called, value, node)
+        value = computed_value(node.op, target, args, kwargs) if target is not node.target else None
+        set_value(called, value, node)
         return called
 
-    def _in_dtype_of(self, value: Node, target: Node) -> Node:
-        """An in-place operation keeps the dtype of what it writes to; its functional form may promote."""
-        kept, made = tensor_of(target), tensor_of(value)
-        assert kept is not None and made is not None
-        if made.dtype == kept.dtype:
-            return value
-        return emit(self.graph, "to", (value, kept.dtype), like=value, value=fake_like(made, kept.dtype))
-
-    def _cloned(self, node: Node) -> Node:
-        return emit(self.graph, "clone", (node,), like=node, value=value_of(node))
+    def _cloned(self, node: Node, owner: Node) -> Node:
+        """A copy whose gradient goes on to the node, as the storage's own would."""
+        with self._gradients(owner not in self.frozen):
+            return emit(self.graph, "clone", (node,), like=node, value=value_of(node), dialect=self.here)
 
     def _shaped_like(self, value: Node, base: Node) -> Node:
         if same_shape(value, base):
@@ -237,32 +292,7 @@ class _Functionalizer:
 
     def _copy_back(self, output: Node) -> None:
         with self.graph.inserting_before(output):
-            for node in self.inputs:
+            for node, seen in self.inputs.items():
                 value = self._value(node)
-                emit(self.graph, "copy_", (node, value), like=node, value=value_of(node), dialect=value)
-
-
-def _functional_target(node: Node) -> Any:
-    if node.op == "call_module" or node.target is operator.setitem or node.kwargs.get("out") is not None:
-        return None
-    if node.kwargs.get("inplace") is True:
-        return node.target
-    if node.op == "call_method":
-        plain = str(node.target).removesuffix("_")
-        return plain if hasattr(torch.Tensor, plain) else None
-    if (known := BY_OPERATOR.get(node.target)) is not None and known.functional is not None:  # type: ignore[arg-type]
-        return known.functional
-    if isinstance(node.target, torch._ops.OpOverload):
-        return _functional_overload(node.target)
-    name = getattr(node.target, "__name__", "").removesuffix("_")
-    return getattr(torch, name, None)
-
-
-def _functional_overload(target: torch._ops.OpOverload) -> Any:
-    packet = getattr(torch.ops.aten, target._schema.name.split("::")[1].removesuffix("_"), None)
-    wanted = [str(a.type) for a in target._schema.arguments]
-    for name in packet.overloads() if packet is not None else ():
-        found = getattr(packet, name)
-        if not found._schema.is_mutable and [str(a.type) for a in found._schema.arguments] == wanted:
-            return found
-    return None
+                with self._gradients(seen):
+                    emit(self.graph, "copy_", (node, value), like=node, value=value_of(node), dialect=value)

@@ -1,5 +1,6 @@
 """The passes that make a captured graph readable, in order."""
 
+import copy
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -12,6 +13,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.nodes import has_values
 from attnres_fx.passes.graph.result import PassResult, run_pass
+from attnres_fx.passes.normalize.dead_code import remove_dead_code_pass
 from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pass
 from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
@@ -20,7 +22,8 @@ from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
 NORMALIZATION: tuple[Callable[[GraphModule], PassResult], ...] = (
     inline_regions_pass,  # first: what is hidden in a body is seen by none of the others
     functionalize_mutations_pass,  # before anything asks which value a node holds
-    unfuse_additions_pass,  # last: only then does every residual addition stand as one
+    unfuse_additions_pass,  # only then does every residual addition stand as one
+    remove_dead_code_pass,  # last: the others leave some behind, and the model may hold more of it
 )
 
 
@@ -48,6 +51,23 @@ def set_attribute_values_(gm: GraphModule) -> None:
                 node.meta["val"] = value
 
 
+class _Propagation(FakeTensorProp):
+    """Runs a graph on stand-ins for its tensors and modules: what it writes into a buffer does not reach the buffer."""
+
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm, mode)
+        tensors = {id(t): t for t in (*gm.parameters(), *gm.buffers())}
+        self._stand_ins: dict[int, Any] = {i: mode.from_tensor(t, static_shapes=True) for i, t in tensors.items()}
+
+    def fetch_attr(self, target: str) -> Any:
+        held = super().fetch_attr(target)
+        if isinstance(held, torch.Tensor) and id(held) not in self._stand_ins:
+            self._stand_ins[id(held)] = self._mode.from_tensor(held, static_shapes=True)
+        if isinstance(held, torch.nn.Module) and not isinstance(held, GraphModule):
+            return copy.deepcopy(held, self._stand_ins)  # the same copy for every call
+        return self._stand_ins.get(id(held), held)
+
+
 def propagate_values_(gm: GraphModule, args: Sequence[Any]) -> None:
     """Give every node of a trace without values a fake one, by running it on fake copies of example arguments.
 
@@ -61,7 +81,7 @@ def propagate_values_(gm: GraphModule, args: Sequence[Any]) -> None:
     if has_values(gm):
         return
     try:
-        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args)
+        _Propagation(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args)
     except Exception as error:
         raise CaptureError(
             f"the graph does not run on the example arguments ({type(error).__name__}: {error}). "

@@ -101,6 +101,7 @@ def _rewrite_read(
     read: DepthReadPlan, site: Node, states: StreamStates, eps: float, fetch: FetchParameters
 ) -> Replacement:
     consumed = states.consumed(read)
+    states.builder.without_gradients = site in states.builder.frozen
     with states.graph.inserting_before(site.next):
         sources = states.sources(read, site)
         value, node = insert_read(read, site, sources, fetch(read, site), eps)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch.fx import Graph, Node
 
 from attnres_fx.passes.graph.operations import asks_only_metadata, op_name
-from attnres_fx.passes.rewrite.sources import SourceBuilder, Table
+from attnres_fx.passes.rewrite.sources import SourceBuilder, Table, cast_like
 from attnres_fx.passes.streams.formal_sum import FormalSums, Root
 
 
@@ -39,8 +39,8 @@ def _move_metadata_users(graph: Graph, sums: FormalSums, node: Node, table: Tabl
             graph.erase_node(user)
     if not node.users:
         return
-    source = next(e for e in table.settled().values() if isinstance(e.base, Node))
     # A builder of its own: what others have built may stand later in the graph than this node.
     with graph.inserting_before(node.next):
-        stand_in = SourceBuilder(graph, sums, {}, {}).build(source)
+        stand_in = SourceBuilder(graph, sums, {}, {}).stand_in(table)
+        stand_in = cast_like(graph, stand_in, node)
     node.replace_all_uses_with(stand_in)

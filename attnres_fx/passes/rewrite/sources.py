@@ -23,12 +23,15 @@ Moved = dict[tuple[Node, Node], Node]
 
 @dataclass(eq=False)
 class PendingSum:
-    """Two entries to be added when somebody asks; `like` is the addition it stands for."""
+    """Two entries to be added when somebody asks; `like` is the addition it stands for.
+
+    A sum that was written where gradients are off serves nobody where they are on.
+    """
 
     left: "Entry"
     right: "Entry"
     like: Node
-    node: Node | None = None
+    nodes: dict[bool, Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ class SourceBuilder:
     tables: dict[Node, Table] = field(default_factory=dict)
     #: What states beside the chain go on from, where the chain itself goes on from a summary.
     whole: dict[Node, Table] = field(default_factory=dict)
-    _built: dict[tuple[Node, Step], Node] = field(default_factory=dict)
+    #: Whether nodes are now inserted where gradients are off.
+    without_gradients: bool = False
+    _built: dict[tuple[Node, Step, bool], Node] = field(default_factory=dict)
 
     def evaluate(self, node: Node) -> Table:
         """Table of a state whose parents have been evaluated."""
@@ -101,6 +106,8 @@ class SourceBuilder:
         match self.sums.states[node]:
             case Root():
                 return Table({self.group_of[node]: Entry(node)})
+            case Mapped(state=state, kind="detach"):
+                return tables[state].through(Detach())
             case Mapped(state=state, kind=kind):
                 return tables[state].through(Replay(node, state, kind))
             case Extended() as add:
@@ -113,8 +120,9 @@ class SourceBuilder:
                 return Table(left)
 
     def _extended(self, add: Extended) -> Table:
-        group = self.group_of[add.node]
-        beside = group in self.extras and add.state in self.whole
+        # A sum that no read sees (only its shape is asked for) was planned as nothing.
+        group = self.group_of.get(add.node, f"+{add.node.name}")
+        beside = (group in self.extras or add.node not in self.group_of) and add.state in self.whole
         before = (self.whole if beside else self.tables)[add.state].through(*_scaled(add.state_scale))
         if not same_shape(add.state, add.node):
             before = before.through(SpreadLike(add.addend))
@@ -125,6 +133,13 @@ class SourceBuilder:
             addend = addend.through((SpreadLike(add.state),))
         entries[group] = Entry(PendingSum(entries[group], addend, add.node)) if group in entries else addend
         return Table(entries)
+
+    def stand_in(self, table: Table) -> Node:
+        """A node of the shape that the entries of a table have: a part of one, that was written before them."""
+        entry = next(iter(table.settled().values()))
+        while isinstance(entry.base, PendingSum):
+            entry = entry.base.left.through(entry.steps)
+        return self.build(entry)
 
     def nodes(self, table: Table) -> dict[Group, Node]:
         """Nodes for all entries of a table, inserted at the graph's insertion point where new."""
@@ -140,13 +155,13 @@ class SourceBuilder:
         return node
 
     def _build_sum(self, pending: PendingSum) -> Node:
-        if pending.node is None:
+        if self.without_gradients not in pending.nodes:
             left, right = self.build(pending.left), self.build(pending.right)
-            pending.node = insert_add(self.graph, left, right, like=pending.like)
-        return pending.node
+            pending.nodes[self.without_gradients] = insert_add(self.graph, left, right, like=pending.like)
+        return pending.nodes[self.without_gradients]
 
     def apply(self, step: Step, node: Node) -> Node:
-        key = (node, step)
+        key = (node, step, self.without_gradients)
         if key not in self._built:
             self._built[key] = insert_step(self.graph, step, node)
         return self._built[key]
@@ -184,3 +199,11 @@ def insert_add(graph: Graph, left: Node, right: Node, *, like: Node) -> Node:
 
 def _insert_cast(graph: Graph, node: Node, *, like: Node, value: torch.Tensor) -> Node:
     return emit(graph, "to", (node, value.dtype), like=like, value=value)
+
+
+def cast_like(graph: Graph, node: Node, like: Node) -> Node:
+    """A node in the dtype of another, through a cast at the graph's insertion point where it has another one."""
+    held, wanted = tensor_of(node), tensor_of(like)
+    if held is None or wanted is None or held.dtype == wanted.dtype:
+        return node
+    return _insert_cast(graph, node, like=like, value=fake_like(held, wanted.dtype))

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 from attnres_fx.errors import AlreadyConvertedError
 from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.graph.operations import op_name
+from attnres_fx.passes.graph.result import defects_named
 from attnres_fx.passes.normalize.inline_regions import hidden_regions
 from attnres_fx.passes.normalize.normalization import normalize_
 from attnres_fx.passes.streams.finding import find_streams
@@ -25,6 +26,7 @@ def analyze_(gm: GraphModule) -> StreamSet:
 
     Raises:
         AlreadyConvertedError: The graph reads through depth attention already.
+        RewriteError: The analysis failed in a way that it does not know of.
     """
     for node in gm.graph.nodes:
         if op_name(node).startswith("attnres_fx::"):
@@ -33,7 +35,8 @@ def analyze_(gm: GraphModule) -> StreamSet:
                 f"convert the original, or use this one as it is."
             )
     normalize_(gm)
-    found = find_streams(gm.graph)
+    with defects_named("finding the residual streams"):
+        found = find_streams(gm.graph)
     return replace(found, refusals=(*found.refusals, *map(_hidden, hidden_regions(gm))))
 
 

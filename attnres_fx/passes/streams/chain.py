@@ -76,7 +76,7 @@ class StreamChain:
         return Term(addend.name, node.name, sublayer, module_path(addend), source_line(node))
 
     def _read(self, read: RootRead, position: int, extras: tuple[str, ...]) -> Read:
-        first = read.consumers[0]
+        first = next(c for c in read.consumers if c in self.sums.live.returned)
         name = "output" if first.op == "output" else module_path(first) or first.name
         return Read(
             name=name,

@@ -3,6 +3,7 @@
 from torch.fx import Graph, Node
 
 from attnres_fx.passes.graph.aliasing import mutated_arguments, storage_of
+from attnres_fx.passes.graph.mutation_order import first_of_each_attribute
 from attnres_fx.passes.graph.operations import asks_only_metadata, is_light
 
 
@@ -23,8 +24,10 @@ class Dependence:
         self._any: dict[Node, int] = {}
         self._heavy: dict[Node, int] = {}
         self.written: set[Node] = set()
+        attributes = first_of_each_attribute(graph)
         for node in graph.nodes:
-            reached = heavy = 0
+            first = attributes.get(node, node)  # got again after it was written to
+            reached, heavy = self._any.get(first, 0), self._heavy.get(first, 0)
             for source in node.all_input_nodes:
                 if asks_only_metadata(node, source):
                     continue

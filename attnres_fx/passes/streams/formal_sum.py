@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from attnres_fx.passes.normalize.dead_code import Live
 from attnres_fx.passes.streams.dependence import Dependence
 
 
@@ -60,12 +61,14 @@ class FormalSums:
     Args:
         nodes: Every node of the graph as it was analysed, in its order.
         dependence: Which nodes depend on the operands of additions, and how.
+        live: The nodes whose values get out of the graph; others see the plain sums and read nothing.
         states: What each state is, by its node.
         root: Which stream a state belongs to, by the nodes of both: the state's and the stream's root.
     """
 
     nodes: tuple[Node, ...]
     dependence: Dependence
+    live: Live
     states: dict[Node, State] = field(default_factory=dict)
     root: dict[Node, Node] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from attnres_fx.passes.graph.additions import Addition, match_addition
 from attnres_fx.passes.graph.nodes import same_shape, shape_of, sizes_agree
 from attnres_fx.passes.graph.row_maps import RowMap, match_row_maps
+from attnres_fx.passes.normalize.dead_code import find_live
 from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
 
@@ -45,10 +46,13 @@ class _Reading:
 class _Interpreter:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.additions = {n: a for n in graph.nodes if (a := match_addition(n)) is not None}
-        self.maps: dict[Node, tuple[RowMap, ...]] = {n: m for n in graph.nodes if (m := match_row_maps(n))}
+        live = find_live(graph)
+        self.additions = {n: a for n in graph.nodes if n in live.observed and (a := match_addition(n)) is not None}
+        self.maps: dict[Node, tuple[RowMap, ...]] = {
+            n: m for n in graph.nodes if n in live.observed and (m := match_row_maps(n))
+        }
         self.depends = Dependence(graph, self._anchors())
-        self.sums = FormalSums(tuple(graph.nodes), self.depends)
+        self.sums = FormalSums(tuple(graph.nodes), self.depends, live)
 
     def _anchors(self) -> set[Node]:
         found: set[Node] = set()
@@ -128,7 +132,7 @@ class _Interpreter:
     def _is_scaled_root(self, node: Node) -> bool:
         """Whether a state is the root times something: its rows are where they were."""
         while isinstance(step := self.sums.states[node], Mapped):
-            if step.kind not in ("factor", "cast", "identity"):
+            if step.kind not in ("factor", "cast", "identity", "detach"):
                 return False
             node = step.state
         return True

@@ -7,7 +7,8 @@ from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import describe
-from attnres_fx.passes.graph.operations import asks_only_metadata, op_name
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, moves_data, op_name
 from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.formal_sum import Extended
 from attnres_fx.passes.streams.refusals import Refusal
@@ -109,6 +110,17 @@ def allow_inside_sublayers(refused: list[tuple[Node, Refusal]], chains: list["St
     return kept
 
 
+def _just_before(root: Node) -> list[Node]:
+    """What a root takes in, whatever was joined, split or cast in between."""
+    found = list(root.all_input_nodes)
+    for node in found:
+        if len(found) > 64:
+            break
+        if moves_data(node) or has_trait(node, Trait.WIDENS) or op_name(node) in ("chunk", "split", "stack"):
+            found += [n for n in node.all_input_nodes if n not in found]
+    return found
+
+
 def find_interruptions(streams: Sequence[Stream], chains: Sequence["StreamChain"]) -> list[Refusal]:
     """Where one stream ends only because something is done to it that is neither sum, factor nor view.
 
@@ -123,7 +135,7 @@ def find_interruptions(streams: Sequence[Stream], chains: Sequence["StreamChain"
     refusals = []
     for stream, chain in zip(streams, chains, strict=True):
         root = chain.parts[0].root
-        before = next((ending[n] for n in root.all_input_nodes if n in ending), None)
+        before = next((ending[n] for n in _just_before(root) if n in ending), None)
         if before is None or before is stream or stream.nested_in == before.name:
             continue
         why = (

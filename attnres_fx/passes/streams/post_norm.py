@@ -2,6 +2,7 @@
 
 from torch.fx import Node
 
+from attnres_fx.passes.graph.nodes import same_shape
 from attnres_fx.passes.streams.root_states import RootRead, RootStates
 
 
@@ -35,7 +36,12 @@ def _continuation(states: RootStates, candidates: list[RootStates]) -> RootState
     read = _read_of_only_sum(states)
     if read is None:
         return None
-    return next((c for c in candidates if c.root > read.core and states.is_norm_to(read, c.root)), None)
+    return next((c for c in candidates if c.root > read.core and _norms(states, read, c.root)), None)
+
+
+def _norms(states: RootStates, read: RootRead, root: Node) -> bool:
+    """Whether a root is the norm of a read, row by row: where heads are joined between them, two streams meet."""
+    return same_shape(read.core, root) and states.is_norm_to(read, root)
 
 
 def _read_of_only_sum(states: RootStates) -> RootRead | None:

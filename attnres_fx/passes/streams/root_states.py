@@ -34,7 +34,7 @@ class RootStates:
         nodes: The states, in graph order.
         chain: The root and the terms of its longest sum.
         terms: The chain without the root.
-        reads: The places that read a state, in graph order.
+        reads: The places that read a state, in graph order; what ends in a buffer alone makes none.
         fixed_width: D, the size of the root's last dimension; None where it is free.
         channels_first: A node that takes features from dimension 1; None where there is none.
     """
@@ -71,11 +71,12 @@ class RootStates:
                 terms=self.sums.terms(core),
             )
             for core, pairs in consumers.items()
+            if any(u in self.sums.live.returned for u, _ in pairs)
         ]
         return sorted(reads, key=lambda r: r.core)
 
     def _is_consumer(self, user: Node, state: Node) -> bool:
-        if asks_only_metadata(user, state):
+        if asks_only_metadata(user, state) or user not in self.sums.live.observed:
             return False
         known = user in self.sums.states and self.sums.root[user] is self.root
         if not known or isinstance(self.sums.states[user], Root):
