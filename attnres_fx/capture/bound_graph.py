@@ -16,6 +16,7 @@ from attnres_fx.capture.tensor_places import tensors_within
 from attnres_fx.capture.transform_regions import outline_transforms_pass
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.copying import copy_graph
+from attnres_fx.passes.graph.module_paths import ModulePaths, name_modules_
 from attnres_fx.passes.graph.nodes import describe, value_of
 
 #: Where a bound graph keeps tensors that are neither parameters nor buffers.
@@ -103,7 +104,7 @@ class _Binder:
             node._rename(str(node.target))
         out_spec, stored = self._bind_outputs(writes)
         self._take_attributes()
-        self._clean_paths()
+        self._name_modules()
         self.graph.lint()
         gm = GraphModule(self.root, self.graph)
         outline_transforms_pass(gm)
@@ -210,12 +211,10 @@ class _Binder:
                 if name not in self.root.__dict__ and not hasattr(self.root, name):
                     setattr(self.root, name, getattr(self.recording.gm, name))
 
-    def _clean_paths(self) -> None:
+    def _name_modules(self) -> None:
+        paths = ModulePaths.of(self.model, ("L", "module"))
         for graph in _graphs_in(self.root, self.graph):
-            for node in graph.nodes:
-                stack = node.meta.get("nn_module_stack")
-                if stack:
-                    node.meta["nn_module_stack"] = _named_from_root(stack)
+            name_modules_(graph.nodes, paths)
 
 
 def _graphs_in(root: nn.Module, graph: Any) -> list[Any]:
@@ -226,21 +225,6 @@ def _graphs_in(root: nn.Module, graph: Any) -> list[Any]:
         if isinstance(body, GraphModule):
             graphs += _graphs_in(body, body.graph)
     return graphs
-
-
-def _named_from_root(stack: Mapping[str, Any]) -> dict[str, Any]:
-    """A node's module stack with paths that begin below the model."""
-    cleaned = {}
-    for key, (path, kind) in stack.items():
-        cleaned[key] = (module_path_of(str(path)), kind)
-    return cleaned
-
-
-def module_path_of(source: str) -> str:
-    """The path of a module in its model, from how Dynamo writes it."""
-    source = re.sub(r"^L\['module'\]\.?", "", source)
-    parts = re.findall(r"\[['\"]?([^\]'\"]+)['\"]?\]|([^.\[\]]+)", source)
-    return ".".join(p for pair in parts for p in pair if p and p not in ("_modules", "__dict__"))
 
 
 def _is_attribute_path(root: nn.Module, path: str) -> bool:

@@ -34,7 +34,7 @@ from attnres_fx.passes import (
     checked_lowering,
     plan_depth_reads,
 )
-from attnres_fx.passes.graph.nodes import module_path
+from attnres_fx.passes.graph.module_paths import module_path
 from attnres_fx.passes.lowering.read_calls import OPERATORS
 from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams

@@ -11,6 +11,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.fx.proxy import _COPY_META_FIELDS
 
+from attnres_fx.passes.graph.module_paths import module_path
+
 _KEPT_META = {*_COPY_META_FIELDS, "stack_trace", "nn_module_stack", "source_fn_stack"}
 
 
@@ -62,25 +64,6 @@ def numel_of_row_is_kept(before: Node, after: Node) -> bool:
     """Whether the last dimensions of two tensors are known to be equal."""
     x, y = shape_of(before), shape_of(after)
     return bool(x) and bool(y) and sizes_agree(x[-1], y[-1])
-
-
-def module_path(node: Node) -> str:
-    """Dotted path of the module whose code made a node, as `named_modules` spells it; `""` for the root."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = next(reversed(stack.values()))
-    return clean_path(path[0] if isinstance(path, tuple | list) else str(path))
-
-
-def clean_path(path: str) -> str:
-    """Strip what tracers put around a module path."""
-    path = re.sub(r"@\d+", "", path)
-    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
-    path = re.sub(r"^(L__self__|L\.self|self)(\.|___|$)", "", path)
-    return path.replace("._modules.", ".").removeprefix("_modules.").strip(".")
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')

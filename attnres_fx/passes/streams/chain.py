@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable
 
 from torch.fx import Node
 
-from attnres_fx.passes.graph.nodes import module_path, source_line
+from attnres_fx.passes.graph.module_paths import module_path
+from attnres_fx.passes.graph.nodes import source_line
 from attnres_fx.passes.streams.formal_sum import Extended
-from attnres_fx.passes.streams.names import number_reads
 from attnres_fx.passes.streams.root_states import RootRead, RootStates
 from attnres_fx.passes.streams.stream import Read, Stream, Term
 
@@ -35,7 +35,7 @@ class StreamChain:
         )
 
     def to_stream(self) -> Stream:
-        """The stream as plain data, without a name."""
+        """The stream as plain data, without a name; its reads have that of the module that consumes them, if any."""
         chain = (self.parts[0].root, *(t for p in self.parts for t in p.terms))
         depths = {t: i for i, t in enumerate(chain)}
         reads = self._chain_reads()
@@ -52,7 +52,7 @@ class StreamChain:
             named.append(self._read(read, cuts.index(prefix), tuple(t.name for t in extra)))
         width = self.parts[0].fixed_width
         assert width is not None
-        return Stream("", self._root(), tuple(terms), number_reads(named), width, self.post_norm)
+        return Stream("", self._root(), tuple(terms), tuple(named), width, self.post_norm)
 
     def _chain_reads(self) -> list[tuple[RootStates, RootRead]]:
         """All reads; of a post-norm stream only the norms', since its other states are already normed."""
@@ -77,9 +77,8 @@ class StreamChain:
 
     def _read(self, read: RootRead, position: int, extras: tuple[str, ...]) -> Read:
         first = next(c for c in read.consumers if c in self.sums.live.returned)
-        name = "output" if first.op == "output" else module_path(first) or first.name
         return Read(
-            name=name,
+            name="output" if first.op == "output" else module_path(first),
             state=read.core.name,
             site=read.site.name,
             position=position,

@@ -1,4 +1,4 @@
-"""Names of streams and of their reads."""
+"""Names of streams and of their reads, from module paths and places: they are the same whatever tracer made the graph."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,37 +7,35 @@ from dataclasses import replace
 from attnres_fx.passes.streams.stream import Read, Stream
 
 
-def number_reads(reads: list[Read]) -> tuple[Read, ...]:
-    """Number the repeats of a name; the read that sees only the root has no parameters and no number."""
-    seen: Counter[str] = Counter()
-    result = []
-    for read in reads:
-        if not read.sees_only_root:
-            seen[read.name] += 1
-            if seen[read.name] > 1:
-                read = replace(read, name=f"{read.name}#{seen[read.name]}")
-        result.append(read)
-    return tuple(result)
-
-
 def name_streams(streams: list[Stream]) -> list[Stream]:
-    """Name each stream after the module path its terms and reads share; keep read names apart too."""
+    """Name each stream after the module path its terms and reads share, and its reads; number what repeats.
+
+    Args:
+        streams: Without names; their reads are named after a module, or not at all.
+    """
     seen: Counter[str] = Counter()
     taken: Counter[str] = Counter()
     named = []
     for stream in streams:
         paths = [p for p in (*(t.module for t in stream.terms), *(r.module for r in stream.depth_reads)) if p]
-        base = _common_path(paths) or "stream"
-        seen[base] += 1
-        reads = []
-        for read in stream.reads:
-            if not read.sees_only_root:
-                plain = read.name.split("#")[0]
-                taken[plain] += 1
-                read = replace(read, name=plain if taken[plain] == 1 else f"{plain}#{taken[plain]}")
-            reads.append(read)
-        named.append(replace(stream, name=base if seen[base] == 1 else f"{base}#{seen[base]}", reads=tuple(reads)))
+        name = _numbered(_common_path(paths) or "stream", seen)
+        reads = tuple(_named(read, name, taken) for read in stream.reads)
+        named.append(replace(stream, name=name, reads=reads))
     return named
+
+
+def _named(read: Read, stream: str, taken: Counter[str]) -> Read:
+    """A read under a name of its own. Where no module consumes it that is its place in the stream.
+
+    The read that sees only the root has no parameters and takes no number.
+    """
+    name = read.name or f"{stream}.read_{read.position}"
+    return replace(read, name=name if read.sees_only_root else _numbered(name, taken))
+
+
+def _numbered(name: str, taken: Counter[str]) -> str:
+    taken[name] += 1
+    return name if taken[name] == 1 else f"{name}#{taken[name]}"
 
 
 def _common_path(paths: Sequence[str]) -> str:

@@ -36,7 +36,8 @@ class Read:
     """A place where a state is consumed by something that is not part of the sum.
 
     Args:
-        name: The module that consumes it, numbered where one consumes several; `"output"` for the model's result.
+        name: The module that consumes it first, else its place, `<stream>.read_<position>`; numbered where one name
+            has several reads; `"output"` for the model's result.
         state: The node that holds the sum.
         site: The node whose value the read replaces: the state, or the last row map that all consumers share.
         position: How many sublayers are written before it.
