@@ -4,30 +4,25 @@
 the model runs compiled, or raises.
 """
 
-import contextlib
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.fx import GraphModule
 
-from attnres_fx.backend.attachment import (
-    ATTRIBUTE,
-    AttachedParameters,
-    is_attached,
-    read_key,
-    require_attached,
-    unwrapped,
-)
+from attnres_fx.backend.attached_class import HELD, attach_class_, detach_class_, has_attached_class
+from attnres_fx.backend.attachment import ATTRIBUTE, AttachedParameters, read_key, require_attached, unwrapped
+from attnres_fx.backend.plain_runs import plain
 from attnres_fx.capture.capture import capture
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import AlreadyConvertedError, AttachError, ConfigError
-from attnres_fx.ops.marker import PARAMETERS
 from attnres_fx.parameters import AttnResParameters
-from attnres_fx.passes import analyze_, plan_depth_reads
+from attnres_fx.passes import ReadPlan, analyze_, plan_depth_reads
+from attnres_fx.passes.graph.module_paths import common_calls
 from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams
 
@@ -70,10 +65,8 @@ def attach(
     selected = select_streams(streams, config, type(model).__name__)
     plan = plan_depth_reads(streams, selected, config)
     parameters = make_parameters(gm.graph, captured.root, plan, config)
-    keys = [read_key(read) for read in plan.reads]
-    attached = AttachedParameters(parameters, keys)
-    model.add_module(ATTRIBUTE, attached)
-    model.__class__ = _attached_class(cast(Any, type(model)))
+    attached = AttachedParameters(parameters, [read_key(r) for r in plan.reads], _homes(model, gm, plan))
+    _attach_parts_(model, attached)
     return attached
 
 
@@ -86,39 +79,15 @@ def detach(model: nn.Module) -> None:
     Raises:
         AttachError: It is not attached, or its class was changed since.
     """
-    require_attached(model)
-    model = unwrapped(model)
-    base = vars(type(model)).get("_attnres_base")
-    if base is None:
-        raise AttachError(f"the class of this {type(model).__name__} was changed after attach: undo that first.")
-    model.__class__ = base
-    delattr(model, ATTRIBUTE)
-    model._compiled_call_impl = None
-
-
-@contextlib.contextmanager
-def plain(model: nn.Module) -> Iterator[nn.Module]:
-    """Run an attached model's original function on purpose, uncompiled, inside this context.
-
-    Args:
-        model: An attached model, or what `torch.compile` returned for one.
-
-    Yields:
-        The model itself.
-
-    Raises:
-        AttachError: It is not attached.
-    """
     attached = require_attached(model)
     model = unwrapped(model)
-    compiled, before = model._compiled_call_impl, attached.plain
-    attached.plain, model._compiled_call_impl = True, None
-    try:
-        yield model
-    finally:
-        attached.plain = before
-        if is_attached(model):
-            model._compiled_call_impl = compiled
+    parts = [model, *attached.parts_of(model)]
+    for part in parts:
+        if not has_attached_class(part):
+            raise AttachError(f"the class of this {type(part).__name__} was changed after attach: undo that first.")
+    for part in parts:
+        detach_class_(part)
+    delattr(model, ATTRIBUTE)
 
 
 def _check_attachable(model: Any, config: Any) -> None:
@@ -126,43 +95,63 @@ def _check_attachable(model: Any, config: Any) -> None:
         raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
     if isinstance(model, ConvertedModel):
         raise AlreadyConvertedError("the model is converted already: attach the original, or torch.compile this.")
+    if isinstance(model, OptimizedModule):
+        raise AttachError("the model is what torch.compile returned: attach the model itself, and compile it afterwards.")
     if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
         raise AttachError(
             f"attach takes an nn.Module with code of its own, not a {type(model).__name__}: convert() takes graphs."
         )
     if isinstance(model._modules.get(ATTRIBUTE), AttachedParameters):
         raise AttachError(f"{type(model).__name__} is attached already: detach(model) first, to attach it anew.")
+    for path, module in model.named_modules():
+        if HELD in module.__dict__:
+            raise AttachError(
+                f"{path or type(model).__name__} is attached already, or a part of a model that is: detach that first."
+            )
     if hasattr(model, ATTRIBUTE):
         raise AttachError(
             f"{type(model).__name__} has an attribute {ATTRIBUTE!r} of its own, where attach would put its."
         )
     if "forward" in vars(model):
         raise AttachError(
-            f"the forward of this {type(model).__name__} is replaced on the instance: attach the model before whatever "
-            f"wraps it."
+            f"the forward of this {type(model).__name__} is replaced on the instance by {_name_of(model.forward)}, "
+            f"which calls the original around anything that attach adds. Attach the model first and wrap it afterwards "
+            f"(accelerate's prepare, autocast wrappers, offloading hooks), or take the wrapper off: del model.forward."
         )
 
 
-@functools.cache
-def _attached_class(base: Any) -> Any:
-    """A class that differs from a model's own in its forward alone, so that copies and pickles have it too."""
-    original = base.forward
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attached = self.attnres
-        if not attached.plain:
-            PARAMETERS(attached.tensors(), attached.about)
-        return original(self, *args, **kwargs)
-
-    def reduce(self: Any, _: Any) -> Any:
-        return _new_instance, (base,), self.__getstate__()
-
-    members = {"forward": forward, "_attnres_base": base, "__reduce_ex__": reduce}
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**names, **members})
+def _name_of(function: Any) -> str:
+    """A function as its author would find it."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
 
 
-def _new_instance(base: type[nn.Module]) -> Any:
-    attached = _attached_class(cast(Any, base))
-    return attached.__new__(attached)
+def _attach_parts_(model: nn.Module, attached: AttachedParameters) -> None:
+    """Let a model and its parts hand their queries to the graph, in place."""
+    model.add_module(ATTRIBUTE, attached)
+    for path in attached.parts:
+        part = model.get_submodule(path)
+        part.__dict__[HELD] = attached, path
+        attach_class_(part)
+
+
+def _homes(model: nn.Module, gm: GraphModule, plan: ReadPlan) -> dict[str, str]:
+    """For each stream the path of the innermost module whose call writes all of it; `""` for the model itself."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    homes = {}
+    for planned in plan.streams:
+        written = [nodes[t.written_by] for t in planned.stream.terms if t.written_by in nodes]
+        called = [p for p in common_calls(written) if _can_be_called(model, p)]
+        homes[planned.stream.name] = called[-1] if called else ""
+    return homes
+
+
+def _can_be_called(model: nn.Module, path: str) -> bool:
+    """Whether a path leads to a module whose call can be seen: one with code of its own, not wrapped already."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    known = not isinstance(module, GraphModule | torch.jit.ScriptModule) and "forward" not in vars(module)
+    return path != "" and known and getattr(module, "_compiled_call_impl", None) is None

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from attnres_fx.backend.compile_log import CompileLog, compile_log
+from attnres_fx.backend.compile_log import CompiledGraph, CompileLog, compile_log
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import AttachError
 from attnres_fx.parameters import AttnResParameters
@@ -33,22 +33,35 @@ class ReadKey:
 
 @dataclass(frozen=True)
 class Attachment:
-    """Description of an attached model for the backend: its config and its reads, in the order of their tensors."""
+    """Description of an attached model, or of a part of it, for the backend.
+
+    Attributes:
+        config: What the model was attached with.
+        reads: Its reads, or those of the part, in the order of their tensors.
+        part: Path of the part in the model; empty for the model itself.
+        homes: For each stream the path of the innermost module whose call runs all of it.
+    """
 
     config: AttnResConfig
     reads: tuple[ReadKey, ...]
+    part: str
+    homes: tuple[tuple[str, str], ...]
 
     def to_text(self) -> str:
         """The description as JSON, equal for models that are attached alike."""
         reads = [dataclasses.astuple(r) for r in self.reads]
-        return json.dumps({"config": dataclasses.asdict(self.config), "reads": reads}, sort_keys=True)
+        return json.dumps(
+            {"config": dataclasses.asdict(self.config), "reads": reads, "part": self.part, "homes": self.homes},
+            sort_keys=True,
+        )
 
     @staticmethod
     @functools.lru_cache(maxsize=64)
     def from_text(text: str) -> "Attachment":
         """The description that `to_text` wrote."""
         data = json.loads(text)
-        return Attachment(AttnResConfig(**data["config"]), tuple(ReadKey(*r) for r in data["reads"]))
+        reads = tuple(ReadKey(*r) for r in data["reads"])
+        return Attachment(AttnResConfig(**data["config"]), reads, data["part"], tuple(map(tuple, data["homes"])))
 
 
 class AttachedParameters(AttnResParameters):
@@ -56,38 +69,59 @@ class AttachedParameters(AttnResParameters):
 
     Attributes:
         keys: The reads, in the order of their tensors.
-        plain: Whether the model runs its original function, inside `plain()`.
-        about: An Attachment as text. It goes into the graph, so the model is compiled again when it changes.
+        homes: For each stream the path of the innermost module whose call runs all of it.
+        parts: Paths of the modules that may be called by themselves, as `generate` calls an encoder, and which of the
+            reads are theirs; the model itself is at `""`.
+        abouts: An Attachment as text for each of the parts. It goes into the graph, so a model is compiled again when
+            it changes.
     """
 
-    def __init__(self, parameters: AttnResParameters, keys: Sequence[ReadKey]) -> None:
+    def __init__(self, parameters: AttnResParameters, keys: Sequence[ReadKey], homes: Mapping[str, str]) -> None:
         super().__init__(list(parameters.reads), parameters.config)
         self.keys = tuple(keys)
-        self.plain = False
+        self.homes = dict(homes)
+        paths = ("", *dict.fromkeys(p for p in homes.values() if p))
+        self.parts = {p: tuple(i for i, k in enumerate(keys) if _is_within(homes[k.stream], p)) for p in paths}
         self._logs: dict[str, CompileLog] = {}
         self._write_about()
 
     def _write_about(self) -> None:
-        self.about = Attachment(self.config, self.keys).to_text()
-        self._logs[self.about] = compile_log(self.about)
+        homes = tuple(self.homes.items())
+        self.abouts = {
+            path: Attachment(self.config, tuple(self.keys[i] for i in reads), path, homes).to_text()
+            for path, reads in self.parts.items()
+        }
+        self._logs |= {about: compile_log(about) for about in self.abouts.values()}
 
     def set_extra_state(self, state: Tensor) -> None:
         super().set_extra_state(state)
         self._write_about()
 
     @property
-    def log(self) -> CompileLog:
-        """Graphs compiled for this attachment."""
-        return self._logs[self.about]
+    def graphs(self) -> list[CompiledGraph]:
+        """Graphs compiled for this attachment, those of the model itself first."""
+        return [g for about in self.abouts.values() for g in self._logs[about].graphs]
 
-    def tensors(self) -> list[Tensor]:
-        """Query, key gain and gate of each read, in the order of `keys`."""
-        return [t for r in self.reads for t in (r.query, r.key_weight, r.gate) if t is not None]
+    def tensors(self, part: str = "") -> list[Tensor]:
+        """Query, key gain and gate of each read of a part, in the order of `keys`."""
+        reads = list(self.reads)
+        held = [reads[i] for i in self.parts[part]]
+        return [t for r in held for t in (r.query, r.key_weight, r.gate) if t is not None]
+
+    def parts_of(self, model: nn.Module) -> list[nn.Module]:
+        """The parts of the attached model that these are the parameters of, itself aside."""
+        return [model.get_submodule(path) for path in self.parts if path]
+
+
+def _is_within(path: str, part: str) -> bool:
+    return part == "" or path == part or path.startswith(f"{part}.")
 
 
 def require_attached(model: nn.Module) -> AttachedParameters:
     """The parameters of an attached model. Raises AttachError where it is not attached."""
     attached = unwrapped(model)._modules.get(ATTRIBUTE)
+    if isinstance(attached, AttnResParameters) and not isinstance(attached, AttachedParameters):
+        raise AttachError(f"{type(model).__name__} is a converted model: this is for attached ones (attnres_fx.attach).")
     if not isinstance(attached, AttachedParameters):
         raise AttachError(
             f"{type(model).__name__} is not attached: call attnres_fx.attach(model, args, kwargs, config=...) first."

@@ -1,6 +1,5 @@
 """`compile`: attach a model and compile it with the `attnres` backend, in place."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ from torch import nn
 from attnres_fx.backend.attach import attach
 from attnres_fx.backend.attachment import is_attached, require_attached
 from attnres_fx.backend.dynamo_backend import attnres, checked_options
-from attnres_fx.capture.isolated_run import fast_path_off
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import AttachError, BackendError
 from attnres_fx.parameters import AttnResParameters
@@ -69,12 +67,4 @@ def compile(
         )
     attached = require_attached(model) if is_attached(model) else attach(model, args, kwargs, config=config)
     model.compile(backend="attnres", fullgraph=fullgraph, dynamic=dynamic, options=options)
-    compiled: Any = model._compiled_call_impl
-
-    @functools.wraps(compiled)
-    def call(*call_args: Any, **call_kwargs: Any) -> Any:
-        with fast_path_off():
-            return compiled(*call_args, **call_kwargs)
-
-    model._compiled_call_impl = call
     return attached

@@ -14,6 +14,7 @@ from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch.fx import GraphModule
 
 from attnres_fx.backend.graph_rewrite import rewrite_graph
+from attnres_fx.backend.plain_runs import refusing_plain
 from attnres_fx.errors import AttnResError, BackendError
 from attnres_fx.passes import checked_lowering
 
@@ -46,7 +47,7 @@ def attnres(gm: GraphModule, example_inputs: Sequence[Any], **settings: Any) -> 
     except AttnResError as error:
         return _raiser(error)  # raised here, it would reach the user inside one of Dynamo's own
     compiled: Callable[..., Any] = inner_compiler(options)(rewritten, list(example_inputs))
-    return compiled
+    return refusing_plain(compiled, gm)
 
 
 def _raiser(error: AttnResError) -> Callable[..., Any]:

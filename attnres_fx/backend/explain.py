@@ -66,4 +66,4 @@ def explain(model: nn.Module) -> Explanation:
     """
     attached = require_attached(model)
     name = type(unwrapped(model)).__name__
-    return Explanation(name, attached.config, attached.reads.names, list(attached.log.graphs))
+    return Explanation(name, attached.config, attached.reads.names, attached.graphs)

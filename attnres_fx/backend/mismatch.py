@@ -7,8 +7,15 @@ from torch.fx import GraphModule
 from attnres_fx.backend.attachment import ReadKey
 
 
-def mismatch_message(gm: GraphModule, expected: set[ReadKey], actual: set[ReadKey]) -> str:
-    """For a graph whose reads are not those that were attached. gm: as Dynamo handed it over."""
+def mismatch_message(gm: GraphModule, expected: set[ReadKey], actual: set[ReadKey], *, in_larger: bool) -> str:
+    """For a graph whose reads are not those that were attached.
+
+    Args:
+        gm: The graph, with Dynamo's reason for its end.
+        expected: The reads that were attached.
+        actual: Those that were found.
+        in_larger: Whether the graph is of something larger that calls the attached model.
+    """
     missing = sorted({k.name for k in expected - actual})
     other = sorted({k.name for k in actual - expected} - set(missing))
     text = f"this graph has {len(actual & expected)} of the {len(expected)} reads that were attached"
@@ -17,15 +24,14 @@ def mismatch_message(gm: GraphModule, expected: set[ReadKey], actual: set[ReadKe
     graph_break = _graph_break(gm)
     if graph_break:
         return f"{text}. {graph_break}"
-    if any(name.endswith(f".{part}") for name in other for part in missing):
+    if in_larger:
         return (
             f"{text}. The attached model is part of a larger compiled one: compile the attached model itself, in place "
             f"(attnres_fx.compile), and leave what calls it uncompiled; or attach the larger one."
         )
     return (
         f"{text}. The model was changed since attach, or takes another path than with the example arguments: "
-        f"detach(model) and attach it again with arguments like these. A generate() that runs an encoder by itself "
-        f"takes another path too: attach the decoder alone."
+        f"detach(model) and attach it again with arguments like these."
     )
 
 

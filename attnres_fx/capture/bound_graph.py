@@ -16,8 +16,8 @@ from attnres_fx.capture.tensor_places import tensors_within
 from attnres_fx.capture.transform_regions import outline_transforms_pass
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.copying import copy_graph
-from attnres_fx.passes.graph.module_paths import ModulePaths, name_modules_
-from attnres_fx.passes.graph.nodes import describe, value_of
+from attnres_fx.passes.graph.module_paths import ModulePaths, name_modules_, paths_by_id
+from attnres_fx.passes.graph.nodes import describe, nodes_with_bodies, value_of
 
 #: Where a bound graph keeps tensors that are neither parameters nor buffers.
 CONSTANT = "_constant_"
@@ -104,9 +104,9 @@ class _Binder:
             node._rename(str(node.target))
         out_spec, stored = self._bind_outputs(writes)
         self._take_attributes()
-        self._name_modules()
         self.graph.lint()
         gm = GraphModule(self.root, self.graph)
+        name_modules_(nodes_with_bodies(gm), ModulePaths(paths_by_id(self.model), ((("L", "module"), ""),)))
         outline_transforms_pass(gm)
         return BoundGraph(gm, out_spec, stored)
 
@@ -210,21 +210,6 @@ class _Binder:
                 name = str(node.target).split(".")[0]
                 if name not in self.root.__dict__ and not hasattr(self.root, name):
                     setattr(self.root, name, getattr(self.recording.gm, name))
-
-    def _name_modules(self) -> None:
-        paths = ModulePaths.of(self.model, ("L", "module"))
-        for graph in _graphs_in(self.root, self.graph):
-            name_modules_(graph.nodes, paths)
-
-
-def _graphs_in(root: nn.Module, graph: Any) -> list[Any]:
-    """A graph and the graphs of the bodies it calls."""
-    graphs = [graph]
-    for node in graph.nodes:
-        body = getattr(root, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(body, GraphModule):
-            graphs += _graphs_in(body, body.graph)
-    return graphs
 
 
 def _is_attribute_path(root: nn.Module, path: str) -> bool:

@@ -13,7 +13,7 @@ from attnres_fx.conversion.comparison import VerifyReport
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.paired import Pair
 from attnres_fx.conversion.size_check import bar_unchecked_ones, check_other_sizes
-from attnres_fx.errors import CheckError, ConfigError
+from attnres_fx.errors import ArgumentError, CheckError, ConfigError
 
 Check = bool | Literal["outputs"]
 

@@ -128,7 +128,7 @@ def test_parts_attached_by_themselves_are_refused_inside_a_larger_model():
     model, x = Two(), torch.randn(2, 4, 8)
     ax.attach(model.a, (x,))
     ax.attach(model.b, (x,))
-    with pytest.raises(BackendError, match="part of a larger compiled one"):
+    with pytest.raises(BackendError, match="two attached models are in one compiled graph"):
         torch.compile(model, backend="attnres", options={"inner": "eager"})(x)
 
 

@@ -1,7 +1,7 @@
 """Module paths: which module's code made a node, however a tracer writes it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -28,6 +28,21 @@ def module_path(node: Node) -> str:
     return ".".join(path_steps(source)[2 if source.startswith(_VARIABLE) else 0 :])
 
 
+def common_calls(nodes: Sequence[Node]) -> list[str]:
+    """Paths of the modules of which one call runs all of some nodes, the outermost first.
+
+    Two calls of one module are two: tracers number them in the keys of the stack.
+    """
+    stacks = [node.meta.get("nn_module_stack") or {} for node in nodes]
+    shared: list[str] = []
+    for entries in zip(*(s.items() for s in stacks), strict=False):
+        if len({key for key, _ in entries}) > 1:
+            break
+        path = entries[0][1]
+        shared.append(".".join(path_steps(path[0] if isinstance(path, tuple | list) else str(path))))
+    return shared
+
+
 def path_steps(source: str) -> Steps:
     """The steps from attribute to attribute of what a tracer writes for a module or a tensor.
 
@@ -43,16 +58,12 @@ class ModulePaths:
 
     Attributes:
         by_id: The path of each module by its `id` as text, which is how Dynamo keys the stack of a node.
-        roots: How Dynamo writes the model itself, in steps: for modules that the model does not register.
+        roots: How Dynamo writes the model or a part of it, in steps, and the part's path: for modules that the model
+            does not register.
     """
 
     by_id: Mapping[str, str]
-    roots: tuple[Steps, ...]
-
-    @staticmethod
-    def of(model: nn.Module, *roots: Steps) -> "ModulePaths":
-        """The paths of the modules of one model."""
-        return ModulePaths({str(id(m)): path for path, m in model.named_modules()}, roots)
+    roots: tuple[tuple[Steps, str], ...]
 
     def path(self, key: str, source: str) -> str | None:
         """The path of one module in the model; None for a module outside of it."""
@@ -60,10 +71,15 @@ class ModulePaths:
         if known is not None:
             return known
         steps = path_steps(source)
-        for root in self.roots:
+        for root, path in self.roots:
             if steps[: len(root)] == root:
-                return ".".join(steps[len(root) :])
+                return ".".join([*([path] if path else []), *steps[len(root) :]])
         return None
+
+
+def paths_by_id(model: nn.Module) -> dict[str, str]:
+    """The path of each module of a model by its `id` as text; the first of several, as `named_modules` has it."""
+    return {str(id(module)): path for path, module in model.named_modules()}
 
 
 def name_modules_(nodes: Iterable[Node], paths: ModulePaths) -> None:

@@ -2,7 +2,8 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -194,6 +195,25 @@ def has_values(gm: GraphModule) -> bool:
         for n in gm.graph.nodes
         if n.op not in ("output", "get_attr", "root") and not (n.op == "placeholder" and n.type is None and not n.users)
     )
+
+
+def nodes_with_bodies(gm: GraphModule) -> Iterator[Node]:
+    """The nodes of a graph and of the bodies it calls."""
+    for node in gm.graph.nodes:
+        yield node
+        if (body := body_of(node, gm)) is not None:
+            yield from nodes_with_bodies(body)
+
+
+def body_of(node: Any, gm: Any) -> GraphModule | None:
+    """The graph that a node of a module gets as an attribute, to hand it on as a body."""
+    if not (isinstance(node, Node) and node.op == "get_attr") or gm is None:
+        return None
+    try:
+        found = attrgetter(str(node.target))(gm)
+    except AttributeError:
+        return None
+    return found if isinstance(found, GraphModule) else None
 
 
 def nodes_without_gradients(graph: Graph) -> frozenset[Node]:

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.emit import emit_switch
+from attnres_fx.passes.graph.nodes import body_of
 from attnres_fx.passes.graph.operation_table import Region, Trait
 from attnres_fx.passes.graph.operations import has_trait, op_name, operation_of
 from attnres_fx.passes.graph.result import PassResult
@@ -61,21 +62,14 @@ def _hiding_regions(gm: GraphModule) -> Iterator[tuple[Node, GraphModule, Region
         region = _region(node)
         if region is None or len(node.args) <= region.body:
             continue
-        body = _body(gm, node.args[region.body])
+        body = body_of(node.args[region.body], gm)
         # A region with a mode is inlined whatever it holds: Dynamo cannot trace it again once sizes are free in it.
         if body is not None and (has_trait(node, Trait.MODE_REGION) or _has_addition(body)):
             yield node, body, region
 
 
-def _body(gm: GraphModule, argument: Any) -> GraphModule | None:
-    if isinstance(argument, Node) and argument.op == "get_attr":
-        found = attrgetter(str(argument.target))(gm)
-        return found if isinstance(found, GraphModule) else None
-    return None
-
-
 def _bodies_with_additions(gm: GraphModule, node: Node) -> bool:
-    bodies = (_body(gm, a) for a in node.args)
+    bodies = (body_of(a, gm) for a in node.args)
     return any(b is not None and _has_addition(b) for b in bodies)
 
 

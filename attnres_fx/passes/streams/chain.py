@@ -6,6 +6,7 @@ from torch.fx import Node
 
 from attnres_fx.passes.graph.module_paths import module_path
 from attnres_fx.passes.graph.nodes import source_line
+from attnres_fx.passes.streams.consumer import consumer_path
 from attnres_fx.passes.streams.formal_sum import Extended
 from attnres_fx.passes.streams.root_states import RootRead, RootStates
 from attnres_fx.passes.streams.stream import Read, Stream, Term
@@ -78,13 +79,13 @@ class StreamChain:
     def _read(self, read: RootRead, position: int, extras: tuple[str, ...]) -> Read:
         first = next(c for c in read.consumers if c in self.sums.live.returned)
         return Read(
-            name="output" if first.op == "output" else module_path(first),
+            name="output" if first.op == "output" else consumer_path(first, read.site),
             state=read.core.name,
             site=read.site.name,
             position=position,
             extras=extras,
             consumers=tuple(c.name for c in read.consumers),
-            module=module_path(first),
+            module=consumer_path(first, read.site),
             line=source_line(first) or source_line(read.core),
         )
 

@@ -1,4 +1,4 @@
-"""Names of streams and of their reads, from module paths and places: they are the same whatever tracer made the graph."""
+"""Names of streams and of their reads, from module paths and places: the same whatever tracer made the graph."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,0 +1,126 @@
+"""The class of an attached module: its own, with a forward that hands its queries to the graph."""
+
+import contextlib
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from attnres_fx.backend.plain_runs import runs_plain
+from attnres_fx.capture.isolated_run import fast_path_off
+from attnres_fx.errors import BackendError
+from attnres_fx.ops.marker import PARAMETERS
+
+#: The attribute, of an attached model and of its parts, that holds its AttachedParameters and its path in the model.
+HELD = "_attnres_attached"
+#: Graphs that one forward may need: shapes, caches, modes, gradients on and off, a few models of one class.
+MOST_GRAPHS = 64
+_DYNAMOS_OWN_LIMIT = 8
+
+
+_MODULES: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
+
+
+def registered_models() -> list[nn.Module]:
+    """All modules with an attached class, copies and what was unpickled among them."""
+    return list(_MODULES.values())
+
+
+def attach_class_(module: nn.Module) -> None:
+    """Give a module a class that differs from its own in `forward` and `compile` alone, in place."""
+    module.__class__ = _attached_class(cast(Any, type(module)))
+    _MODULES[id(module)] = module
+
+
+def detach_class_(module: nn.Module) -> None:
+    """Give a module its own class back, in place, and let it run uncompiled."""
+    module.__class__ = vars(type(module))["_attnres_base"]
+    del module.__dict__[HELD]
+    module._compiled_call_impl = None
+
+
+def has_attached_class(module: nn.Module) -> bool:
+    """Whether a module's class is still the one that it was given when it was attached."""
+    return "_attnres_base" in vars(type(module))
+
+
+@functools.cache
+def _attached_class(base: Any) -> Any:
+    """The class for all modules of one class, so that copies and pickles have it too."""
+    original = base.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attached, path = self.__dict__[HELD]
+        # What runs plain is for this thread and task alone. A graph is for all of them, so none is traced plain.
+        if torch.compiler.is_dynamo_compiling() or not runs_plain(attached):
+            PARAMETERS(attached.tensors(path), attached.abouts[path])
+        return original(self, *args, **kwargs)
+
+    def compile(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.compile(self, *args, **kwargs)
+        self._compiled_call_impl = _call(self, self._compiled_call_impl)
+        attached, path = self.__dict__[HELD]
+        if path == "":
+            for part in attached.parts_of(self):
+                part.compile(*args, **kwargs)
+
+    def reduce(self: Any, _: Any) -> Any:
+        return _new_instance, (base,), self.__getstate__()
+
+    members = {"forward": functools.wraps(original)(_with_own_code(forward)), "compile": compile}
+    members |= {"_attnres_base": base, "__reduce_ex__": reduce}
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**names, **members})
+
+
+def _new_instance(base: Any) -> Any:
+    attached = _attached_class(base)
+    module = attached.__new__(attached)
+    _MODULES[id(module)] = module
+    return module
+
+
+def _with_own_code(function: Any) -> Any:
+    """The function on a code object of its own: Dynamo counts the graphs of each, and classes do not share one."""
+    code = function.__code__
+    return types.FunctionType(
+        code.replace(co_name=code.co_name), function.__globals__, function.__name__, None, function.__closure__
+    )
+
+
+def _call(model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What a call of a compiled model runs: its graphs, or outside of them its original function."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or runs_plain(model.__dict__[HELD][0]):
+            return model._call_impl(*args, **kwargs)
+        with fast_path_off(), _more_graphs():
+            try:
+                return compiled(*args, **kwargs)
+            except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+                raise BackendError(_limit_message(model)) from error
+
+    return call
+
+
+def _more_graphs() -> contextlib.AbstractContextManager[object]:
+    """Room for the graphs of an attached model, unless the user has set a limit."""
+    if torch._dynamo.config.recompile_limit != _DYNAMOS_OWN_LIMIT:
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
+    return patched
+
+
+def _limit_message(model: nn.Module) -> str:
+    limit = torch._dynamo.config.recompile_limit
+    return (
+        f"{type(model).__name__} needs another graph, and the compiler's limit of {limit} for one forward is reached "
+        f"(a graph for each kind of call: shapes, caches, train or eval, gradients). Raise "
+        f"torch._dynamo.config.recompile_limit (and accumulated_recompile_limit, for many models of one class), or "
+        f"look at TORCH_LOGS=recompiles for what changes from call to call; torch.compiler.reset() forgets all graphs."
+    )

@@ -1,0 +1,101 @@
+"""The reads of one graph and those that were attached: which is which."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from attnres_fx.backend.attachment import ReadKey, read_key
+from attnres_fx.backend.handed_over import HandedOver, is_outside, runs_module
+from attnres_fx.backend.mismatch import mismatch_message
+from attnres_fx.config import AttnResConfig
+from attnres_fx.errors import BackendError, ScheduleError
+from attnres_fx.passes import ReadParameters, ReadPlan, StreamSet, plan_depth_reads
+from attnres_fx.passes.streams.stream import Stream
+
+
+@dataclass(frozen=True)
+class MatchedReads:
+    """A plan whose reads are those that were attached.
+
+    Attributes:
+        plan: Of this graph.
+        weights: Query, gain and gate of each of its reads, by the name that the read has in the plan.
+    """
+
+    plan: ReadPlan
+    weights: Mapping[str, ReadParameters]
+
+
+def match_reads(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> MatchedReads:
+    """Match the reads of a graph with what was attached.
+
+    A stream may be absent as a whole where the graph does not call the module that runs it, as an encoder is absent
+    from a step of its decoder.
+
+    Raises:
+        BackendError: They do not match; it says where.
+    """
+    plan = _plan(gm, streams, handed)
+    found = {read_key(read): read.read for read in plan.reads}
+    present = {key.stream for key in found}
+    expected = {k for k in handed.weights if k.stream in present or not _may_be_absent(gm, k.stream, handed)}
+    matched = _matched(expected, found)
+    if matched is None:
+        larger = any(c.meta.get("nn_module_stack") for c in handed.calls)
+        raise BackendError(mismatch_message(gm, expected, set(found), in_larger=larger))
+    return MatchedReads(plan, {found[key]: handed.weights[attached] for key, attached in matched.items()})
+
+
+def _plan(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> ReadPlan:
+    option = handed.config.streams
+    names = {s.name for s in streams.streams}
+    known = option if isinstance(option, str) else [n for n in option if n in names]
+    nodes = {n.name: n for n in gm.graph.nodes}
+
+    def is_inside(stream: Stream) -> bool:
+        return not all(is_outside(nodes[t.written_by], handed.calls) for t in stream.terms if t.written_by in nodes)
+
+    selected = tuple(filter(is_inside, streams.select(known) if known else ()))
+    try:
+        return plan_depth_reads(streams, selected, handed.config)
+    except ScheduleError:  # a part of the model has fewer sublayers; what its reads are does not depend on blocks
+        plain = AttnResConfig(variant="full", output=handed.config.output)
+        return plan_depth_reads(streams, selected, plain)
+
+
+def _may_be_absent(gm: GraphModule, stream: str, handed: HandedOver) -> bool:
+    home = handed.homes.get(stream, "")
+    return home != "" and not runs_module(gm, home)
+
+
+def _matched(expected: Collection[ReadKey], found: Collection[ReadKey]) -> dict[ReadKey, ReadKey] | None:
+    """The attached read of each read that was found; None where they are not the same reads."""
+    left = sorted(expected)
+    matched: dict[ReadKey, ReadKey] = {}
+    for fits in (_have_one_name, _may_be_one_read):
+        for key in sorted(set(found) - set(matched)):
+            same = next((k for k in left if _place(k) == _place(key) and fits(k.name, key.name)), None)
+            if same is not None:
+                left.remove(same)
+                matched[key] = same
+    return matched if not left and len(matched) == len(found) else None
+
+
+def _have_one_name(attached: str, found: str) -> bool:
+    return attached == found
+
+
+def _place(key: ReadKey) -> object:
+    return key.stream, key.position, key.extras, key.width, key.gated
+
+
+def _may_be_one_read(attached: str, found: str) -> bool:
+    """Whether two names at one place of a stream can be one read.
+
+    An adapter puts the module that consumes a state inside another (`mix` becomes `mix.base_layer`), and what leaves
+    the graph of a part, or of the model into a larger function, is no output in the other.
+    """
+    attached, found = attached.split("#")[0], found.split("#")[0]
+    one_inside_the_other = attached.startswith(f"{found}.") or found.startswith(f"{attached}.")
+    return one_inside_the_other or "output" in (attached, found)
