@@ -73,13 +73,17 @@ class FusedAddition:
         left, right: The keywords of the factors.
         alpha: The keyword of the product's scale.
         beta: The keyword of the addend's scale; empty where it has none.
+        addend: Where the addend stands among the three.
+        only_compiled: Whether tracers write it for compilers, so that it is split wherever it stands.
     """
 
     product: str
     left: str
     right: str
-    alpha: str
+    alpha: str = ""
     beta: str = ""
+    addend: int = 0
+    only_compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,7 @@ OPERATIONS = (
     Operation("baddbmm", SAVES, fused=FusedAddition("bmm", "batch1", "batch2", "alpha", "beta")),
     Operation("addcmul", fused=FusedAddition("mul", "tensor1", "tensor2", "value")),
     Operation("addcdiv", fused=FusedAddition("div", "tensor1", "tensor2", "value")),
+    Operation("fma", LIGHT, fused=FusedAddition("mul", "a", "b", addend=2, only_compiled=True)),
     Operation("conv", CHANNELS | SAVES, also=("convolution", "conv1d", "conv2d", "conv3d")),
     *(Operation(n, CHANNELS) for n in ("max_pool2d", "avg_pool2d")),
     Operation("sdpa", SAVES, also=("scaled_dot_product_attention",)),

@@ -51,14 +51,21 @@ def _is_same_kind(operand: Node, node: Node) -> bool:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A call that is `beta * addend + alpha * product(left, right)`; product is an operation's canonical name."""
+    """A call that is `beta * addend + alpha * product(left, right)`.
+
+    Attributes:
+        product: Canonical name of the operation.
+        right: A number in what tracers write for compilers.
+        always: Whether the call is split whatever the product is computed from.
+    """
 
     product: str
     addend: Node
     left: Node
-    right: Node
+    right: Any
     beta: float
     alpha: float
+    always: bool
 
 
 def _match_fused(node: Node) -> _Parts | None:
@@ -66,15 +73,18 @@ def _match_fused(node: Node) -> _Parts | None:
     if operation is None or operation.fused is None or not is_floating(node):
         return None
     fused, keywords, positional = operation.fused, dict(node.kwargs), list(node.args)
-    addend = positional.pop(0) if positional else keywords.get("input", keywords.get("self"))
+    addend_name = "c" if fused.addend else "input"
+    addend = positional.pop(fused.addend) if len(positional) > fused.addend else keywords.get(addend_name)
+    addend = keywords.get("self") if addend is None else addend
     left = positional.pop(0) if positional else keywords.get(fused.left)
-    right = positional.pop(0) if positional else keywords.get(fused.right)
+    right: Any = positional.pop(0) if positional else keywords.get(fused.right)
     beta, alpha = keywords.get(fused.beta, 1), keywords.get(fused.alpha, 1)
-    if not all(isinstance(n, Node) for n in (addend, left, right)) or positional:
+    factor = isinstance(right, Node) or (fused.only_compiled and isinstance(right, int | float))
+    if not (isinstance(addend, Node) and isinstance(left, Node) and factor) or positional:
         return None
-    if not all(isinstance(s, int | float) for s in (beta, alpha)):
+    if not isinstance(beta, int | float) or not isinstance(alpha, int | float):
         return None
-    return _Parts(fused.product, addend, left, right, beta, alpha)  # type: ignore[arg-type]
+    return _Parts(fused.product, addend, left, right, beta, alpha, fused.only_compiled)
 
 
 def _depends_on(products: tuple[Any, ...], addend: Node) -> bool:
@@ -93,14 +103,18 @@ def _depends_on(products: tuple[Any, ...], addend: Node) -> bool:
     return False
 
 
+def _may_be_residual(parts: _Parts, node: Node) -> bool:
+    return same_shape(parts.addend, node) and _depends_on((parts.left, parts.right), parts.addend)
+
+
 def _split_product(graph: Graph, node: Node) -> bool:
     parts = _match_fused(node)
-    if parts is None or not same_shape(parts.addend, node) or not _depends_on((parts.left, parts.right), parts.addend):
+    if parts is None or not (parts.always or _may_be_residual(parts, node)):
         return False
     addend = parts.addend
     with graph.inserting_before(node):
         product = emit(graph, parts.product, (parts.left, parts.right), like=node)
-        if not same_shape(product, node):
+        if not same_shape(product, node) and same_shape(addend, node):
             product = emit(graph, "expand_as", (product, addend), like=node)
         if parts.beta != 1:
             addend = emit(graph, "mul", (addend, parts.beta), like=node)
