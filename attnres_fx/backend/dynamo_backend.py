@@ -15,10 +15,15 @@ from torch.fx import GraphModule
 
 from attnres_fx.backend.graph_rewrite import rewrite_graph
 from attnres_fx.backend.plain_runs import refusing_plain
+from attnres_fx.capture.restore import restore_autograd_pass
 from attnres_fx.errors import AttnResError, BackendError
 from attnres_fx.passes import checked_lowering
 
 __all__ = ["attnres"]
+
+#: Inner compilers that run a graph of torch functions as it is. What Dynamo records of checkpoints and custom backwards
+#: is right only behind AOTAutograd: run as it is, a checkpoint draws other dropout in its recomputation.
+RUNS_GRAPHS_EAGERLY = ("eager", "eager_noexcept", "eager_debug", "pre_dispatch_eager")
 
 OPTIONS = ("inner", "mode", "inductor", "lowering")
 
@@ -46,6 +51,8 @@ def attnres(gm: GraphModule, example_inputs: Sequence[Any], **settings: Any) -> 
         rewritten = rewrite_graph(gm, options["inner"], options["lowering"])
     except AttnResError as error:
         return _raiser(error)  # raised here, it would reach the user inside one of Dynamo's own
+    if options["inner"] in RUNS_GRAPHS_EAGERLY:
+        restore_autograd_pass(rewritten)
     compiled: Callable[..., Any] = inner_compiler(options)(rewritten, list(example_inputs))
     return refusing_plain(compiled, gm)
 
