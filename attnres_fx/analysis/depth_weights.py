@@ -1,4 +1,4 @@
-"""The weights of attention over depth in a converted model, read by read."""
+"""The weights of attention over depth in a model, read by read."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
+from attnres_fx.backend.attachment import is_attached, unwrapped
+from attnres_fx.backend.converted_form import converted_form
 from attnres_fx.conversion.converted_model import ConvertedModel
+from attnres_fx.errors import AttachError
 from attnres_fx.ops import depth_weights as weights_of
 
 _SHADES = " ░▒▓█"
@@ -75,31 +78,47 @@ def _cell(weight: float | None) -> str:
 
 
 def depth_weights(
-    converted: ConvertedModel,
+    model: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     per_token: bool = False,
 ) -> DepthWeights:
-    """Run a converted model once, without gradients, and return the weights of every read.
+    """Run a model once, without gradients, and return the weights of every read.
 
     Source: arXiv 2603.15031, section 5.3 (the learned weights it plots).
 
     Args:
-        converted: A converted model; it runs in its current mode.
+        model: A converted model, or an attached one (compiled or not), which is captured to look into it. It runs in
+            its current mode.
         args: Positional arguments, as for calling it.
         kwargs: Keyword arguments.
         per_token: Keep weights [S, ...] for every token instead of their average [S].
 
     Returns:
         The weights by read, in execution order; float32, or float64 for float64 sources.
+
+    Raises:
+        AttachError: The model is neither converted nor attached.
     """
+    converted = _with_graph(model, args, kwargs)
     gm = converted.graph_module()
     replacements = {r.node: r for r in converted.replacements()}
     recorder = _Recorder(gm, replacements, per_token)
     with torch.no_grad():
         recorder.run(*converted.flatten_arguments(*args, **(kwargs or {})))
     return DepthWeights(tuple(recorder.weights))
+
+
+def _with_graph(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> ConvertedModel:
+    if isinstance(model, ConvertedModel):
+        return model
+    if not is_attached(unwrapped(model)):
+        raise AttachError(
+            f"depth_weights takes a converted or an attached model, and {type(model).__name__} is neither: call "
+            f"attnres_fx.convert(model, args, kwargs) first, and train what it returns."
+        )
+    return converted_form(model, args, kwargs)
 
 
 class _Recorder(Interpreter):
