@@ -96,7 +96,7 @@ def _check_attachable(model: Any, config: Any) -> None:
     if isinstance(model, ConvertedModel):
         raise AlreadyConvertedError("the model is converted already: attach the original, or torch.compile this.")
     if isinstance(model, OptimizedModule):
-        raise AttachError("the model is what torch.compile returned: attach the model itself, and compile it afterwards.")
+        raise AttachError("the model is what torch.compile returned: attach the model itself, compile it afterwards.")
     if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
         raise AttachError(
             f"attach takes an nn.Module with code of its own, not a {type(model).__name__}: convert() takes graphs."

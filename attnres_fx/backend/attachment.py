@@ -121,7 +121,9 @@ def require_attached(model: nn.Module) -> AttachedParameters:
     """The parameters of an attached model. Raises AttachError where it is not attached."""
     attached = unwrapped(model)._modules.get(ATTRIBUTE)
     if isinstance(attached, AttnResParameters) and not isinstance(attached, AttachedParameters):
-        raise AttachError(f"{type(model).__name__} is a converted model: this is for attached ones (attnres_fx.attach).")
+        raise AttachError(
+            f"{type(model).__name__} is a converted model; this is for attached ones (attnres_fx.attach)."
+        )
     if not isinstance(attached, AttachedParameters):
         raise AttachError(
             f"{type(model).__name__} is not attached: call attnres_fx.attach(model, args, kwargs, config=...) first."

@@ -39,8 +39,14 @@ def verify(
         The largest differences of outputs, gradients of parameters and floating inputs, and buffers.
 
     Raises:
+        ArgumentError: The second model is not converted.
         CheckError: The two return other numbers of values, or values of other shapes or dtypes.
     """
+    if not isinstance(converted, ConvertedModel):
+        raise ArgumentError(
+            f"verify takes an original and what convert made of it; the second is a {type(converted).__name__}. The "
+            f"original of an attached model is what `with attnres_fx.plain(model) as original:` gives."
+        )
     pair = Pair(model, converted, converted.mode)
     return pair.compared(tuple(args), dict(kwargs or {}), gradients=True)
 
