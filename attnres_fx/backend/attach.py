@@ -115,7 +115,7 @@ def _check_attachable(model: Any, config: Any) -> None:
     if "forward" in vars(model):
         raise AttachError(
             f"the forward of this {type(model).__name__} is replaced on the instance by {_name_of(model.forward)}, "
-            f"which calls the original around anything that attach adds. Attach the model first and wrap it afterwards "
+            f"which calls the original around anything that attach adds. Attach the model first, and wrap it afterwards "
             f"(accelerate's prepare, autocast wrappers, offloading hooks), or take the wrapper off: del model.forward."
         )
 
@@ -123,8 +123,9 @@ def _check_attachable(model: Any, config: Any) -> None:
 def _name_of(function: Any) -> str:
     """A function as its author would find it."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    name = getattr(function, "__qualname__", type(function).__name__)
-    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
+    if code is None:
+        return type(function).__name__
+    return f"{getattr(code, 'co_qualname', code.co_name)} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _attach_parts_(model: nn.Module, attached: AttachedParameters) -> None:

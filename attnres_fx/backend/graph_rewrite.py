@@ -19,6 +19,7 @@ from attnres_fx.passes.graph.module_paths import name_modules_
 from attnres_fx.passes.graph.nodes import nodes_with_bodies, tensor_of
 from attnres_fx.passes.graph.operations import trains
 from attnres_fx.passes.lowering.read_calls import OPERATORS, kernels_of
+from attnres_fx.passes.normalize.inline_regions import hidden_regions
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 def rewrite_graph(gm: GraphModule, inner: str, lowering: Lowering) -> GraphModule:
     """A copy of Dynamo's graph whose streams are read through depth attention.
 
-    A graph that reads through depth attention already is only lowered.
+    A graph that reads through depth attention already is only lowered; one without streams, as a hook has, stays.
 
     Args:
         gm: As Dynamo hands it to a backend; it is left as it is.
@@ -38,9 +39,11 @@ def rewrite_graph(gm: GraphModule, inner: str, lowering: Lowering) -> GraphModul
     """
     copied = _copied(gm)
     if not any(n.target is PARAMETERS for n in nodes_with_bodies(copied)):
-        if not any(n.target in OPERATORS for n in gm.graph.nodes):
+        if any(n.target in OPERATORS for n in gm.graph.nodes):
+            lower_(copied, lowering, training=torch.is_grad_enabled())
+            return copied
+        if _may_hold_a_stream(gm):
             raise BackendError(no_marker_message(gm))
-        lower_(copied, lowering, training=torch.is_grad_enabled())
         return copied
     results = normalize_(copied)
     handed = handed_over(copied)
@@ -63,6 +66,14 @@ def rewrite_graph(gm: GraphModule, inner: str, lowering: Lowering) -> GraphModul
     changed = [str(r) for r in (*results, result, *lowered) if r.modified]
     _log_graph(handed.about, copied, len(matched.weights), changed, inner)
     return copied
+
+
+def _may_hold_a_stream(gm: GraphModule) -> bool:
+    """Whether leaving a graph as it is could leave residuals plain. A hook of an attached model has a graph without."""
+    normalized = _copied(gm)
+    normalize_(normalized)
+    found = find_streams(normalized.graph)
+    return bool(found.streams or found.refusals or hidden_regions(normalized))
 
 
 def _copied(gm: GraphModule) -> GraphModule:
