@@ -115,7 +115,7 @@ def _check_attachable(model: Any, config: Any) -> None:
     if "forward" in vars(model):
         raise AttachError(
             f"the forward of this {type(model).__name__} is replaced on the instance by {_name_of(model.forward)}, "
-            f"which calls the original around anything that attach adds. Attach the model first, and wrap it afterwards "
+            f"which calls the original around what attach adds. Attach the model first, and wrap it afterwards "
             f"(accelerate's prepare, autocast wrappers, offloading hooks), or take the wrapper off: del model.forward."
         )
 

@@ -1,7 +1,7 @@
 """The reads of one graph and those that were attached: which is which."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
 
@@ -37,7 +37,7 @@ def match_reads(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> Matc
         BackendError: They do not match; it says where.
     """
     plan = _plan(gm, streams, handed)
-    found = {read_key(read): read.read for read in plan.reads}
+    found = _under_attached_streams({read_key(read): read.read for read in plan.reads}, list(handed.weights))
     present = {key.stream for key in found}
     expected = {k for k in handed.weights if k.stream in present or not _may_be_absent(gm, k.stream, handed)}
     matched = _matched(expected, found)
@@ -62,6 +62,28 @@ def _plan(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> ReadPlan:
     except ScheduleError:  # a part of the model has fewer sublayers; what its reads are does not depend on blocks
         plain = AttnResConfig(variant="full", output=handed.config.output)
         return plan_depth_reads(streams, selected, plain)
+
+
+def _under_attached_streams(found: dict[ReadKey, str], attached: Sequence[ReadKey]) -> dict[ReadKey, str]:
+    """The reads under the streams that were attached.
+
+    A stream is named after what reads it too. Where a part runs by itself its last reader is missing, and it may have
+    another name: it is the attached stream with the same reads.
+    """
+    by_stream: dict[str, list[ReadKey]] = {}
+    for key in found:
+        by_stream.setdefault(key.stream, []).append(key)
+    missing = [s for s in dict.fromkeys(k.stream for k in attached) if s not in by_stream]
+    names: dict[str, str] = {}
+    for stream, keys in by_stream.items():
+        if any(k.stream == stream for k in attached):
+            continue
+        for other in missing:
+            same = [k for k in attached if k.stream == other]
+            if other not in names.values() and _matched(same, [replace(k, stream=other) for k in keys]) is not None:
+                names[stream] = other
+                break
+    return {replace(key, stream=names.get(key.stream, key.stream)): read for key, read in found.items()}
 
 
 def _may_be_absent(gm: GraphModule, stream: str, handed: HandedOver) -> bool:

@@ -108,7 +108,7 @@ CALLERS = {
     "nn.Sequential": lambda model: nn.Sequential(nn.Identity(), model),
     "a module that holds it": Holder,
     "a module that calls its forward": CallsForward,
-    "a dictionary": lambda model: lambda x, held={"model": model}: held["model"](x),  # noqa: B006
+    "a dictionary": lambda model: lambda x, held={"model": model}: held["model"](x),
 }
 
 
