@@ -19,6 +19,7 @@ from attnres_fx.passes import (
     run_pass,
 )
 from attnres_fx.passes.graph.nodes import fake_parameter, insert_attribute, tensor_of
+from attnres_fx.passes.rewrite.outline_regions import outline_recomputed_pass
 
 
 def same_streams(streams: StreamSet, selected: Sequence[Stream]) -> tuple[Stream, ...]:
@@ -59,6 +60,7 @@ def rewrite_(
         eps=parameters.config.eps,
         fetch=lambda read, like: _fetch(gm.graph, parameters, read, like),
     )
+    run_pass(outline_recomputed_pass, gm)
     restore_autograd_pass(gm)
     return result.replaced
 

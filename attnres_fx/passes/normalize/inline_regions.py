@@ -96,7 +96,7 @@ def _inline(gm: GraphModule, call: Node, body: GraphModule, region: Region) -> N
                 result = map_arg(node.args[0], lambda n: mapping[n])
                 continue
             mapping[node] = _copied(gm, body, node, mapping, call)
-            if region.recomputes and node.op == "call_function":
+            if region.recomputes and node.op in ("call_function", "call_method", "call_module"):
                 _tag_recomputed(mapping[node], body)
         leave()
     _replace_outputs(call, result)
