@@ -64,8 +64,12 @@ class HeldInAList(FinalFunction):
 
 
 class TwoStreams(FinalFunction):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
     def forward(self, x):
-        y = x.flip(1)
+        x, y = self.first(x), self.second(x)
         for norm, mix in zip(self.norms, self.mixes, strict=True):
             x, y = x + mix(norm(x)), y + mix(norm(y)).tanh()
         a, b = normed(x), normed(y)
@@ -77,7 +81,7 @@ NAMES = {
     AllFunctions: ("mixes.read_1", "mixes.read_2", "mixes.read_3"),
     AllInTheTop: ("stream.read_1", "stream.read_2", "stream.read_3"),
     HeldInAList: ("norms.1", "norms.2", "stream.read_3"),
-    TwoStreams: ("norms.1", "norms.1#2", "norms.2", "norms.2#2", "stream.read_3", "stream#2.read_3"),
+    TwoStreams: ("norms.1", "norms.1#2", "norms.2", "norms.2#2", "stream.read_3", "norms.read_3"),
 }
 
 

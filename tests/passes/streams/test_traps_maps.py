@@ -114,7 +114,7 @@ def test_a_fill_that_is_not_zero_is_a_read():
         return m.head(h.masked_fill(padding()[..., None] == 0, 1.0))
 
     found = found_text(toy(program), (tokens(),), "symbolic").splitlines()
-    assert found[-1] == "  masked_fill reads 2"
+    assert found[-1] == "  stream.read_2 reads 2"
     check_trap(program, (tokens(),), "\n".join(found), spellings=("symbolic",))
 
 
