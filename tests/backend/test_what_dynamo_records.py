@@ -1,4 +1,4 @@
-"""What Dynamo records for compilers (checkpoints, own backwards, hooks, fused additions) is right in every inner one."""
+"""What Dynamo records for compilers: checkpoints, backwards, hooks, fused additions, right in every inner compiler."""
 
 import copy
 

@@ -72,15 +72,17 @@ def _match_fused(node: Node) -> _Parts | None:
     operation = operation_of(node)
     if operation is None or operation.fused is None or not is_floating(node):
         return None
-    fused, keywords, positional = operation.fused, dict(node.kwargs), list(node.args)
-    addend_name = "c" if fused.addend else "input"
-    addend = positional.pop(fused.addend) if len(positional) > fused.addend else keywords.get(addend_name)
-    addend = keywords.get("self") if addend is None else addend
-    left = positional.pop(0) if positional else keywords.get(fused.left)
-    right: Any = positional.pop(0) if positional else keywords.get(fused.right)
+    fused, keywords = operation.fused, node.kwargs
+    names: list[tuple[str, ...]] = [(fused.left,), (fused.right,)]
+    names.insert(fused.addend, ("input", "self", "c"))
+    given = [*node.args, *(next((keywords[k] for k in ks if k in keywords), None) for ks in names[len(node.args) :])]
+    if len(given) != 3:
+        return None
+    addend = given.pop(fused.addend)
+    left, right = given
     beta, alpha = keywords.get(fused.beta, 1), keywords.get(fused.alpha, 1)
     factor = isinstance(right, Node) or (fused.only_compiled and isinstance(right, int | float))
-    if not (isinstance(addend, Node) and isinstance(left, Node) and factor) or positional:
+    if not (isinstance(addend, Node) and isinstance(left, Node) and factor):
         return None
     if not isinstance(beta, int | float) or not isinstance(alpha, int | float):
         return None
