@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from attnres_fx.backend.compile import compile
     from attnres_fx.backend.explain import explain
     from attnres_fx.config import AttnResConfig
+    from attnres_fx.conversion.adapter import load_adapter, save_adapter
     from attnres_fx.conversion.convert import convert, inspect
     from attnres_fx.conversion.converted_model import ConvertedModel, load
     from attnres_fx.conversion.verify import verify
@@ -36,10 +37,12 @@ _HOMES = {
     "explain": "attnres_fx.backend.explain",
     "inspect": "attnres_fx.conversion.convert",
     "load": "attnres_fx.conversion.converted_model",
+    "load_adapter": "attnres_fx.conversion.adapter",
     "load_plan": "attnres_fx.partition.plan.load_plan",
     "parameter_groups": "attnres_fx.parameters",
     "plain": "attnres_fx.backend.attach",
     "plan": "attnres_fx.partition.plan.planning",
+    "save_adapter": "attnres_fx.conversion.adapter",
     "verify": "attnres_fx.conversion.verify",
 }
 
@@ -59,11 +62,13 @@ __all__ = [
     "explain",
     "inspect",
     "load",
+    "load_adapter",
     "load_plan",
     "ops",
     "parameter_groups",
     "plain",
     "plan",
+    "save_adapter",
     "verify",
 ]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -91,13 +91,64 @@ class AttnResParameters(nn.Module):
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        try:
-            self.config = AttnResConfig(**json.loads(bytes(state.cpu().tolist())))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"the state's config (attnres._extra_state) cannot be read: {error}") from error
+        """Compare the config of a state with this one's: parameters mean nothing under another.
+
+        Raises:
+            ConfigError: It is another config; both are named. The parameters are left as they are.
+        """
+        found = _config_in(state)
+        if different := different_options(found, self.config):
+            raise ConfigError(
+                f"the state was made with {shown_config(found)}, and this model with {shown_config(self.config)}: the "
+                f"same parameters would compute another function ({', '.join(different)}). Convert or attach the "
+                f"original with the config of the state, and load it then."
+            )
 
     def extra_repr(self) -> str:
         return f"variant={self.config.variant!r}, output={self.config.output!r}"
+
+
+#: What decides which sources a read sees, and what it makes of them; names of streams are in the names of reads.
+_DECIDING = ("variant", "num_blocks", "block_size", "boundaries", "output", "eps")
+
+
+def _config_in(state: Any) -> AttnResConfig:
+    try:
+        return AttnResConfig(**json.loads(bytes(state.cpu().tolist())))
+    except Exception as error:  # whatever stands there
+        raise ConfigError(f"the state's config (attnres._extra_state) cannot be read: {error}") from error
+
+
+def different_options(one: AttnResConfig, other: AttnResConfig) -> list[str]:
+    """The options by which the same parameters compute another function."""
+    return [n for n in _DECIDING if getattr(one, n) != getattr(other, n)]
+
+
+def shown_config(config: AttnResConfig) -> str:
+    """A config by the options that were given."""
+    given = [f"{f.name}={getattr(config, f.name)!r}" for f in dataclasses.fields(config) if _is_given(config, f)]
+    return f"AttnResConfig({', '.join(given)})"
+
+
+def _is_given(config: AttnResConfig, field: Any) -> bool:
+    return field.name in ("variant", "output") or getattr(config, field.name) != field.default
+
+
+def check_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+    """Compare the config in a state with that of a model, before anything is loaded.
+
+    Args:
+        model: With `attnres` parameters.
+        state_dict: A state that may have been made with another config.
+        prefix: Of the model's own names in it.
+
+    Raises:
+        ConfigError: It was; both configs are named.
+    """
+    attnres = model._modules.get("attnres")
+    state = state_dict.get(f"{prefix}attnres._extra_state")
+    if isinstance(attnres, AttnResParameters) and state is not None:
+        attnres.set_extra_state(state)
 
 
 def attribute_name(read: str) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from attnres_fx.backend.plain_runs import runs_plain
 from attnres_fx.capture.isolated_run import fast_path_off
 from attnres_fx.errors import BackendError
 from attnres_fx.ops.marker import PARAMETERS
+from attnres_fx.parameters import check_state
 
 #: The attribute, of an attached model and of its parts, that holds its AttachedParameters and its path in the model.
 HELD = "_attnres_attached"
@@ -68,11 +69,15 @@ def _attached_class(base: Any) -> Any:
             for part in attached.parts_of(self):
                 part.compile(*args, **kwargs)
 
+    def load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        check_state(self, state_dict, prefix)  # before any parameter is loaded
+        base._load_from_state_dict(self, state_dict, prefix, *args)
+
     def reduce(self: Any, _: Any) -> Any:
         return _new_instance, (base,), self.__getstate__()
 
     members = {"forward": functools.wraps(original)(_with_own_code(forward)), "compile": compile}
-    members |= {"_attnres_base": base, "__reduce_ex__": reduce}
+    members |= {"_attnres_base": base, "__reduce_ex__": reduce, "_load_from_state_dict": load_from_state_dict}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {**names, **members})
 

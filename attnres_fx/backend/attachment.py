@@ -93,10 +93,6 @@ class AttachedParameters(AttnResParameters):
         }
         self._logs |= {about: compile_log(about) for about in self.abouts.values()}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        super().set_extra_state(state)
-        self._write_about()
-
     @property
     def graphs(self) -> list[CompiledGraph]:
         """Graphs compiled for this attachment, those of the model itself first."""

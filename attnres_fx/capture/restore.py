@@ -5,6 +5,7 @@ custom backwards and hooks cannot be compiled once more.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,21 @@ FUNCTION = "higher_order::autograd_function_apply"
 HOOK = "higher_order::register_hook"
 
 A_CHECKPOINT = "a checkpoint"
+
+
+@dataclass(frozen=True)
+class RestoredFunction:
+    """What a restored custom function is made of.
+
+    Attributes:
+        forward: Its forward as a graph; returns the outputs, and what backward needs.
+        backward: Its backward as a graph, of the gradients and of what forward kept.
+        not_differentiable: The outputs without gradients.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    not_differentiable: tuple[int, ...]
 
 
 def restore_autograd_pass(gm: GraphModule) -> PassResult:
@@ -71,7 +87,7 @@ def _restore_checkpoint(gm: GraphModule, node: Node) -> None:
 def _restore_function(gm: GraphModule, node: Node) -> None:
     forward, backward = (getattr(gm, str(n.target)) for n in node.args[:2])  # type: ignore[union-attr]
     not_differentiable = node.kwargs.get("non_differentiable_idx", ())
-    node.target = _function_of(forward, backward, tuple(not_differentiable))  # type: ignore[arg-type]
+    node.target = function_of(forward, backward, tuple(not_differentiable))  # type: ignore[arg-type]
     node.args, node.kwargs = node.args[2:], {}
 
 
@@ -79,7 +95,7 @@ def _restore_hook(gm: GraphModule, node: Node) -> None:
     node.target = _HOOKED
 
 
-def _function_of(
+def function_of(
     forward_graph: Callable[..., Any], backward_graph: Callable[..., Any], not_differentiable: Sequence[int]
 ) -> Callable[..., Any]:
     """A function whose forward and backward are recorded graphs."""
@@ -105,7 +121,9 @@ def _function_of(
     def recorded_function(*args: Any) -> Any:
         return Recorded.apply(*args)
 
-    recorded_function.attnres_restored_function = True  # type: ignore[attr-defined]
+    recorded_function.attnres_restored_function = RestoredFunction(  # type: ignore[attr-defined]
+        forward_graph, backward_graph, tuple(not_differentiable)
+    )
     return recorded_function
 
 

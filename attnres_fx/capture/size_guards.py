@@ -34,6 +34,9 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "Not": operator.not_,
 }
 
+#: What an expression may do.
+KNOWN_OPERATIONS = frozenset(_OPERATIONS)
+
 _NAMES = {
     "Equality": "Eq",
     "Unequality": "Ne",

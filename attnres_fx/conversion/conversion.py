@@ -1,6 +1,6 @@
 """What a converted model holds beside the original's modules: its programs, and how they are called."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.report import ConversionReport
+from attnres_fx.errors import SaveError
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
@@ -84,3 +85,31 @@ class Conversion:
         for programs in (self.programs.values(), *self.further.values()):
             for program in programs:
                 self.edits.watch(root, program.watched)
+
+    def add(self, modes: Sequence[Mode], program: CapturedProgram) -> None:
+        """One more program: the first of a mode, or for another kind of call than those before it."""
+        for mode in modes:
+            if mode in self.programs:
+                self.further.setdefault(mode, []).append(program)
+            else:
+                self.programs[mode] = program
+
+    def check_current(self, root: nn.Module) -> None:
+        """Compare the converted model with what its programs were captured from, before they are written to a file.
+
+        Raises:
+            EditedError: The model was changed in a way that its programs do not see.
+            SaveError: A program is to be captured again, which the next call does.
+        """
+        if self.edits is not None:
+            self.edits.check(root)
+        moved = self.recapture is not None and self.placement != placement_of(root)
+        for mode in self.programs:
+            why = self.edits.original_changed(mode) if self.edits is not None else ""
+            if moved or mode in self.outdated:
+                why = "the model was cast or moved"
+            if why:
+                raise SaveError(
+                    f"the {mode} program is older than the model, because {why}: call the model once in {mode} mode, "
+                    f"which captures it again, and save then."
+                )

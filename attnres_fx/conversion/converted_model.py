@@ -1,6 +1,7 @@
 """The module a conversion returns: the original's modules, the new parameters, and the programs of its calls."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -21,11 +22,12 @@ from attnres_fx.conversion.calls import program_for
 from attnres_fx.conversion.captured_program import CapturedProgram, current_autocast, flat_arguments
 from attnres_fx.conversion.conversion import ADDED, CONSTANTS, Conversion, placement_of
 from attnres_fx.conversion.edits import allow_forwards, refuse_forwards
-from attnres_fx.conversion.files import ModelParts, load_parts, save_parts
+from attnres_fx.conversion.files import load_parts, parts_of, save_parts
 from attnres_fx.conversion.graph_runner import GraphRunner
 from attnres_fx.conversion.report import ConversionReport
+from attnres_fx.conversion.stored.container import reading
 from attnres_fx.errors import RewriteError
-from attnres_fx.parameters import AttnResParameters
+from attnres_fx.parameters import AttnResParameters, check_state
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
@@ -216,7 +218,10 @@ class ConvertedModel(GraphRunner):
         Args:
             mode: `"train"` or `"eval"`.
         """
-        program = self.programs[mode]
+        return self.captured_graph(self.programs[mode])
+
+    def captured_graph(self, program: CapturedProgram) -> CapturedGraph:
+        """A copy of one program's graph as a capture returns it, on this model's own tensors."""
         gm = GraphModule(self, copy_graph(program.graph))
         ranges = dict(program.ranges)
         return CapturedGraph(
@@ -234,30 +239,16 @@ class ConvertedModel(GraphRunner):
     def save(self, path: Any) -> None:
         """Write programs of both modes, weights, config and report to a file for `attnres_fx.load`.
 
+        The file is data alone. It is written whole or not at all: what was there before stays until then. A train
+        program that holds something which no file can hold is left out, and the report in the file says so.
+
         Args:
             path: a path, or a binary file to write to.
 
         Raises:
             SaveError: something of the model cannot be written.
         """
-        save_parts(self._parts(), path)
-
-    def _parts(self) -> ModelParts:
-        captured: dict[int, CapturedGraph] = {}
-        for mode, program in self.programs.items():
-            if id(program) not in captured:
-                captured[id(program)] = self.captured(mode)
-        return ModelParts(
-            root=self,
-            attnres=self.attnres,
-            graphs={m: (captured[id(p)], p.replacements) for m, p in self.programs.items()},
-            failures=self.failures,
-            signature=self.signature,
-            in_spec=self.in_spec,
-            report=self.report,
-            lowering=self.lowering,
-            training=self.training,
-        )
+        save_parts(parts_of(self), path)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves and casts as any module does, as far as its graphs can follow."""
@@ -275,6 +266,11 @@ class ConvertedModel(GraphRunner):
         if not cast and conversion.placement is not None:  # the graphs were moved along
             conversion.placement = placement_of(self)
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Loads as any module does, after it compared the config: nothing is loaded of a state of another one."""
+        check_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce__(self) -> Any:
         """Pickled as `save` writes it, so that `torch.save` and processes can carry it."""
@@ -345,19 +341,30 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
 
     Args:
         path: a path, or a binary file to read from.
-        map_location: where the weights go, as for `torch.load`.
+        map_location: a device for everything, or a mapping from devices of the file to others; by default all goes
+            where it was.
 
     Returns:
         The model, in the mode in which it was written.
 
     Raises:
-        SaveError: the file is no such model, or one of another format.
+        SaveError: the file is damaged, no such model, or one of another format; the first thing that does not fit is
+            named.
     """
     parts = load_parts(path, map_location=map_location)
-    typed = any(graph.typed for graph, _ in parts.graphs.values())
-    conversion = Conversion(parts.report, dict(parts.failures), parts.lowering, typed)
-    converted = converted_model(parts.root, parts.attnres, parts.graphs, parts.signature, parts.in_spec, conversion)
-    nn.Module.train(converted, parts.training)
+    with reading(path, "ConvertedModel.save"):
+        typed = any(program.graph.typed for program in parts.programs)
+        conversion = Conversion(parts.report, dict(parts.failures), parts.lowering, typed)
+        first = parts.programs[0]
+        converted = converted_model(parts.root, parts.attnres, {}, first.signature, first.in_spec, conversion)
+        converted.__dict__.update({n: v for n, v in vars(parts.root).items() if isinstance(v, torch.Tensor)})
+        for program in parts.programs:
+            trains = "train" in program.modes
+            made = converted.captured_program(
+                program.modes[0], program.graph, program.reads, program.signature, program.in_spec, trains
+            )
+            conversion.add(program.modes, dataclasses.replace(made, autocast=program.autocast))
+        nn.Module.train(converted, parts.training)
     return converted
 
 

@@ -1,38 +1,35 @@
 """Saving a converted model to one file, and loading it again without the original's code.
 
-The file holds one exported program a mode, the weights once, and config and report as plain data; loading
-runs no pickled code. Output classes (a Hugging Face model output, say) are imported by name.
+The file is data: programs as lists of operations by name, the tensors once, config and report. Loading it runs nothing
+that is in it, and imports nothing that it names.
 """
 
-import importlib
-import io
+import dataclasses
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from attnres_fx._version import __version__
-from attnres_fx.capture.captured import CapturedGraph, flat_module
-from attnres_fx.capture.isolated_run import Mode, in_mode
-from attnres_fx.capture.side_effects import TensorWrite
-from attnres_fx.capture.signature import CallSignature, InputShape, child_specs
-from attnres_fx.capture.size_guards import SizeGuards
-from attnres_fx.capture.sizes import Guards
-from attnres_fx.conversion.flat_export import export_flat, in_graph_order, reads_of_export
+from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.plain_data import from_plain, to_plain
 from attnres_fx.conversion.report import ConversionReport
+from attnres_fx.conversion.stored.arguments import DeviceMap
+from attnres_fx.conversion.stored.container import open_container, reading, write_container
+from attnres_fx.conversion.stored.program_parts import ProgramParts, program_of, written
+from attnres_fx.conversion.stored.programs import ProgramReader, ProgramWriter
+from attnres_fx.conversion.stored.tensors import TensorReader, TensorTable
 from attnres_fx.errors import SaveError
 from attnres_fx.parameters import AttnResParameters, DepthRead
 from attnres_fx.passes.lowering.lower import Lowering
-from attnres_fx.passes.rewrite.depth_attention import Replacement
 
-FORMAT = 2
+FORMAT = 3
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,240 +37,229 @@ class ModelParts:
     """What a converted model is made of, as a file holds it.
 
     Attributes:
-        root: the modules that hold all tensors; when read, without the added parameters.
-        attnres: the added parameters.
-        graphs: by mode, with the reads of each; modes may share one.
-        failures: by mode, why there is no graph.
-        signature: the arguments of a call.
-        in_spec: pytree of (args, kwargs), None where the graphs take them as they are.
-        report: the streams, their reads and blocks, and what was left alone.
-        lowering: what is folded into the reads when the model runs.
-        training: whether the model was in train mode.
+        root: The modules that hold all tensors.
+        attnres: The added parameters.
+        programs: In the order in which a call tries them.
+        failures: By mode, why there is no program.
+        report: The streams, their reads and blocks, and what was left alone.
+        lowering: What is folded into the reads when the model runs.
+        training: Whether the model was in train mode.
     """
 
     root: nn.Module
     attnres: AttnResParameters
-    graphs: Mapping[Mode, tuple[CapturedGraph, tuple[Replacement, ...]]]
+    programs: tuple[ProgramParts, ...]
     failures: Mapping[Mode, str]
-    signature: CallSignature
-    in_spec: Any
     report: ConversionReport
     lowering: Lowering
     training: bool
 
 
-def save_parts(parts: ModelParts, path: Any) -> None:
-    """Write programs of both modes, weights, config and report.
+def parts_of(model: Any) -> ModelParts:
+    """What a converted model is made of.
 
     Raises:
-        SaveError: something of the model cannot be written.
+        EditedError: The model was changed in a way that its programs do not see.
+        SaveError: A program is older than the model.
     """
-    programs: dict[int, str] = {}
-    stored: dict[str, Any] = {}
-    for mode, (graph, _) in parts.graphs.items():
-        if id(graph) not in programs:
-            programs[id(graph)] = mode
-            stored[f"program.{mode}"] = _exported(parts.root, mode, graph)
-    try:
-        about = json.dumps(_about(parts, programs))
-    except (TypeError, NotImplementedError, ValueError, SaveError) as error:
-        raise SaveError(f"the model's arguments or outputs cannot be written as data: {error}") from error
-    torch.save({"about": about, "weights": _weights(parts.root), **stored}, path)
+    conversion = model._attnres_conversion
+    conversion.check_current(model)
+    modes: dict[int, list[Mode]] = {}
+    programs: dict[int, Any] = {}
+    for mode, first in conversion.programs.items():
+        for program in (first, *conversion.further.get(mode, ())):
+            modes.setdefault(id(program), []).append(mode)
+            programs.setdefault(id(program), program)
+    parts = [
+        ProgramParts(tuple(modes[i]), model.captured_graph(p), p.replacements, p.signature, p.in_spec, _autocast(p))
+        for i, p in programs.items()
+    ]
+    return ModelParts(
+        root=model,
+        attnres=model.attnres,
+        programs=tuple(parts),
+        failures=model.failures,
+        report=model.report,
+        lowering=model.lowering,
+        training=model.training,
+    )
 
 
-def load_parts(path: Any, *, map_location: Any = None) -> ModelParts:
+def _autocast(program: Any) -> Any:
+    """The autocast of a program that was traced under one; a graph of torch functions means the same under any."""
+    return program.autocast if any(dtype is not None for _, dtype in program.autocast or ()) else None
+
+
+def save_parts(parts: ModelParts, target: Any) -> None:
+    """Write programs, weights, config and report, whole or not at all.
+
+    A train program with something that a file cannot hold is left out, and the report in the file says so.
+
+    Args:
+        parts: Of the model.
+        target: A path, or a binary file to write to.
+
+    Raises:
+        SaveError: Something of the model cannot be written; it is named.
+    """
+    tensors = TensorTable()
+    tensors.add_tree(parts.root)
+    writer = ProgramWriter(tensors, parts.root)
+    programs: list[dict[str, Any]] = []
+    failures = dict(parts.failures)
+    for program in parts.programs:
+        kept, why = written(parts.root, program, writer)
+        if why and not any("train" in p["modes"] for p in programs):
+            failures["train"] = why
+        if kept is not None:
+            programs.append(kept)
+    if not programs:
+        raise SaveError(f"no program of the model can be written: {failures.get('train', 'it has none')}")
+    left = {mode for program in programs for mode in program["modes"]}
+    report = parts.report
+    if "train" in failures and "train" not in parts.failures:
+        note = f"the train program is not in the file: {failures['train']}"
+        log.warning("%s: %s", report.model, note)
+        report = dataclasses.replace(report, notes=(*report.notes, note), modes=tuple(sorted(left)))
+    about = {
+        "version": __version__,
+        "training": parts.training if "train" in left else False,
+        "failures": {m: w for m, w in failures.items() if m not in left},
+        "report": to_plain(report, error=SaveError),
+        "lowering": to_plain(parts.lowering, error=SaveError),
+        "reads": [[r.name, r.query.shape[0], r.gate is not None] for r in parts.attnres.reads],
+        "programs": programs,
+        "tensors": tensors.entries,
+        "checksums": tensors.checksums(),
+    }
+    texts = {"attnres_fx": json.dumps({"format": FORMAT, "version": __version__}), "about": json.dumps(about)}
+    write_container(target, texts, tensors.data)
+
+
+def load_parts(source: Any, *, map_location: Any = None) -> ModelParts:
     """Read what `save_parts` wrote.
 
     Args:
-        path: a path, or a binary file to read from.
-        map_location: as for `torch.load`.
+        source: A path, or a binary file to read from.
+        map_location: A device, or a mapping or function from the devices of the file to others; by default tensors
+            go where they were.
 
     Raises:
-        SaveError: the file is no such model, or one of another format.
+        SaveError: The file is damaged, no such model, or one of another format; the first thing that does not fit is
+            named.
     """
-    if not hasattr(path, "read") and not Path(path).is_file():
-        raise SaveError(f"{path} is no file.")
-    try:
-        stored = torch.load(path, map_location=map_location, weights_only=True)
-        about = json.loads(stored["about"])
-    except Exception as error:
-        raise SaveError(f"{path} was not written by ConvertedModel.save ({type(error).__name__}: {error}).") from error
-    if about["format"] != FORMAT:
-        raise SaveError(
-            f"{path} has format {about['format']} (attnres_fx {about['version']}); this version reads {FORMAT}."
-        )
-    for module in about["imports"]:
-        importlib.import_module(module)
-    return _parts_of(about, stored)
+    with (
+        reading(source, "ConvertedModel.save"),
+        open_container(source, "attnres_fx", "about") as (texts, names, stored),
+    ):
+        head = json.loads(texts["attnres_fx"])
+        if not isinstance(head, dict) or head.get("format") != FORMAT:
+            raise SaveError(f"it has another format than {FORMAT}, which this version reads: {head!r:.80}")
+        return _parts_of(json.loads(texts["about"]), names, stored, device_map(map_location))
 
 
-# --- writing -----------------------------------------------------------------------------------------
-
-
-def _about(parts: ModelParts, programs: dict[int, str]) -> dict[str, Any]:
-    specs = [parts.in_spec, *(g.out_spec for g, _ in parts.graphs.values())]
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "training": parts.training,
-        "failures": dict(parts.failures),
-        "report": to_plain(parts.report, error=SaveError),
-        "signature": to_plain(parts.signature, error=SaveError),
-        "lowering": to_plain(parts.lowering, error=SaveError),
-        "in_spec": _dump_spec(parts.in_spec),
-        "imports": sorted({t.__module__ for s in specs if s is not None for t in _types_in(s)}),
-        "reads": [[r.name, r.query.shape[0], r.gate is not None] for r in parts.attnres.reads],
-        "names": _names(parts.root),
-        "programs": {
-            mode: {
-                "stored": programs[id(graph)],
-                "out_spec": _dump_spec(graph.out_spec),
-                "shapes": to_plain(graph.shapes, error=SaveError),
-                "ranges": {name: list(bounds) for name, bounds in graph.ranges.items()},
-                "writes": to_plain(graph.writes, error=SaveError),
-                "size_guards": _plain_guards(graph.guards),
-                "replacements": to_plain(in_graph_order(graph.gm, replacements), error=SaveError),
-            }
-            for mode, (graph, replacements) in parts.graphs.items()
-        },
-    }
-
-
-def _plain_guards(guards: Guards | None) -> dict[str, Any] | None:
-    """Conditions on sizes as data; None where they are part of an exported program."""
-    if not isinstance(guards, SizeGuards):
-        return None
-    return {"places": dict(guards.places), "conditions": list(guards.conditions), "names": list(guards.names)}
-
-
-def _guards_of(data: dict[str, Any] | None, exported: Guards | None) -> Guards | None:
-    if data is None:
-        return exported
-    places = {name: (i, d) for name, (i, d) in data["places"].items()}
-    return SizeGuards(places, tuple(data["conditions"]), tuple(data["names"]))
-
-
-def _dump_spec(spec: Any) -> str | None:
-    return None if spec is None else pytree.treespec_dumps(spec)
-
-
-def _types_in(spec: Any) -> list[type]:
-    own = [spec.type] if isinstance(spec.type, type) else []
-    return own + [t for child in child_specs(spec) for t in _types_in(child)]
-
-
-def _names(root: nn.Module) -> list[list[Any]]:
-    """Every tensor of the tree: name, kind, and the name it shares its tensor with."""
-    first: dict[int, str] = {}
-    entries: list[list[Any]] = []
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        entries.append([name, "parameter", first.setdefault(id(parameter), name), parameter.requires_grad])
-    for prefix, module in root.named_modules(remove_duplicate=False):
-        for name, buffer in module._buffers.items():
-            if buffer is None:
-                continue
-            full = f"{prefix}.{name}" if prefix else name
-            kind = "constant" if name in module._non_persistent_buffers_set else "buffer"
-            entries.append([full, kind, first.setdefault(id(buffer), full), False])
-    return entries
-
-
-def _weights(root: nn.Module) -> dict[str, Tensor]:
-    tensors = {n: p.detach() for n, p in root.named_parameters(remove_duplicate=False)}
-    tensors |= dict(root.named_buffers(remove_duplicate=False))
-    return {name: tensors[name] for name, _, shared, _ in _names(root) if name == shared}
-
-
-def _exported(root: nn.Module, mode: Mode, captured: CapturedGraph) -> Tensor:
-    with in_mode(root, mode):
-        exported = export_flat(root, captured)
-    for name, tensor in exported.state_dict.items():  # the weights are written once, beside the programs
-        empty = torch.empty(0, dtype=tensor.dtype)
-        exported.state_dict[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-    file = io.BytesIO()
-    try:
-        torch.export.save(exported, file)
-    except Exception as error:
-        raise SaveError(f"the {mode} graph cannot be written: {type(error).__name__}: {error}") from error
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+def device_map(map_location: Any) -> DeviceMap:
+    """Where what a file has on a device is to be, from `map_location` as `torch.load` takes it."""
+    if map_location is None:
+        return lambda device: device
+    if isinstance(map_location, Mapping):
+        named = {str(torch.device(k)): torch.device(v) for k, v in map_location.items()}
+        return lambda device: named.get(str(device), device)
+    if callable(map_location):
+        raise SaveError("map_location is a function of storages: give a device, or a mapping of devices.")
+    chosen = torch.device(map_location)
+    return lambda device: device if device.type == "meta" else chosen
 
 
 # --- reading -----------------------------------------------------------------------------------------
 
+_ENTRIES = "version training failures report lowering reads programs tensors checksums".split()
 
-def _parts_of(about: dict[str, Any], stored: dict[str, Any]) -> ModelParts:
+
+def _parts_of(about: Any, names: set[str], stored: Callable[[str], Tensor], device: DeviceMap) -> ModelParts:
+    if not isinstance(about, dict):
+        raise SaveError("it holds no description of a model")
+    for name in sorted(set(_ENTRIES) ^ set(about)):
+        raise SaveError(f"it {'lacks' if name in _ENTRIES else 'has the unknown entry'} {name!r:.60}")
     report = from_plain(ConversionReport, about["report"], "report", error=SaveError)
-    tensors = _tensors(about["names"], stored["weights"])
-    attnres = AttnResParameters([DepthRead(n, width, gated=gated) for n, width, gated in about["reads"]], report.config)
-    _put(attnres, {n.removeprefix("attnres."): t for n, t in tensors.items() if n.startswith("attnres.")})
-    graphs: dict[str, CapturedGraph] = {}
-    by_mode: dict[Mode, tuple[CapturedGraph, tuple[Replacement, ...]]] = {}
-    for mode, program in about["programs"].items():
-        name = program["stored"]
-        if name not in graphs:
-            gm, guards, out_spec = _loaded_graph(stored[f"program.{name}"], tensors)
-            shapes = from_plain(tuple[InputShape | None, ...], program["shapes"], f"{mode}.shapes", error=SaveError)
-            ranges = {n: (low, high) for n, (low, high) in program["ranges"].items()}
-            writes = from_plain(tuple[TensorWrite, ...], program["writes"], f"{mode}.writes", error=SaveError)
-            guards = _guards_of(program["size_guards"], guards)
-            # A symbolic trace returned its outputs in their structure; exported again, it returns them flat.
-            spec = _load_spec(program["out_spec"]) or out_spec
-            graphs[name] = CapturedGraph(gm, spec, shapes, ranges, guards, writes, typed=True)
-        reads = from_plain(tuple[Replacement, ...], program["replacements"], f"{mode}.replacements", error=SaveError)
-        by_mode[mode] = (graphs[name], reads_of_export(graphs[name].gm, reads))
-    return ModelParts(
-        root=_tree(about["names"], tensors),
-        attnres=attnres,
-        graphs=by_mode,
-        failures=about["failures"],
-        signature=from_plain(CallSignature, about["signature"], "signature", error=SaveError),
-        in_spec=_load_spec(about["in_spec"]),
-        report=report,
-        lowering=from_plain(Lowering, about["lowering"], "lowering", error=SaveError),
-        training=about["training"],
+    failures = from_plain(Mapping[str, str], about["failures"], "failures", error=SaveError)
+    lowering = from_plain(Lowering, about["lowering"], "lowering", error=SaveError)
+    training = from_plain(bool, about["training"], "training", error=SaveError)
+    tensors = TensorReader(about["tensors"], about["checksums"], names, stored, device).read()
+    attnres = _attnres(about["reads"], tensors, report)
+    root = _tree(about["tensors"], tensors)
+    root.add_module("attnres", attnres)
+    reader = ProgramReader(tensors, device)
+    programs = tuple(program_of(data, root, reader, device) for data in about["programs"])
+    if missing := sorted({name for _, unknown in programs for name in unknown}):
+        report = _noted(report, missing)
+    parts = tuple(p for p, _ in programs)
+    modes = {mode for program in parts for mode in program.modes}
+    _check_programs(parts, report, failures, attnres)
+    if training and "train" not in modes:
+        raise SaveError("the model is in train mode, and it has no train program")
+    return ModelParts(root, attnres, parts, failures, report, lowering, training or modes == {"train"})
+
+
+def _check_programs(
+    parts: tuple[ProgramParts, ...], report: ConversionReport, failures: Mapping[str, str], attnres: AttnResParameters
+) -> None:
+    """Raise SaveError where the programs are not what the report says."""
+    modes = {mode for program in parts for mode in program.modes}
+    if not modes or modes != set(report.modes) or set(failures) & modes:
+        raise SaveError(f"it has the programs {sorted(modes)}, and the report says {sorted(report.modes)}")
+    for program in parts:
+        for read in program.reads:
+            if read.read not in attnres.reads:
+                raise SaveError(f"the read {read.read!r:.60} of a program has no parameters")
+
+
+def _noted(report: ConversionReport, missing: list[str]) -> ConversionReport:
+    """A report that says which classes the results are not instances of, and why."""
+    note = (
+        f"{', '.join(missing)} is not imported in this process: results are dicts or tuples of the same entries. "
+        f"Import {', '.join(sorted({m.split(':')[0] for m in missing}))} before loading to get the class."
     )
+    log.info("%s", note)
+    return dataclasses.replace(report, notes=(*report.notes, note))
 
 
-def _load_spec(text: str | None) -> Any:
-    return None if text is None else pytree.treespec_loads(text)
-
-
-def _tensors(names: list[list[Any]], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, kind, shared, requires_grad in names:
-        if shared in tensors:
-            tensors[name] = tensors[shared]
-        else:
-            value = weights[name]
-            tensors[name] = nn.Parameter(value, requires_grad) if kind == "parameter" else value
-    return tensors
-
-
-def _tree(names: list[list[Any]], tensors: dict[str, Tensor]) -> nn.Module:
-    root = nn.Module()
-    for name, kind, *_ in names:
+def _attnres(reads: Any, tensors: Mapping[str, Tensor], report: ConversionReport) -> AttnResParameters:
+    made = []
+    for name, width, gated in from_plain(tuple[tuple[str, int, bool], ...], reads, "reads", error=SaveError):
+        read = DepthRead(name, width, gated=gated, device="meta")
+        made.append(read)
+    attnres = AttnResParameters(made, report.config)
+    held = {n.removeprefix("attnres."): t for n, t in tensors.items() if n.startswith("attnres.")}
+    expected = dict(attnres.named_parameters())
+    for name in (*sorted(set(expected) - set(held)), *sorted(set(held) - set(expected))):
+        raise SaveError(f"the parameter attnres.{name} is {'missing' if name in expected else 'of no read'}")
+    for name, tensor in held.items():
+        if tensor.shape != expected[name].shape or not isinstance(tensor, nn.Parameter):
+            raise SaveError(f"attnres.{name} has the shape {list(tensor.shape)}, not {list(expected[name].shape)}")
         *path, leaf = name.split(".")
-        if path[:1] == ["attnres"]:
+        setattr(attnres.get_submodule(".".join(path)), leaf, tensor)
+    return attnres
+
+
+def _tree(entries: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> nn.Module:
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        kind = entries[name]["kind"]
+        *path, leaf = name.split(".")
+        if kind == "loose" or path[:1] == ["attnres"]:
             continue
         module = root
         for part in path:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
             module = module._modules[part]  # type: ignore[assignment]
+        if hasattr(module, leaf):
+            raise SaveError(f"the tensor {name!r:.80} has a name that a module has already")
         if kind == "parameter":
-            module.register_parameter(leaf, tensors[name])  # type: ignore[arg-type]
+            module.register_parameter(leaf, tensor)  # type: ignore[arg-type]
+        elif kind == "attribute":
+            setattr(module, leaf, tensor)
         else:
-            module.register_buffer(leaf, tensors[name], persistent=kind == "buffer")
+            module.register_buffer(leaf, tensor, persistent=kind == "buffer")
     return root
-
-
-def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        *path, leaf = name.split(".")
-        setattr(module.get_submodule(".".join(path)), leaf, tensor)
-
-
-def _loaded_graph(data: Tensor, tensors: dict[str, Tensor]) -> tuple[GraphModule, Guards | None, Any]:
-    program = torch.export.load(io.BytesIO(data.cpu().numpy().tobytes()))
-    program.state_dict.update(tensors)
-    return *flat_module(program), program.call_spec.out_spec

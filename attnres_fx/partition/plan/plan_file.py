@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from attnres_fx._version import __version__
+from attnres_fx.conversion.stored.whole_file import write_whole
 from attnres_fx.errors import PlanError
 
 FORMAT = 2
 
 
 def write_content(content: dict[str, Any], path: str | Path) -> None:
-    """Write plain data with its checksum. Raises PlanError where the file cannot be written."""
+    """Write plain data with its checksum, whole or not at all. Raises PlanError where the file cannot be written."""
     head = {"format": FORMAT, "version": __version__, "checksum": _checksum(content)}
+    text = json.dumps({**head, "plan": content}, indent=1) + "\n"
     try:
-        Path(path).write_text(json.dumps({**head, "plan": content}, indent=1) + "\n")
+        write_whole(path, lambda beside: beside.write_text(text))
     except OSError as error:
         raise PlanError(f"the plan cannot be written to {str(path)!r}: {error}.") from error
 

@@ -1,0 +1,265 @@
+"""The adapter folder: what a conversion or an attachment added to a model, without the model's own weights."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnres_fx._version import __version__
+from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.plain_data import from_plain
+from attnres_fx.conversion.stored.container import open_container, reading, text_checksum, write_container
+from attnres_fx.conversion.stored.tensors import plain_tensor
+from attnres_fx.conversion.stored.whole_file import flush_folder, flush_to_disk, write_whole
+from attnres_fx.errors import SaveError
+from attnres_fx.parameters import AttnResParameters, different_options, shown_config
+
+CONFIG_FILE = "attnres_config.json"
+TENSOR_FILE = "attnres.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ReadEntry:
+    """A read as the folder names it."""
+
+    name: str
+    width: int
+    gate: bool
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that the reads belong to: a fingerprint of its parameters' names and shapes, and what went into it."""
+
+    fingerprint: str
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What `attnres_config.json` holds beside the options of the config."""
+
+    format: int
+    version: str
+    reads: tuple[ReadEntry, ...]
+    base: BaseModel
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the queries, key gains and gates of a model, and the config they are for, to a folder.
+
+    The folder holds `attnres_config.json` and `attnres.safetensors`. What was there before is replaced as a whole: a
+    full disk or a killed process leaves the old adapter, or the new one.
+
+    Args:
+        model: A converted or attached model, or one that wraps one.
+        folder: Is made where it is not there.
+
+    Raises:
+        SaveError: The model has no such parameters, or the folder cannot be written.
+    """
+    owner, attnres = _owner(model, None)
+    described = _described(owner, attnres)
+    text = json.dumps(described, sort_keys=True)
+    tensors = {f"attnres.{n}": plain_tensor(f"attnres.{n}", p) for n, p in attnres.named_parameters()}
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        _replace(place, described, text, tensors)
+    except OSError as error:
+        raise SaveError(f"{place} could not be written ({error}); the adapter in it is as it was.") from error
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AttnResParameters:
+    """Read into a model what `save_adapter` wrote.
+
+    Args:
+        model: A converted or attached model, or one that wraps one, of the same base model and config. It is changed
+            only when everything fits.
+        folder: With `attnres_config.json` and `attnres.safetensors`.
+
+    Returns:
+        The parameters of the model, which hold the values of the folder in the dtype and on the device that they had.
+
+    Raises:
+        SaveError: The folder is damaged, or does not fit the model; the first difference is named.
+    """
+    place = Path(folder)
+    if not (place / CONFIG_FILE).is_file():
+        raise SaveError(f"{place} holds no adapter: it has no {CONFIG_FILE}.")
+    with reading(place, "save_adapter"):
+        described = json.loads((place / CONFIG_FILE).read_text())
+        if not isinstance(described, dict):
+            raise SaveError(f"{CONFIG_FILE} is no table")
+        file = _tensor_file(place, described.pop("checksum", None))
+        config, entries = _parsed(described)
+        owner, attnres = _owner(model, config)
+        with open_container(file, "adapter") as (texts, names, stored):
+            if json.loads(texts["adapter"]) != described:
+                raise SaveError(f"{CONFIG_FILE} was changed after it was written")
+            _compare(owner, attnres, config, entries)
+            tensors = {name: stored(name) for name in sorted(names)}
+            _compare_tensors(attnres, tensors)
+            with torch.no_grad():
+                for name, parameter in attnres.named_parameters():
+                    parameter.copy_(tensors[f"attnres.{name}"])
+    return attnres
+
+
+def _owner(model: nn.Module, config: AttnResConfig | None) -> tuple[nn.Module, AttnResParameters]:
+    """The module with reads of its own, which may be wrapped, and its reads."""
+    found = [(m, m._modules.get("attnres")) for m in model.modules()]
+    owners = [(m, a) for m, a in found if isinstance(a, AttnResParameters)]
+    if len(owners) != 1:
+        wanted = f"config={shown_config(config)}" if config is not None else "a config"
+        has = "no" if not owners else f"{len(owners)} modules with"
+        raise SaveError(
+            f"this {type(model).__name__} has {has} attnres parameters: convert or attach one model, with {wanted}, "
+            f"and give that."
+        )
+    return owners[0]
+
+
+def _described(owner: nn.Module, attnres: AttnResParameters) -> dict[str, Any]:
+    reads = tuple(ReadEntry(r.name, r.query.shape[0], r.gate is not None) for r in attnres.reads)
+    about = _Folder(FORMAT, __version__, reads, _base(owner))
+    described = {**dataclasses.asdict(attnres.config), **dataclasses.asdict(about)}
+    return dict(json.loads(json.dumps(described)))
+
+
+def _base(owner: nn.Module) -> BaseModel:
+    named = owner.named_parameters(remove_duplicate=False)
+    parameters = tuple((n, tuple(p.shape)) for n, p in named if n.split(".")[0] not in ("attnres", "_captured"))
+    return BaseModel(_fingerprint(parameters), parameters)
+
+
+def _fingerprint(parameters: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
+    return text_checksum(json.dumps(sorted([n, list(shape)] for n, shape in parameters)))
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def _replace(place: Path, described: dict[str, Any], text: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write both files so that at every moment the folder holds the old adapter or the new one.
+
+    The new tensors wait beside the old ones until the config, which names their checksum, is in its place.
+    """
+    _finish_cut_short(place)
+    part = place / f".{TENSOR_FILE}.{os.getpid()}.part"
+    waiting = part
+    try:
+        write_container(part, {"adapter": text}, tensors)
+        flush_to_disk(part)
+        checksum = _file_checksum(part)
+        waiting = _waiting(place, checksum)
+        part.replace(waiting)
+        lines = [f" {json.dumps(n)}: {json.dumps(v)}" for n, v in {**described, "checksum": checksum}.items()]
+        config = "{\n" + ",\n".join(lines) + "\n}\n"
+        write_whole(place / CONFIG_FILE, lambda path: path.write_text(config))
+    except BaseException:
+        for left in (part, waiting):
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
+        raise
+    waiting.replace(place / TENSOR_FILE)
+    for stale in place.glob(f"{TENSOR_FILE}.*"):
+        stale.unlink(missing_ok=True)
+    flush_folder(place)
+
+
+def _finish_cut_short(place: Path) -> None:
+    """Put the tensors of a save that was killed at its end where they belong."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        checksum = json.loads((place / CONFIG_FILE).read_text())["checksum"]
+        if (waiting := _waiting(place, checksum)).is_file() and _file_checksum(waiting) == checksum:
+            waiting.replace(place / TENSOR_FILE)
+
+
+def _waiting(place: Path, checksum: str) -> Path:
+    return place / f"{TENSOR_FILE}.{checksum[:16]}"
+
+
+def _file_checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def _tensor_file(place: Path, checksum: Any) -> Path:
+    """The tensors that belong to the config: in their place, or waiting beside it if a save was cut short."""
+    if not isinstance(checksum, str) or len(checksum) != 64 or not checksum.isalnum():
+        raise SaveError(f"{CONFIG_FILE} has no checksum of {TENSOR_FILE}")
+    for path in (place / TENSOR_FILE, _waiting(place, checksum)):
+        if path.is_file() and _file_checksum(path) == checksum:
+            return path
+    raise SaveError(f"{TENSOR_FILE} is missing, damaged, or belongs to another {CONFIG_FILE}: its checksum differs")
+
+
+def _parsed(described: dict[str, Any]) -> tuple[AttnResConfig, _Folder]:
+    """The config and the rest of what the folder says."""
+    if described.get("format") != FORMAT:
+        raise SaveError(f"it has format {described.get('format')!r:.40}; this version reads {FORMAT}")
+    options = {f.name for f in dataclasses.fields(AttnResConfig)}
+    config = from_plain(AttnResConfig, {n: described.get(n) for n in options}, CONFIG_FILE, error=SaveError)
+    rest = {n: v for n, v in described.items() if n not in options}
+    return config, from_plain(_Folder, rest, CONFIG_FILE, error=SaveError)
+
+
+def _compare(owner: nn.Module, attnres: AttnResParameters, config: AttnResConfig, folder: _Folder) -> None:
+    """Raise SaveError for the first thing of a model that is another than in the folder."""
+    if different := different_options(config, attnres.config):
+        raise SaveError(
+            f"{different[0]} differs: the adapter was made with {shown_config(config)}, and this model with "
+            f"{shown_config(attnres.config)}"
+        )
+    own = [ReadEntry(r.name, r.query.shape[0], r.gate is not None) for r in attnres.reads]
+    for i, (theirs, ours) in enumerate(zip(folder.reads, own, strict=False)):
+        if theirs != ours:
+            raise SaveError(f"read {i + 1} differs: {_words(theirs)} in the adapter, {_words(ours)} in the model")
+    if len(folder.reads) != len(own):
+        more, where = (folder.reads, "the adapter") if len(folder.reads) > len(own) else (own, "the model")
+        read = more[min(len(folder.reads), len(own))]
+        raise SaveError(f"{where} alone has the read {_words(read)}: {len(folder.reads)} reads against {len(own)}")
+    base = _base(owner)
+    if folder.base.fingerprint != _fingerprint(folder.base.parameters):
+        raise SaveError("the fingerprint of the base model does not fit the parameters that are listed")
+    if folder.base.fingerprint != base.fingerprint:
+        raise SaveError(f"the base model is another: {_first_difference(folder.base, base)}")
+
+
+def _words(read: ReadEntry) -> str:
+    return f"{read.name!r} of width {read.width}" + (" with a gate" if read.gate else "")
+
+
+def _first_difference(theirs: BaseModel, ours: BaseModel) -> str:
+    there, here = dict(theirs.parameters), dict(ours.parameters)
+    for name, shape in there.items():
+        if name not in here:
+            return f"the adapter's had a parameter {name!r} {list(shape)}, which this one lacks"
+        if shape != here[name]:
+            return f"{name!r} was {list(shape)} and is {list(here[name])}"
+    name = next(n for n in here if n not in there)
+    return f"this one has a parameter {name!r} {list(here[name])}, which the adapter's lacked"
+
+
+def _compare_tensors(attnres: AttnResParameters, tensors: Mapping[str, Tensor]) -> None:
+    own = {f"attnres.{n}": p for n, p in attnres.named_parameters()}
+    for name in (*sorted(set(own) - set(tensors)), *sorted(set(tensors) - set(own))):
+        raise SaveError(f"{TENSOR_FILE} {'lacks' if name in own else 'has the unknown tensor'} {name!r}")
+    for name, parameter in own.items():
+        if tensors[name].shape != parameter.shape or not tensors[name].is_floating_point():
+            raise SaveError(
+                f"{name!r} is {list(tensors[name].shape)} in the adapter and {list(parameter.shape)} in the model"
+            )

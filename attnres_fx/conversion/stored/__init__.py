@@ -1,0 +1,1 @@
+"""What files hold: programs, tensors and structures as plain data, and back."""
