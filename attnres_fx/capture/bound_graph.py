@@ -137,7 +137,11 @@ class _Binder:
             return self._constant(value, self.recording.lasting[id(value)])  # in a closure, or global
         if path is None:
             raise CaptureError(_of_unknown_origin(node, value))
-        return path if _is_attribute_path(self.model, path) else self._constant(value, path)
+        if not _is_attribute_path(self.model, path):
+            return self._constant(value, path)
+        if "." not in path and path not in self.root._parameters and path not in self.root._buffers:
+            self.root.__dict__[path] = value  # a plain attribute of the model itself
+        return path
 
     def _constant(self, value: Tensor, path: str) -> str:
         if id(value) not in self.constants:

@@ -14,8 +14,9 @@ from attnres_fx.capture.exported_module import export_module
 from attnres_fx.capture.free_sizes import free_dimensions, marked_dimensions, with_two_rows
 from attnres_fx.capture.isolated_run import Mode, run_untouched
 from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.capture.recorder import DynamoRefusal
 from attnres_fx.capture.signature import signature_of
-from attnres_fx.errors import AttnResError, CaptureError
+from attnres_fx.errors import CaptureError
 
 
 def capture_module(
@@ -74,10 +75,8 @@ def _captured(
     """One mode, giving up freedom of sizes only as far as it must."""
     try:
         return _traced(model, args, kwargs, mode, dynamic_shapes, notes, as_called)
-    except AttnResError:
-        raise
-    except Exception as error:  # whatever Dynamo, or the model's own code, raises
-        refused = error
+    except DynamoRefusal as error:
+        refused = error.reason
     graph = export_module(model, args, kwargs, mode, dynamic_shapes, notes, refused, as_called=as_called)
     notes.append(
         f"captured by torch.export, because Dynamo refuses the model ({_first_line(refused)}): such a graph holds the "
@@ -103,9 +102,7 @@ def _traced(
     with contextlib.ExitStack() as stack:
         try:
             return trace_module(model, args, kwargs, mode, free_dimensions(leaves, 2))
-        except AttnResError:
-            raise
-        except Exception as error:
+        except DynamoRefusal as error:
             if not any(free_dimensions(leaves, 2).values()):
                 raise
             first = error
@@ -116,7 +113,7 @@ def _traced(
         graph = trace_module(model, args, kwargs, mode, free_dimensions(leaves, 1))
         notes.append(f"only the first dimension of each argument is free: {why}")
         return graph
-    except Exception:
+    except DynamoRefusal:
         notes.append(f"the sizes of all arguments are fixed: {why}")
         return fixed
 

@@ -37,7 +37,7 @@ def trace_module(
 
     Raises:
         CaptureError: The model does something at a call that no graph can hold; it is named.
-        Exception: What Dynamo raises for a model that it cannot trace.
+        DynamoRefusal: Dynamo cannot trace the model.
     """
     clone, _ = clone_tree(model)
     set_mode_(clone, mode)

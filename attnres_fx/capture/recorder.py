@@ -16,11 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from attnres_fx.errors import CaptureError
+from attnres_fx.errors import AttnResError
 from attnres_fx.passes.graph.nodes import value_of
 
 #: Captures and what they patch belong to the process: one at a time.
 CAPTURE_LOCK = threading.RLock()
+
+
+class DynamoRefusal(Exception):
+    """Dynamo does not take a model.
+
+    Attributes:
+        reason: What it raised.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 @dataclass
@@ -71,8 +83,7 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         kwargs: Keyword arguments.
 
     Raises:
-        CaptureError: Dynamo traced no graph, or more than one.
-        Exception: What Dynamo, or the module's own code, raises.
+        DynamoRefusal: Dynamo, or the module's own code, raised; or there is not one graph.
     """
     recorder = _Recorder()
     watched: list[tuple[str, str]] = []
@@ -85,10 +96,15 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
     call = torch.compile(_entry(), backend=recorder, fullgraph=True, dynamic=False, options={"guard_filter_fn": note})
     with isolated_dynamo(), torch.enable_grad():
-        result = call(module, tuple(args), dict(kwargs))
+        try:
+            result = call(module, tuple(args), dict(kwargs))
+        except AttnResError:
+            raise
+        except Exception as error:  # Dynamo's own, or the module's
+            raise DynamoRefusal(error) from error
     if len(recorder.graphs) != 1:
         what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."
-        raise CaptureError(f"Dynamo traced {what}")
+        raise DynamoRefusal(RuntimeError(f"Dynamo traced {what}"))
     return Recording(recorder.graphs[0], recorder.inputs, recorder.outputs, result, tuple(watched), lasting)
 
 

@@ -50,7 +50,8 @@ def check_other_sizes(pair: Pair, captured: Captured, *, gradients: bool) -> Non
             )
         bar_ones(program, ones)
         _note_ones(converted, [places[s] for s in ones])
-        pair = pair.fresh()
+        pair = pair.fresh()  # from the state that a first call leaves
+        pair.compared(captured.args, captured.kwargs, gradients=False)
     bar_unchecked_ones(converted, program, checked)
 
 

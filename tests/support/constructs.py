@@ -192,7 +192,7 @@ def buffer_copied_into(m, i, h):
 @step(holds=buffer("count", dtype=torch.long))
 def counter_in_a_buffer(m, i, h):
     m.count += 1
-    return h + m.branch(i, h) * m.count
+    return h + m.branch(i, h) * m.count.clone()
 
 
 @step(holds=buffer("seen", LAYERS, WIDTH))
@@ -210,7 +210,7 @@ def key_value_cache_in_a_buffer(m, i, h):
 @step(holds=buffer("scratch", WIDTH, persistent=False))
 def buffer_that_is_not_persistent(m, i, h):
     m.scratch.add_(1)
-    return h + m.branch(i, h) * m.scratch
+    return h + m.branch(i, h) * m.scratch.clone()
 
 
 @step(holds=lambda m: setattr(m, "state", torch.zeros(WIDTH)))

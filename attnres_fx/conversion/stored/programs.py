@@ -17,7 +17,8 @@ from attnres_fx.conversion.stored.operations import ATTRIBUTES, function_named, 
 from attnres_fx.conversion.stored.tensors import TensorTable
 from attnres_fx.conversion.stored.values import NoValue, ValueReader, ValueWriter
 from attnres_fx.errors import SaveError
-from attnres_fx.passes.graph.nodes import describe, module_path, source_line, value_of
+from attnres_fx.passes.graph.module_paths import module_path
+from attnres_fx.passes.graph.nodes import describe, source_line, value_of
 from attnres_fx.passes.normalize.normalization import set_attribute_values_
 
 _DEEPEST = 8
