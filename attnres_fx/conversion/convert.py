@@ -86,7 +86,7 @@ def convert(
     """Replace the residual streams of a model by attention over depth.
 
     Args:
-        model: An `nn.Module` (captured with `torch.export`), a `GraphModule` or an `ExportedProgram`; it is left as
+        model: An `nn.Module` (captured through Dynamo), a `GraphModule` or an `ExportedProgram`; it is left as
             it is.
         args: Example arguments; other batch sizes and lengths work where they can.
         kwargs: Example keyword arguments.
