@@ -1,10 +1,12 @@
 """A captured mode's program, and the arguments of a call as its flat inputs."""
 
+import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.side_effects import TensorWrite
@@ -98,3 +100,14 @@ def _check_guards(guards: Guards, leaves: list[Any]) -> None:
         guards(*leaves)
     except AssertionError as error:
         raise ArgumentError(f"the captured graph does not hold for arguments of these sizes: {error}.") from error
+
+
+def run_program(program: CapturedProgram, root: nn.Module, inputs: list[Any]) -> Any:
+    """The result of a program on the tensors of a module tree, which gets what the program writes."""
+    with torch.no_grad() if program.lost else contextlib.nullcontext():
+        outputs = program.run(root, *inputs)
+    if program.out_spec is None:
+        return outputs
+    for write in program.writes:
+        setattr(root.get_submodule(write.module), write.name, outputs[write.output])
+    return pytree.tree_unflatten(outputs[: program.out_spec.num_leaves], program.out_spec)

@@ -1,9 +1,6 @@
 """The module a conversion returns: the original's modules, the new parameters, and the programs of its calls."""
 
-import contextlib
 import dataclasses
-import functools
-import inspect
 import io
 from collections.abc import Mapping
 from operator import attrgetter
@@ -12,15 +9,15 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.calls import program_for
-from attnres_fx.conversion.captured_program import CapturedProgram, current_autocast, flat_arguments
+from attnres_fx.conversion.captured_program import CapturedProgram, current_autocast, flat_arguments, run_program
 from attnres_fx.conversion.conversion import ADDED, CONSTANTS, Conversion, placement_of
+from attnres_fx.conversion.derived_class import derived_class
 from attnres_fx.conversion.edits import allow_forwards, refuse_forwards
 from attnres_fx.conversion.files import load_parts, parts_of, save_parts
 from attnres_fx.conversion.graph_runner import GraphRunner
@@ -282,17 +279,6 @@ class ConvertedModel(GraphRunner):
         return f"{self.signature}, modes={'/'.join(self.programs)}"
 
 
-def run_program(program: CapturedProgram, root: nn.Module, inputs: list[Any]) -> Any:
-    """The result of a program on the tensors of a module tree, which gets what the program writes."""
-    with torch.no_grad() if program.lost else contextlib.nullcontext():
-        outputs = program.run(root, *inputs)
-    if program.out_spec is None:
-        return outputs
-    for write in program.writes:
-        setattr(root.get_submodule(write.module), write.name, outputs[write.output])
-    return pytree.tree_unflatten(outputs[: program.out_spec.num_leaves], program.out_spec)
-
-
 def converted_model(
     root: nn.Module,
     attnres: AttnResParameters,
@@ -321,7 +307,7 @@ def converted_model(
         for store in ("_parameters", "_buffers", "_modules"):
             getattr(model, store).update(getattr(root, store))
         model._non_persistent_buffers_set |= root._non_persistent_buffers_set
-    model.__class__ = _converted_class(conversion.base, signature)
+    model.__class__ = derived_class(ConvertedModel, conversion.base, signature)
     model.__dict__["_attnres_conversion"] = conversion
     model._modules["attnres"] = attnres
     conversion.placement = placement_of(model)
@@ -371,22 +357,3 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
 def _from_bytes(data: bytes) -> ConvertedModel:
     """The model of a pickle."""
     return load(io.BytesIO(data))
-
-
-def _converted_class(base: type[nn.Module] | None, signature: CallSignature) -> type:
-    """A class that runs programs, and is the original's; its `forward` shows its arguments to whoever inspects it."""
-
-    def forward(self: ConvertedModel, *args: Any, **kwargs: Any) -> Any:
-        return ConvertedModel.forward(self, *args, **kwargs)
-
-    if base is not None:
-        shown = inspect.signature(base.forward)
-        forward = functools.wraps(base.forward)(forward)
-        forward.__signature__ = shown  # type: ignore[attr-defined]
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        return type(base.__name__, (ConvertedModel, base), {"forward": forward, **names})
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    shown = signature.to_inspect()
-    forward.__signature__ = shown.replace(parameters=[own, *shown.parameters.values()])  # type: ignore[attr-defined]
-    forward.__doc__ = f"The original's forward, with the arguments it was captured with: {signature}."
-    return type("ConvertedModel", (ConvertedModel,), {"forward": forward, "__module__": __name__})

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from attnres_fx.capture.isolated_run import Mode, isolated_clone, set_mode_
-from attnres_fx.conversion.captured_program import flat_arguments
+from attnres_fx.conversion.captured_program import flat_arguments, run_program
 from attnres_fx.conversion.comparison import VerifyReport, differences_of
-from attnres_fx.conversion.converted_model import ConvertedModel, run_program
+from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
 from attnres_fx.passes.graph.mutation_order import written_attributes
 
