@@ -51,7 +51,7 @@ def test_a_model_saved_and_attached_afresh_computes_the_same(tmp_path):
     model, kwargs = attached(seed=3)
     model.save_pretrained(tmp_path)
     fresh, _ = built()
-    ax.compile(fresh, kwargs=kwargs, inner="eager")
+    ax.compile(fresh, kwargs=kwargs, config=VARIANTS["block"], inner="eager")
     fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     assert fresh.attnres.config == model.attnres.config == VARIANTS["block"]
     torch.testing.assert_close(fresh(**kwargs).logits, model(**kwargs).logits)
@@ -95,21 +95,23 @@ def test_a_model_that_is_gone_releases_the_log_of_its_graphs():
 @pytest.mark.slow
 def test_an_attachment_survives_its_text():
     model, _ = attached()
-    about = model.attnres.about
+    about = model.attnres.abouts[""]
     assert Attachment.from_text(about).to_text() == about
     assert [k.name for k in Attachment.from_text(about).reads] == list(model.attnres.reads.names)
 
 
-def test_a_checkpoint_brings_its_config_and_the_graph_follows():
+def test_a_checkpoint_of_another_config_is_refused_and_nothing_is_loaded():
     x = torch.randn(2, 4, 8)
     one, other = Broken(), Broken()
     ax.compile(one, (x,), config=VARIANTS["full"], inner="eager")
     ax.compile(other, (x,), config=VARIANTS["local"], inner="eager")
     with_random_queries(one)
-    other(x)
-    other.load_state_dict(one.state_dict())
-    assert other.attnres.config.variant == "full"
-    torch.testing.assert_close(other(x), one(x))
+    before = other(x)
+    for strict in (True, False):
+        with pytest.raises(ax.AttnResError, match=r"variant='full'.*variant='local'"):
+            other.load_state_dict(one.state_dict(), strict=strict)
+    assert other.attnres.config.variant == "local"
+    torch.testing.assert_close(other(x), before)
 
 
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "copy"])
