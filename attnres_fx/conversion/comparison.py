@@ -112,27 +112,36 @@ def differences_of(before: Outcome, after: Outcome) -> Iterator[Difference]:
         )
     for name, x in before.outputs.items():
         y = after.outputs[name]
-        if not isinstance(x, HeldTensor):
-            if not isinstance(y, HeldTensor) and x != y:
-                raise CheckError(f"output {name} is {y!r} and in the original {x!r}.")
-            continue
-        if not isinstance(y, HeldTensor) or x.value.shape != y.value.shape or x.value.dtype != y.value.dtype:
-            raise CheckError(f"output {name} is {_kind(x)} in the original and {_kind(y)} here.")
-        if x.requires_grad is False and y.requires_grad and before.gradients:
-            raise CheckError(f"output {name} has a gradient, and in the original it has none.")
-        yield _difference("output", name, x.value, y.value, 0.0, _OUTPUTS)
-    largest = max((float(g.abs().max()) for g in before.gradients.values() if g is not None and g.numel()), default=0.0)
-    for name, g in before.gradients.items():
-        other = after.gradients.get(name)
-        if g is None and other is None:
-            continue
-        known = g if g is not None else other
-        assert known is not None
-        x, y = (torch.zeros_like(known) if v is None else v for v in (g, other))
-        yield _difference("gradient", name, x, y, _SMALL * largest, _GRADIENTS)
-    for name, x in before.buffers.items():
+        _require_same_kind(name, x, y, with_gradients=bool(before.gradients))
+        if isinstance(x, HeldTensor) and isinstance(y, HeldTensor):
+            yield _difference("output", name, x.value, y.value, 0.0, _OUTPUTS)
+    yield from _gradient_differences(before, after)
+    for name, buffer in before.buffers.items():
         if name in after.buffers:
-            yield _difference("buffer", name, x, after.buffers[name], 0.0, _OUTPUTS)
+            yield _difference("buffer", name, buffer, after.buffers[name], 0.0, _OUTPUTS)
+
+
+def _require_same_kind(name: str, x: Any, y: Any, *, with_gradients: bool) -> None:
+    if not isinstance(x, HeldTensor):
+        if not isinstance(y, HeldTensor) and x != y:
+            raise CheckError(f"output {name} is {y!r} and in the original {x!r}.")
+        return
+    if not isinstance(y, HeldTensor) or x.value.shape != y.value.shape or x.value.dtype != y.value.dtype:
+        raise CheckError(f"output {name} is {_kind(x)} in the original and {_kind(y)} here.")
+    if with_gradients and y.requires_grad and not x.requires_grad:
+        raise CheckError(f"output {name} has a gradient, and in the original it has none.")
+
+
+def _gradient_differences(before: Outcome, after: Outcome) -> Iterator[Difference]:
+    """Of the gradients that either has; one that is missing is zero."""
+    known = [g for g in before.gradients.values() if g is not None and g.numel()]
+    largest = max((float(g.abs().max()) for g in known), default=0.0)
+    for name, gradient in before.gradients.items():
+        pair = gradient, after.gradients.get(name)
+        present = next((g for g in pair if g is not None), None)
+        if present is not None:
+            x, y = (torch.zeros_like(present) if g is None else g for g in pair)
+            yield _difference("gradient", name, x, y, _SMALL * largest, _GRADIENTS)
 
 
 def _kind(x: Any) -> str:

@@ -29,8 +29,7 @@ class Outcome:
 
     Attributes:
         outputs: Each leaf of the result, by its place.
-        gradients: Of the parameters and the floating inputs, by name; None where the call did not reach one. Empty
-            where no output has a gradient.
+        gradients: Of the parameters and the floating inputs, by name; None where no output depends on one.
         buffers: Copies of the buffers after the call, by name.
     """
 
@@ -61,18 +60,7 @@ def outcome_of(
         gradients: Whether to differentiate.
         seed: Of torch's random numbers; their state is put back after.
     """
-    pairs, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
-    leaves = [leaf for _, leaf in pairs]
-    inputs: dict[str, Tensor] = {}
-    copies: dict[int, Any] = {}
-    for path, leaf in pairs:
-        if isinstance(leaf, Tensor) and id(leaf) not in copies:
-            copy = leaf.detach().clone()
-            if gradients and copy.is_floating_point():
-                inputs[f"argument {pytree.keystr(path[1:])}"] = copy.requires_grad_()
-                copy = copy.clone()  # a leaf could not be written to in place
-            copies[id(leaf)] = copy
-    args, kwargs = pytree.tree_unflatten([copies.get(id(x), x) for x in leaves], spec)
+    args, kwargs, inputs = _copied_arguments(args, kwargs, gradients)
     parameters = {n: p for n, p in root.named_parameters() if n in names and p.requires_grad}
     devices = list({p.device for p in parameters.values()})
     with seeded(devices, seed), torch.set_grad_enabled(gradients), fast_path_off():
@@ -83,11 +71,29 @@ def outcome_of(
     return Outcome({n: _detached(x) for n, x in outputs.items()}, grads, buffers)
 
 
+def _copied_arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any], gradients: bool
+) -> tuple[Sequence[Any], Mapping[str, Any], dict[str, Tensor]]:
+    """Copies of arguments, and the floating ones among them, by name, that a backward reaches."""
+    pairs, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    inputs: dict[str, Tensor] = {}
+    copies: dict[int, Any] = {}
+    for path, leaf in pairs:
+        if isinstance(leaf, Tensor) and id(leaf) not in copies:
+            copy = leaf.detach().clone()
+            if gradients and copy.is_floating_point():
+                inputs[f"argument {pytree.keystr(path[1:])}"] = copy.requires_grad_()
+                copy = copy.clone()  # a leaf could not be written to in place
+            copies[id(leaf)] = copy
+    copied_args, copied_kwargs = pytree.tree_unflatten([copies.get(id(x), x) for _, x in pairs], spec)
+    return copied_args, copied_kwargs, inputs
+
+
 def _gradients(outputs: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """Derivatives of a weighted sum of all outputs; the weights differ, so that nothing cancels."""
     parts = [x for x in outputs.values() if isinstance(x, Tensor) and x.requires_grad and not x.is_complex()]
     if not parts or not wanted:
-        return {}
+        return dict.fromkeys(wanted)
     loss = sum(_weighted_sum(x) for x in parts)
     for tensor in wanted.values():
         tensor.grad = None
