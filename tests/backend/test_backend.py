@@ -168,9 +168,16 @@ def test_tied_weights_stay_one_parameter():
 BY_STRING = """
 import torch
 assert "attnres" in torch._dynamo.list_backends()
-model = torch.nn.Linear(2, 2)
+class Residual(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(2) for _ in range(3))
+    def forward(self, x):
+        for norm in self.norms:
+            x = x + norm(x).relu()
+        return self.norms[0](x)
 try:
-    torch.compile(model, backend="attnres")(torch.ones(1, 2))
+    torch.compile(Residual(), backend="attnres")(torch.ones(1, 2))
 except Exception as error:
     print(type(error).__name__, error)
 """

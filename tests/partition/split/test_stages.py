@@ -155,10 +155,10 @@ def test_each_graph_is_exported_ordered_and_cut_once(monkeypatch, traced, graphs
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: calls.update([name]) or original(*a, **k))
 
-    for name in ("chain_graph", "split_chain", "export_flat"):
+    for name in ("chain_graph", "split_chain", "flat_aten"):
         count(chained_model, name)
     count(stage_graphs, "split_chain")  # by sublayer
     ax.build_stages(model, plan, check=False)
     assert calls["chain_graph"] == graphs
     assert calls["split_chain"] == graphs * (1 + recompute)
-    assert calls["export_flat"] == int(traced)
+    assert calls["flat_aten"] == graphs
