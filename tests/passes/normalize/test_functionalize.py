@@ -370,8 +370,8 @@ def test_a_buffer_is_still_written_to():
     gm = traced(model, "export")
     with torch.no_grad():
         model.seen.zero_()
-    before = str(gm.graph)
-    assert not functionalize_mutations_pass(gm).modified
-    assert str(gm.graph) == before
+    functionalize_mutations_pass(gm)
+    (write,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.add_.Tensor]
+    assert write.args[0].target == "seen" and not write.users  # who reads it asks the buffer again
     for times in (1.0, 2.0):
         assert torch.equal(gm(*inputs()), inputs()[1] + times)
