@@ -142,7 +142,8 @@ def test_a_model_without_checkpoints_gets_none():
     assert not any(n.target is checkpoint for n in converted.graph_module("train").graph.nodes)
 
 
-@pytest.mark.parametrize("layer", [Layer, Halves])
+@pytest.mark.parametrize("layer", [Layer])
+@pytest.mark.slow
 def test_the_compile_backend_recomputes_by_tags(layer):
     torch.manual_seed(0)
     model = Net(layer).train()

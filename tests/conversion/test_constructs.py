@@ -56,7 +56,7 @@ def assert_same_step(original, converted, x, seed):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.slow_after(30)
+@pytest.mark.slow_after(6)
 def test_a_construct_is_kept_or_refused_by_name(name):
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def test_a_construct_is_kept_or_refused_by_name(name):
                 assert construct.refused and construct.refused in str(converted.report)
                 assert not run(converted, example(2, 5), 0)[2]  # loudly: no output has a gradient
                 return
-            for step, x in enumerate((example(2, 5, 1), example(3, 7, 2), example(2, 5, 3), example(1, 3, 4))):
+            for step, x in enumerate((example(2, 5, 1), example(3, 7, 2), example(1, 3, 3))):
                 assert_same_step(original, converted, x, step)
         assert not construct.refused
     except ax.AttnResError as error:
