@@ -13,11 +13,14 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """`slow_after(n)`: all parameter sets of a test but its first n are slow. So is what starts several processes."""
+    """All parameter sets of a test but its first are slow, or but its first n with `slow_after(n)`.
+
+    So is what starts several processes.
+    """
     seen = Counter()
     for item in items:
         name = item.nodeid.partition("[")[0]
         seen[name] += 1
         after = item.get_closest_marker("slow_after")
-        if "worlds" in item.fixturenames or (after and seen[name] > after.args[0]):
+        if "worlds" in item.fixturenames or seen[name] > (after.args[0] if after else 1):
             item.add_marker(pytest.mark.slow)
