@@ -5,6 +5,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import attnres_fx as ax
+from attnres_fx.capture.restore import A_CHECKPOINT, what_backward_holds
 from tests.support.cutting import assert_same, cut, evenly, spread
 from tests.support.families import FAMILIES
 
@@ -25,6 +26,11 @@ def test_a_family_converts_with_all_its_reads_and_computes_the_same_whole_and_in
     names = set(converted.state_dict())
     assert set(model.state_dict()) <= names
     assert all(n.startswith("attnres.") for n in names - set(model.state_dict()))
+    held = {w for mode in converted.programs for w in what_backward_holds(converted.graph_module(mode))}
+    if held - {A_CHECKPOINT}:  # a backward of its own, which stages would lose
+        with pytest.raises(ax.AttnResError, match=r"custom autograd\.Function.*stages would lose its gradients"):
+            cut(spread(converted).eval(), evenly(converted, 3))
+        return
     spread(converted).eval()
     stages = cut(converted, evenly(converted, 3)).eval()
     assert_same(converted, stages, kwargs)
