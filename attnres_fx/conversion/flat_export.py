@@ -91,10 +91,11 @@ def in_graph_order(gm: GraphModule, replacements: Sequence[Replacement]) -> list
 
 
 def reads_of_export(gm: GraphModule, replacements: Sequence[Replacement]) -> tuple[Replacement, ...]:
-    """The reads of a graph that was exported again, in order, with the names their nodes have there."""
+    """The reads of a graph that was exported again, in order; their nodes get the names that they had before."""
     nodes = [n for n in gm.graph.nodes if n.target is DEPTH_ATTENTION]
     reads = []
     for node, read in zip(nodes, replacements, strict=True):
+        node._rename(read.node)  # a plan knows what crosses a cut by its name
         sources = tuple(s.name for s in node.args[0])
         reads.append(dataclasses.replace(read, node=node.name, source_nodes=sources))
     return tuple(reads)
