@@ -51,7 +51,7 @@ def bind_graph(
 
     Args:
         recording: Of a clone of the model.
-        model: The clone, whose tensors are the model's own.
+        model: A clone as it was before the call, whose tensors are the model's own.
         leaves: The flat arguments of the recorded call.
         names: A name for each of them.
         places: Where the model's tensors were before the call, by their ids.
@@ -106,7 +106,7 @@ class _Binder:
         self._take_attributes()
         self.graph.lint()
         gm = GraphModule(self.root, self.graph)
-        name_modules_(nodes_with_bodies(gm), ModulePaths(paths_by_id(self.model), ((("L", "module"), ""),)))
+        name_modules_(nodes_with_bodies(gm), ModulePaths(paths_by_id(self.recording.module), ((("L", "module"), ""),)))
         outline_transforms_pass(gm)
         return BoundGraph(gm, out_spec, stored)
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.capture.side_effects import TensorWrite
+from attnres_fx.capture.side_effects import PythonChange, TensorWrite
 from attnres_fx.capture.signature import CallSignature, InputShape
 from attnres_fx.capture.sizes import Guards, input_shapes, sizes_of, take_guards
 from attnres_fx.capture.watched import WatchedValue
@@ -27,6 +27,7 @@ class CapturedGraph:
         guards: checks the flat inputs for what the tracer took for granted.
         writes: the outputs after those of `out_spec`, and where each call stores them.
         watched: values of the model that became part of the graph.
+        unkept: what a first call changes of the model's Python state and calls of the graph do not.
         lost: what of the model's backward the graph does not hold, in words.
         typed: whether the graph has dtypes and devices of the example written into it, as an exported one has.
     """
@@ -38,6 +39,7 @@ class CapturedGraph:
     guards: Guards | None = None
     writes: tuple[TensorWrite, ...] = ()
     watched: tuple[WatchedValue, ...] = ()
+    unkept: tuple[PythonChange, ...] = ()
     lost: tuple[str, ...] = ()
     typed: bool = False
 

@@ -1,6 +1,5 @@
 """An `nn.Module` to graphs: through Dynamo, or through `torch.export` where Dynamo refuses a model that it takes."""
 
-import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +9,9 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import Captured, CapturedGraph
 from attnres_fx.capture.dynamo_module import trace_module
+from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.exported_module import export_module
-from attnres_fx.capture.free_sizes import free_dimensions, marked_dimensions, with_two_rows
+from attnres_fx.capture.free_sizes import free_dimensions, marked_dimensions
 from attnres_fx.capture.isolated_run import Mode, run_untouched
 from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import DynamoRefusal
@@ -35,87 +35,65 @@ def capture_module(
     is not tried at 1. With `in_aten` the graphs are exported, for those who only look at them: they hold the values of
     a call, and not all of its backward.
     """
+    refuse_prepared(model)
     own: Mode = "train" if model.training else "eval"
     notes: list[str] = []
-    refuse_prepared(model)
     bound = _bind_cache_off(model, args, kwargs)
     if bound:
         notes.append("use_cache=False is bound: a cache object cannot be captured")
     kwargs = {**kwargs, **bound}
+    call = ExampleCall(model, args, kwargs, dynamic_shapes, as_called)
     graphs: dict[Mode, CapturedGraph] = {}
     failures: dict[Mode, str] = {}
-    in_spec = pytree.tree_structure((args, kwargs))
-    for mode in sorted({*modes, own}, key=lambda m: m != own):
-        if mode in modes:
-            try:
-                if in_aten:
-                    graphs[mode] = export_module(model, args, kwargs, mode, dynamic_shapes, notes)
-                else:
-                    graphs[mode] = _captured(model, args, kwargs, mode, dynamic_shapes, notes, as_called)
-            except CaptureError as error:
-                failures[mode] = str(error)
+    for mode in sorted(modes, key=lambda m: m != own):
+        try:
+            graphs[mode] = export_module(call, mode, notes) if in_aten else _captured(call, mode, notes)
+        except CaptureError as error:
+            failures[mode] = str(error)
     if not graphs:
-        raise CaptureError(failures[own])
+        raise CaptureError(next(iter(failures.values())))
     signature = signature_of(model.forward, args, kwargs, tuple(bound))
-    notes = sorted(set(notes))
     root, _ = clone_tree(model)
-    training = own == "train"
-    return Captured(graphs, failures, root, signature, in_spec, training, args, kwargs, notes, cloned=True)
+    in_spec = pytree.tree_structure((args, kwargs))
+    notes = sorted(set(notes))
+    return Captured(graphs, failures, root, signature, in_spec, own == "train", args, kwargs, notes, cloned=True)
 
 
-def _captured(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    mode: Mode,
-    dynamic_shapes: Any,
-    notes: list[str],
-    as_called: bool,
-) -> CapturedGraph:
-    """One mode, giving up freedom of sizes only as far as it must."""
+def _captured(call: ExampleCall, mode: Mode, notes: list[str]) -> CapturedGraph:
+    """One mode through Dynamo, or exported where Dynamo refuses the model."""
     try:
-        return _traced(model, args, kwargs, mode, dynamic_shapes, notes, as_called)
+        graph = _traced(call.to_trace(), mode, notes)
     except DynamoRefusal as error:
-        refused = error.reason
-    graph = export_module(model, args, kwargs, mode, dynamic_shapes, notes, refused, as_called=as_called)
-    notes.append(
-        f"captured by torch.export, because Dynamo refuses the model ({_first_line(refused)}): such a graph holds the "
-        f"values of a call and its derivatives by the chain rule, and no custom backward, hook or checkpoint"
-    )
+        graph = export_module(call, mode, notes, error.reason)
+        notes.append(
+            f"captured by torch.export, because Dynamo refuses the model ({_first_line(error)}): such a graph holds "
+            f"the values of a call and its derivatives by the chain rule, and no custom backward, hook or checkpoint"
+        )
+    if graph.unkept:
+        listed = ", ".join(dict.fromkeys(str(c).split(":")[0] for c in graph.unkept))
+        notes.append(f"{listed}: a first call sets it once; the graph makes what depends on it at every call")
     return graph
 
 
-def _traced(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    mode: Mode,
-    dynamic_shapes: Any,
-    notes: list[str],
-    as_called: bool,
-) -> CapturedGraph:
-    if dynamic_shapes is not None:
-        return trace_module(model, args, kwargs, mode, marked_dimensions(model, args, kwargs, dynamic_shapes))
-    if not as_called:
-        args, kwargs = with_two_rows(args, kwargs)
-    leaves = pytree.tree_leaves((args, kwargs))
-    with contextlib.ExitStack() as stack:
-        try:
-            return trace_module(model, args, kwargs, mode, free_dimensions(leaves, 2))
-        except DynamoRefusal as error:
-            if not any(free_dimensions(leaves, 2).values()):
-                raise
-            first = error
-        stack.close()
-    fixed = trace_module(model, args, kwargs, mode, {})  # raises where it was not for the sizes
-    why = _first_line(first)
+def _traced(call: ExampleCall, mode: Mode, notes: list[str]) -> CapturedGraph:
+    """Through Dynamo, giving up freedom of sizes only as far as it must."""
+    if call.dynamic_shapes is not None:
+        return trace_module(call, mode, marked_dimensions(call.model, call.args, call.kwargs, call.dynamic_shapes))
+    free = free_dimensions(call.leaves, 2)
     try:
-        graph = trace_module(model, args, kwargs, mode, free_dimensions(leaves, 1))
-        notes.append(f"only the first dimension of each argument is free: {why}")
-        return graph
+        return trace_module(call, mode, free)
+    except DynamoRefusal as error:
+        if not any(free.values()):
+            raise
+        why = _first_line(error)
+    fixed = trace_module(call, mode, {})  # raises where it was not for the sizes
+    try:
+        graph = trace_module(call, mode, free_dimensions(call.leaves, 1))
     except DynamoRefusal:
         notes.append(f"the sizes of all arguments are fixed: {why}")
         return fixed
+    notes.append(f"only the first dimension of each argument is free: {why}")
+    return graph
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,27 +10,24 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.bound_graph import bind_graph
 from attnres_fx.capture.captured import CapturedGraph
+from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import Recording, record
-from attnres_fx.capture.side_effects import PythonChange, TensorWrite, attributes_of, changes_since, undo_writes_
-from attnres_fx.capture.signature import InputShape, dtype_kind
+from attnres_fx.capture.side_effects import PythonChange, TensorWrite, attributes_of, changes_since, settle_
 from attnres_fx.capture.size_guards import size_guards
+from attnres_fx.capture.sizes import input_shapes
 from attnres_fx.capture.tensor_places import tensor_places
 from attnres_fx.capture.watched import watched_values
 from attnres_fx.errors import CaptureError
-from attnres_fx.passes.graph.nodes import plain_size, value_of
+from attnres_fx.passes.graph.nodes import value_of
 
 
-def trace_module(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], mode: Mode, free: Mapping[int, Sequence[int]]
-) -> CapturedGraph:
+def trace_module(call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]]) -> CapturedGraph:
     """Trace one call of a model in one mode. The model is not run, and neither it nor its tensors are changed.
 
     Args:
-        model: The model.
-        args: Example arguments by position.
-        kwargs: Example arguments by keyword.
+        call: The call.
         mode: `"train"` or `"eval"`.
         free: The dimensions that may be free, by the index of the argument's leaf. The trace fixes those that the
             model's code needs fixed.
@@ -39,31 +36,47 @@ def trace_module(
         CaptureError: The model does something at a call that no graph can hold; it is named.
         DynamoRefusal: Dynamo cannot trace the model.
     """
+    model = call.model
+    recording, leaves, writes, changes = _recorded(call, mode, free)
+    places = tensor_places(model)
+    names = leaf_names(model, call.args, call.kwargs)
+    changed = {c.module for c in changes}
+    # A table goes with the number that says what it was made for: where the number is not kept, neither is the table.
+    writes = [w for w in writes if w.buffer or w.module not in changed]
     clone, _ = clone_tree(model)
-    set_mode_(clone, mode)
-    places = tensor_places(clone)
-    recording, leaves, writes, changes = _recorded(clone, args, kwargs, free)
-    if changes:  # a table that is made at the first call is there at the second; a counter goes on
-        places |= tensor_places(clone)
-        recording, leaves, writes, changes = _recorded(clone, args, kwargs, free)
-    if changes:
-        raise CaptureError(_python_state_message(model, changes))
-    names = leaf_names(model, args, kwargs)
     bound = bind_graph(recording, clone, leaves, names, places, writes)
-    inputs = [n for n in bound.gm.graph.nodes if n.op == "placeholder"]
-    values = [value_of(n) for n in inputs]
+    values = [value_of(n) for n in bound.gm.graph.nodes if n.op == "placeholder"]
     guards, ranges = size_guards(values, names)
-    shapes = tuple(_shape(name, value) for name, value in zip(names, values, strict=True))
-    written = {(w.module, w.name) for w in writes}
-    watched = tuple(v for v in watched_values(clone, recording.watched) if (v.module, str(v.steps[0])) not in written)
-    return CapturedGraph(bound.gm, bound.out_spec, shapes, ranges, guards, bound.writes, watched)
+    shapes = input_shapes(bound.gm)
+    own = {(w.module, w.name) for w in writes} | {(c.module, c.name) for c in changes}
+    watched = tuple(v for v in watched_values(clone, recording.watched) if (v.module, str(v.steps[0])) not in own)
+    return CapturedGraph(bound.gm, bound.out_spec, shapes, ranges, guards, bound.writes, watched, tuple(changes))
 
 
 def _recorded(
-    clone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], free: Mapping[int, Sequence[int]]
+    call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]]
 ) -> tuple[Recording, list[Any], list[TensorWrite], list[PythonChange]]:
-    """One trace of a clone, its flat arguments, and what it left behind on the clone."""
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    """The trace of a call, its flat arguments, and what a call leaves behind on the model.
+
+    Raises:
+        CaptureError: Every call changes Python state. What only the first call changes, a table that is made once or
+            a length that is noted, is made in the graph at every call instead.
+    """
+    clone, _ = clone_tree(call.model)
+    set_mode_(clone, mode)
+    recording, leaves, writes, changes = _traced_call(clone, call, free)
+    if changes:
+        settle_(clone, writes, changes)
+        *_, again = _traced_call(clone, call, free)
+        if again:
+            raise CaptureError(_python_state_message(call.model, again))
+    return recording, leaves, writes, changes
+
+
+def _traced_call(
+    clone: nn.Module, call: ExampleCall, free: Mapping[int, Sequence[int]]
+) -> tuple[Recording, list[Any], list[TensorWrite], list[PythonChange]]:
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     copies: dict[int, Any] = {}
     leaves = [copies.setdefault(id(x), _copied(x)) if isinstance(x, Tensor) else x for x in leaves]
     for i, dimensions in free.items():
@@ -73,22 +86,13 @@ def _recorded(
     before = attributes_of(clone)
     with fast_path_off():
         recording = record(clone, positional, named)
-    writes, changes = changes_since(before, clone, recording.outputs)
-    undo_writes_(before, clone, writes)
-    return recording, leaves, writes, changes
+    return recording, leaves, *changes_since(before, clone, recording.outputs)
 
 
 def _copied(tensor: Tensor) -> Tensor:
     """A copy that Dynamo may mark. Strides of an example would become guards, and they change no value."""
     copied = tensor.detach().clone(memory_format=torch.contiguous_format)
     return copied.requires_grad_(tensor.requires_grad)
-
-
-def _shape(name: str, value: Any) -> InputShape | None:
-    if not isinstance(value, Tensor):
-        return None
-    sizes = tuple(s if isinstance(s, int) else str(s) for s in map(plain_size, value.shape))
-    return InputShape(name, sizes, dtype_kind(value))
 
 
 def leaf_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:

@@ -4,17 +4,18 @@ import contextlib
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import CapturedGraph, graph_of_export
-from attnres_fx.capture.free_sizes import free_dimensions, with_two_rows
+from attnres_fx.capture.example_call import ExampleCall
+from attnres_fx.capture.free_sizes import free_dimensions
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import CAPTURE_LOCK, functorch_depth, restore_functorch
@@ -23,68 +24,64 @@ from attnres_fx.errors import AttnResError, CaptureError
 RANDOM = "draws of Python's random"
 
 
-def export_module(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    mode: Mode,
-    dynamic_shapes: Any,
-    notes: list[str],
-    refused: Exception | None = None,
-    *,
-    as_called: bool = False,
-) -> CapturedGraph:
+def export_module(call: ExampleCall, mode: Mode, notes: list[str], refused: Exception | None = None) -> CapturedGraph:
     """Export in one mode, giving up freedom of sizes only as far as it must.
 
     Args:
-        model: The model; it is left as it is.
-        args: Example arguments by position.
-        kwargs: Example arguments by keyword.
+        call: What is exported.
         mode: `"train"` or `"eval"`.
-        dynamic_shapes: As `torch.export.export` takes them, or None.
         notes: Gets what a user should know.
         refused: Why Dynamo did not take the model; None where only the values of a call are wanted.
-        as_called: Whether sizes of 1 of the example are what is wanted.
 
     Raises:
         CaptureError: It cannot be exported either, or its backward would be lost.
     """
-    if dynamic_shapes is None and not as_called:
-        args, kwargs = with_two_rows(args, kwargs)
-    args, kwargs = pytree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, (args, kwargs))
     errors: list[Exception] = []
-    for shapes, what_is_lost in _attempts(model, args, kwargs, dynamic_shapes):
-        clone, _ = clone_tree(model)
-        set_mode_(clone, mode)
-        depth = functorch_depth()
-        with CAPTURE_LOCK, fast_path_off(), lost_by_export() as lost, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                program = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
-            except AttnResError:
-                raise
-            except Exception as error:  # the tracer lets anything the model raises through
-                errors.append(error)
-                continue
-            finally:
-                restore_functorch(depth)
-        lost |= _backward_hooks(clone)
-        if refused is not None and lost and (mode == "train" or RANDOM in lost):
-            raise CaptureError(
-                f"{type(model).__name__} in {mode} mode: Dynamo cannot trace it ({_cause(refused)}), and torch.export "
-                f"would lose {' and '.join(sorted(lost))}: use ax.compile, or rewrite what Dynamo refuses."
-            )
-        if refused is not None and lost:
-            notes.append(
-                f"the eval graph has no gradients, because torch.export loses {' and '.join(sorted(lost))}: use "
-                f"ax.compile to differentiate"
-            )
+    traced = call.to_trace()
+    for shapes, what_is_lost in _attempts(traced):
+        try:
+            program, lost = _exported(traced, mode, shapes)
+        except AttnResError:
+            raise
+        except Exception as error:  # the tracer lets anything the model raises through
+            errors.append(error)
+            continue
         if what_is_lost:
             notes.append(what_is_lost)
         graph = graph_of_export(program)
-        graph.lost = tuple(sorted(lost))
+        if refused is not None and lost:
+            _say_what_is_lost(call, mode, lost, notes, refused)
+            graph.lost = tuple(sorted(lost))
         return graph
-    raise CaptureError(_capture_message(model, mode, errors[-1], refused)) from refused
+    raise CaptureError(_capture_message(call.model, mode, errors[-1], refused)) from refused
+
+
+def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgram, set[str]]:
+    """The export of a clone, and what of the model it does not hold."""
+    clone, _ = clone_tree(call.model)
+    set_mode_(clone, mode)
+    args, kwargs = pytree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
+    depth = functorch_depth()
+    with CAPTURE_LOCK, fast_path_off(), lost_by_export() as lost, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
+        finally:
+            restore_functorch(depth)
+    return program, lost | _backward_hooks(clone)
+
+
+def _say_what_is_lost(call: ExampleCall, mode: Mode, lost: set[str], notes: list[str], refused: Exception) -> None:
+    """Refuse a graph that would train wrongly, or draw the same numbers at every call; note it for others."""
+    listed = " and ".join(sorted(lost))
+    if mode == "train" or RANDOM in lost:
+        raise CaptureError(
+            f"{call.name} in {mode} mode: Dynamo cannot trace it ({_cause(refused)}), and torch.export would lose "
+            f"{listed}: use ax.compile, or rewrite what Dynamo refuses."
+        )
+    notes.append(
+        f"the eval graph has no gradients, because torch.export loses {listed}: use ax.compile to differentiate"
+    )
 
 
 def _backward_hooks(model: nn.Module) -> set[str]:
@@ -111,12 +108,13 @@ def _capture_message(model: nn.Module, mode: Mode, error: Exception, refused: Ex
     )
 
 
-def _attempts(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> list[tuple[Any, str]]:
-    if dynamic_shapes is not None:
-        return [(dynamic_shapes, "")]
+def _attempts(call: ExampleCall) -> list[tuple[Any, str]]:
+    """What to leave free, and what is said of it; the most free first."""
+    if call.dynamic_shapes is not None:
+        return [(call.dynamic_shapes, "")]
     attempts = [
-        (_free_sizes(model, args, kwargs, 2), ""),
-        (_free_sizes(model, args, kwargs, 1), "only the first dimension of each argument is free"),
+        (_free_sizes(call, 2), ""),
+        (_free_sizes(call, 1), "only the first dimension of each argument is free"),
         (None, "the sizes of all arguments are fixed"),
     ]
     different: list[tuple[Any, str]] = []
@@ -128,14 +126,14 @@ def _attempts(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> 
     return different
 
 
-def _free_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int) -> Any:
+def _free_sizes(call: ExampleCall, limit: int) -> Any:
     """`Dim.AUTO` for the dimensions that may be free, by argument name; None where the arguments have no names."""
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     free = free_dimensions(leaves, limit)
     shapes = [dict.fromkeys(free.get(i, ()), Dim.AUTO) or None for i in range(len(leaves))]
     positional, named = pytree.tree_unflatten(shapes, spec)
-    names = _forward_names(model, len(args))
-    if not any(shapes) or len(names) < len(args):
+    names = _forward_names(call.model, len(call.args))
+    if not any(shapes) or len(names) < len(call.args):
         return None
     return {**dict(zip(names, positional, strict=True)), **named}
 

@@ -40,6 +40,7 @@ class Recording:
     """What Dynamo recorded of one call.
 
     Attributes:
+        module: What was called.
         gm: Its graph of torch functions; every tensor it takes is a placeholder.
         inputs: What its placeholders were given, in order.
         outputs: The stand-ins it returned, in order.
@@ -48,6 +49,7 @@ class Recording:
         lasting: The source of each tensor that was there before the call, by its id.
     """
 
+    module: nn.Module
     gm: GraphModule
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
@@ -92,7 +94,7 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     def note(guards: Sequence[Any]) -> list[bool]:
         watched.extend((str(g.name), str(g.guard_type)) for g in guards)
         lasting.update({id(g.value): str(g.name) for g in guards if g.has_value and isinstance(g.value, Tensor)})
-        return [True] * len(guards)
+        return [False] * len(guards)  # the code runs once, here: nothing has to be checked before it runs again
 
     call = torch.compile(_entry(), backend=recorder, fullgraph=True, dynamic=False, options={"guard_filter_fn": note})
     with isolated_dynamo(), torch.enable_grad():
@@ -105,7 +107,8 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if len(recorder.graphs) != 1:
         what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."
         raise DynamoRefusal(RuntimeError(f"Dynamo traced {what}"))
-    return Recording(recorder.graphs[0], recorder.inputs, recorder.outputs, result, tuple(watched), lasting)
+    gm, inputs, outputs = recorder.graphs[0], recorder.inputs, recorder.outputs
+    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting)
 
 
 def _entry() -> Callable[..., Any]:
@@ -140,6 +143,7 @@ def isolated_dynamo() -> Iterator[None]:
     level = functorch_depth()
     with (
         CAPTURE_LOCK,
+        torch.inference_mode(mode=False),
         torch.compiler.set_stance("default"),
         torch._dynamo.config.patch(suppress_errors=False, disable=False),
         warnings.catch_warnings(),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _TREE = ("_modules",)
@@ -36,14 +37,22 @@ class TensorWrite:
 
 @dataclass(frozen=True)
 class PythonChange:
-    """Something of a module that a call changed and that is no tensor of the graph."""
+    """Something of a module that a call changed and that is no tensor of the graph.
 
-    place: str
+    Attributes:
+        module: Path of the module that holds it.
+        name: The attribute.
+        before: What it was, in words.
+        after: What it became, in words.
+    """
+
+    module: str
+    name: str
     before: str
     after: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.before} -> {self.after}"
+        return f"{self.module}.{self.name}: {self.before} -> {self.after}".removeprefix(".")
 
 
 Attributes = dict[tuple[str, str, str], Any]
@@ -94,23 +103,26 @@ def changes_since(
     return writes, changes
 
 
-def undo_writes_(before: Attributes, root: nn.Module, writes: Sequence[TensorWrite]) -> None:
-    """Let the attributes of a tree hold again what they held before the call wrote stand-ins there, in place."""
+def settle_(root: nn.Module, writes: Sequence[TensorWrite], changes: Sequence[PythonChange]) -> None:
+    """Turn what a recorded call left on a tree into what a call leaves, as far as another trace can see, in place.
+
+    Stand-ins become zeros of their shape, and sizes numbers.
+    """
+    device = next((t.device for t in root.parameters()), torch.device("cpu"))
     for write in writes:
-        store = "_buffers" if write.buffer else ""
         module = root.get_submodule(write.module)
-        held = module.__dict__[store] if store else module.__dict__
-        key = write.module, store, write.name
-        if key in before:
-            held[write.name] = before[key][0]
-        else:
-            del held[write.name]
+        value = getattr(module, write.name)
+        setattr(module, write.name, torch.zeros(value.shape, dtype=value.dtype, device=device))
+    for change in changes:
+        held = root.get_submodule(change.module).__dict__
+        if isinstance(held.get(change.name), int) and not isinstance(held[change.name], bool):
+            held[change.name] = int(held[change.name])
 
 
 def _change(key: tuple[str, str, str], before: str, value: Any) -> PythonChange:
     path, _, name = key
     after = value if value == "missing" else _shown(_contents(value), value)
-    return PythonChange(f"{path}.{name}" if path else name, before, after)
+    return PythonChange(path, name, before, after)
 
 
 def _contents(value: Any) -> Any:

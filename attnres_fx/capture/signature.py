@@ -23,6 +23,7 @@ class CallSignature:
         constants: captured values that are no tensors, by name; a call may leave them out or repeat them, but not
             change them.
         bound: names of the constants that the capture itself bound.
+        not_defaults: names of the constants that are not the model's own defaults.
     """
 
     positional: tuple[str, ...]
@@ -30,6 +31,7 @@ class CallSignature:
     kwargs: tuple[str, ...]
     constants: Mapping[str, Any] = field(default_factory=dict)
     bound: tuple[str, ...] = ()
+    not_defaults: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         names = [n for n in (*self.args, *self.kwargs) if n not in self.bound]
@@ -71,21 +73,25 @@ class CallSignature:
         """
         given = dict(kwargs)
         if len(args) > len(self.positional):
-            raise ArgumentError(
-                f"got {len(args)} positional arguments; the model was captured with {self}. "
-                f"Convert again with the arguments you want to pass."
-            )
+            raise ArgumentError(f"got {len(args)} positional arguments; the model was captured with {self}.")
         for name, value in zip(self.positional, args, strict=False):
             if name in given:
                 raise ArgumentError(f"argument {name!r} was given twice, by position and by keyword.")
             given[name] = value
         for name in given:
             if name not in self.args and name not in self.kwargs:
-                raise ArgumentError(
-                    f"unexpected argument {name!r}: the model was captured with {self}. "
-                    f"Convert again with {name!r} among the example arguments."
-                )
+                raise ArgumentError(f"unexpected argument {name!r}: the model was captured with {self}.")
         return tuple(self._one(n, given) for n in self.args), {n: self._one(n, given) for n in self.kwargs}
+
+    def require_all_but_defaults(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise ArgumentError where a call leaves out a constant whose default is another: it means that one."""
+        given = {*self.positional[: len(args)], *kwargs}
+        for name in self.not_defaults:
+            if name not in given:
+                raise ArgumentError(
+                    f"argument {name!r} was left out; the model was captured with {name}={self.constants[name]!r}, "
+                    f"which is not what leaving it out means."
+                )
 
     def _one(self, name: str, given: Mapping[str, Any]) -> Any:
         if name not in self.constants:
@@ -96,7 +102,7 @@ class CallSignature:
         if name in given and not _same(given[name], captured):
             raise ArgumentError(
                 f"argument {name!r} is {given[name]!r}; the model was captured with {name}={captured!r}, which "
-                f"is part of its graph. Convert again with the value you want."
+                f"is part of its graph."
             )
         return captured
 
@@ -118,7 +124,12 @@ def signature_of(
     names += [f"{extra}_{i}" for i in range(len(names), len(args))]
     taken = tuple(names[: len(args)])
     values = {**dict(zip(taken, args, strict=True)), **kwargs}
-    return CallSignature(tuple(names), taken, tuple(kwargs), constants_in(values), tuple(bound))
+    constants = constants_in(values)
+    defaults = {p.name: p.default for p in parameters}
+    others = [
+        n for n, v in constants.items() if n not in bound and not _same(v, defaults.get(n, inspect.Parameter.empty))
+    ]
+    return CallSignature(tuple(names), taken, tuple(kwargs), constants, tuple(bound), tuple(others))
 
 
 def constants_in(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,10 +185,7 @@ def check_shapes(
         if not isinstance(leaf, torch.Tensor):
             raise ArgumentError(f"argument {shape.name!r} is a {type(leaf).__name__}; it was captured as a tensor.")
         if shape.kind and dtype_kind(leaf) != shape.kind:
-            raise ArgumentError(
-                f"argument {shape.name!r} is {leaf.dtype}; it was captured with {shape.kind} values. Convert it, or "
-                f"convert the model again with an example of this dtype."
-            )
+            raise ArgumentError(f"argument {shape.name!r} is {leaf.dtype}; it was captured with {shape.kind} values.")
         if leaf.dim() != len(shape.sizes):
             raise ArgumentError(f"argument {shape.name!r} has {leaf.dim()} dimensions; it was captured as {shape}.")
         for i, (size, wanted) in enumerate(zip(leaf.shape, shape.sizes, strict=True)):
@@ -185,15 +193,14 @@ def check_shapes(
                 if size != wanted:
                     raise ArgumentError(
                         f"argument {shape.name!r} has size {size} in dimension {i}; the graph was captured with "
-                        f"{wanted} fixed there. Convert again with dynamic_shapes that leave it free, or with an "
-                        f"example of this size."
+                        f"{wanted} fixed there."
                     )
                 continue
             low, high = ranges.get(wanted, (0, None))
             if size < low or (high is not None and size > high):
                 raise ArgumentError(
                     f"argument {shape.name!r} has size {size} in dimension {i}; the graph holds for sizes from "
-                    f"{low} to {high if high is not None else 'any'}. Convert again with an example of this size."
+                    f"{low} to {high if high is not None else 'any'}."
                 )
             first = seen.setdefault(wanted, (size, f"dimension {i} of {shape.name!r}"))
             if first[0] != size:

@@ -9,6 +9,8 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 
+from attnres_fx.capture.sizes import sizes_of
+
 #: A size by name, a number, or an operation on such: `["Eq", ["Mod", "s0", 2], 0]`.
 Expression = Any
 
@@ -165,7 +167,7 @@ def size_guards(values: Sequence[Any], names: Sequence[str]) -> tuple[SizeGuards
     if shape_env is None:
         return SizeGuards({}, (), tuple(names)), {}
     conditions = [to_expression(g.expr) for g in shape_env.guards if _can_be_told(g.expr, places)]
-    ranges = {str(s): _range(shape_env.var_to_range[s]) for s in shape_env.var_to_range if str(s) in places}
+    ranges = {str(s): sizes_of(shape_env.var_to_range[s]) for s in shape_env.var_to_range if str(s) in places}
     unique = [c for i, c in enumerate([*conditions, *extra]) if c not in [*conditions, *extra][:i]]
     return SizeGuards(places, tuple(unique), tuple(names)), ranges
 
@@ -173,10 +175,3 @@ def size_guards(values: Sequence[Any], names: Sequence[str]) -> tuple[SizeGuards
 def _can_be_told(expression: Any, places: Mapping[str, Any]) -> bool:
     """Whether every symbol is the size of an input; others belong to data, and the graph itself checks them."""
     return all(str(s) in places for s in expression.free_symbols)
-
-
-def _range(bounds: Any) -> tuple[int, int | None]:
-    """Sizes a symbol may have. A lower bound of 2 only says that the tracer set 0 and 1 apart."""
-    low = int(bounds.lower)
-    high = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**31 else None
-    return (0 if low == 2 else low), high

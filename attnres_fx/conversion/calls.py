@@ -13,6 +13,11 @@ from attnres_fx.conversion.captured_program import CapturedProgram, bar_ones, cu
 from attnres_fx.conversion.conversion import MOST_PROGRAMS, Conversion, placement_of
 from attnres_fx.errors import ArgumentError
 
+_NO_PYTHON = (
+    "This model was made from a graph or a file, and runs only the kinds of calls that it was captured with. What "
+    "convert() makes of an nn.Module captures others when they are made."
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +56,8 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             errors.append(ArgumentError("the call is made under another autocast than the captured ones."))
             continue
         try:
+            if conversion.recapture is not None:
+                program.signature.require_all_but_defaults(args, kwargs)
             return program, flat_arguments(program, args, kwargs)
         except ArgumentError as error:
             errors.append(error)
@@ -63,7 +70,9 @@ def _further_program(
 ) -> CapturedProgram:
     """A program for another kind of call, from the original's Python; raises `why` where there is none."""
     conversion: Conversion = model._attnres_conversion
-    if conversion.recapture is None or not _accepts(model, args, kwargs):
+    if conversion.recapture is None:
+        raise ArgumentError(f"{why} {_NO_PYTHON}") from why
+    if not _accepts(model, args, kwargs):
         raise why
     further = conversion.further.setdefault(mode, [])
     if len(further) + 1 >= MOST_PROGRAMS:

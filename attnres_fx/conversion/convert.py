@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -73,6 +74,7 @@ def inspect(
     return StreamReport(_name(model), found.streams, found.refusals, tuple(captured.notes))
 
 
+@torch.inference_mode(mode=False)  # what is made here is trained later, whatever mode it is made in
 def convert(
     model: Model,
     args: Sequence[Any] = (),

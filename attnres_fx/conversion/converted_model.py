@@ -229,8 +229,8 @@ class ConvertedModel(GraphRunner):
             program.guards,
             program.writes,
             program.watched,
-            program.lost,
-            self.typed,
+            lost=program.lost,
+            typed=self.typed,
         )
 
     def save(self, path: Any) -> None:
