@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import DynamoRefusal
 from attnres_fx.capture.signature import signature_of
 from attnres_fx.errors import CaptureError
+from attnres_fx.passes.graph.example_sizes import remember_example_sizes
 
 
 def capture_module(
@@ -48,6 +50,7 @@ def capture_module(
     for mode in sorted(modes, key=lambda m: m != own):
         try:
             graphs[mode] = export_module(call, mode, notes) if in_aten else _captured(call, mode, notes)
+            _note_sizes_of(call, graphs[mode])
         except CaptureError as error:
             failures[mode] = str(error)
     if not graphs:
@@ -57,6 +60,13 @@ def capture_module(
     in_spec = pytree.tree_structure((args, kwargs))
     notes = sorted(set(notes))
     return Captured(graphs, failures, root, signature, in_spec, own == "train", args, kwargs, notes, cloned=True)
+
+
+def _note_sizes_of(call: ExampleCall, graph: CapturedGraph) -> None:
+    """Say what the graph's sizes were in the example itself, which may have been traced with two rows."""
+    sizes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in call.leaves]
+    graph.shapes = tuple(s and replace(s, example=own) for s, own in zip(graph.shapes, sizes, strict=True))
+    remember_example_sizes(graph.gm, sizes)
 
 
 def _captured(call: ExampleCall, mode: Mode, notes: list[str]) -> CapturedGraph:

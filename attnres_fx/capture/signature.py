@@ -155,11 +155,13 @@ class InputShape:
         name: of the argument.
         sizes: of each dimension, a number where it is fixed and a symbol's name where it is free.
         kind: `"floating"`, `"integer"`, `"boolean"` or `"complex"`; `""` where it does not matter.
+        example: its sizes in the example; empty where they are not known.
     """
 
     name: str
     sizes: tuple[int | str, ...]
     kind: str = ""
+    example: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name}[{', '.join(map(str, self.sizes))}]"

@@ -17,6 +17,7 @@ from attnres_fx.capture.size_guards import SizeGuards
 from attnres_fx.capture.transform_regions import outline_transforms_pass
 from attnres_fx.errors import CaptureError, SaveError
 from attnres_fx.ops.operator import DEPTH_ATTENTION
+from attnres_fx.passes.graph.example_sizes import remember_example_sizes
 from attnres_fx.passes.graph.nodes import plain_size
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
@@ -62,6 +63,7 @@ def flat_aten(root: nn.Module, captured: CapturedGraph) -> tuple[GraphModule, An
         )
     exported = export_flat(root, captured)
     gm, _ = flat_module(exported)
+    remember_example_sizes(gm, [s.example if s else () for s in captured.shapes])
     outline_transforms_pass(gm)
     return gm, captured.out_spec or exported.call_spec.out_spec
 

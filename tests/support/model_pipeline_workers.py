@@ -44,14 +44,32 @@ def case(suite):
 
 
 def pipeline_of(
-    converted, schedule, virtual, *, ranks=None, cache=True, starts=None, recompute=False, compile=False, **options
+    converted,
+    schedule,
+    virtual,
+    *,
+    ranks=None,
+    cache=True,
+    starts=None,
+    recompute=False,
+    compile=False,
+    chains=None,
+    **options,
 ):
     ranks = ranks or dist.get_world_size()
-    total = next(iter(chains_of(converted).values())).chain.num_sublayers
+    chains = chains or chains_of(converted)
+    total = next(iter(chains.values())).chain.num_sublayers
     count = ranks * virtual
     starts = starts or tuple(total * c // count for c in range(count))
     stages = stages_of(
-        converted, starts, num_stages=ranks, virtual_stages=virtual, cache=cache, lowering=None, recompute=recompute
+        converted,
+        starts,
+        num_stages=ranks,
+        virtual_stages=virtual,
+        cache=cache,
+        lowering=None,
+        recompute=recompute,
+        chains=chains,
     )
     # Stages share the converted model's parameters: the reference must not see what the pipeline does to them.
     for stage in stages:
@@ -122,11 +140,11 @@ def simulated_order(schedule, virtual):
 
 def against_one_process(kind, choices, config):
     converted, kwargs, target = convert(kind, **config)
-    found = {}
+    found, chains = {}, chains_of(converted)
     for schedule, virtual in choices:
         for cache in (True, False):
             converted.zero_grad()
-            pipeline, stages = pipeline_of(converted, schedule, virtual, cache=cache)
+            pipeline, stages = pipeline_of(converted, schedule, virtual, cache=cache, chains=chains)
             key = f"{schedule} {virtual} {'cache' if cache else 'no cache'}"
             found[key] = compared(pipeline, converted, kwargs, target)
             found[key]["bytes"] = bytes_as_routed(pipeline, stages)

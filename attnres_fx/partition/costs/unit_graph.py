@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from attnres_fx.passes.graph.example_sizes import example_size
 from attnres_fx.passes.graph.nodes import nodes_without_gradients, value_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait
@@ -73,10 +74,9 @@ def _input_tensor(taken: BodyInput, mode: FakeTensorMode) -> Tensor:
 
 
 def hint(size: Any) -> Any:
-    """A number as it was in the example: a symbolic one's hint, UNKNOWN_SIZE where it has none."""
-    if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return size
-    return size.node.hint if size.node.has_hint() else UNKNOWN_SIZE
+    """A number as it was in the example: UNKNOWN_SIZE where a symbolic one depends on data."""
+    known = example_size(size)
+    return UNKNOWN_SIZE if known is None else known
 
 
 def bytes_of(value: Any) -> int:

@@ -4,6 +4,7 @@ import torch
 from torch.fx import Node
 
 from attnres_fx.errors import PlanError
+from attnres_fx.passes.graph.example_sizes import example_size
 from attnres_fx.passes.graph.nodes import describe, tensor_of
 
 
@@ -20,12 +21,10 @@ def size_in_bytes(node: Node) -> int:
 
 def _plain_number(size: int | torch.SymInt, node: Node) -> int:
     """A size as the example had it. Raises PlanError for one that depends on data."""
-    if isinstance(size, int):
-        return size
-    hint = size.node.maybe_as_int() or (size.node.hint if size.node.has_hint() else None)
-    if hint is None:
+    known = example_size(size)
+    if known is None:
         raise PlanError(
             f"the size of {describe(node)} depends on data ({size}), so nobody can tell how many bytes it has: "
             f"a pipeline needs sizes that follow from the inputs'."
         )
-    return int(hint)
+    return int(known)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch.fx import Node
 
+from attnres_fx.passes.graph.example_sizes import example_size
 from attnres_fx.passes.graph.nodes import tensor_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, moves_data
@@ -49,7 +49,5 @@ def _size(node: Node) -> float:
 
 def _number(size: Any) -> float:
     """A size, or what the example had where it is free."""
-    if isinstance(size, torch.SymInt):
-        hint = getattr(size.node, "hint", None)
-        return float(hint) if isinstance(hint, int) else 1.0
-    return float(size)
+    known = example_size(size)
+    return 1.0 if known is None else float(known)

@@ -30,6 +30,12 @@ def planned(model=None, **options):
     return ax.plan(gpt() if model is None else model, kwargs=given.pop("kwargs", IDS), **given)
 
 
+def test_a_plan_counts_the_rows_of_its_example():
+    one, two = (planned(gpt(layers=2), kwargs={"ids": torch.zeros(n, 8, dtype=torch.long)}) for n in (1, 2))
+    assert [2 * s.forward_flops for s in one.costs.sublayers] == [s.forward_flops for s in two.costs.sublayers]
+    assert 2 * one.costs.streams[0].value_bytes == two.costs.streams[0].value_bytes
+
+
 @pytest.fixture(scope="module")
 def plan():
     return planned()
