@@ -22,6 +22,7 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     modes: Sequence[Mode] = ("train", "eval"),
+    first_only: bool = False,
     in_aten: bool = False,
 ) -> Captured:
     """Trace a model in the modes asked for, its own first; a graph module is taken as it is.
@@ -34,6 +35,7 @@ def capture(
         dynamic_shapes: which sizes are free, as for `torch.export.export`; by default the first two dimensions of
             each tensor, or as many of them as the tracer accepts.
         modes: for an `nn.Module`, the modes to trace.
+        first_only: for an `nn.Module`, whether to stop at the first mode that could be traced.
         in_aten: for an `nn.Module`, whether its graphs shall be of aten operations, for those who only look at them.
 
     Returns:
@@ -58,4 +60,4 @@ def capture(
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: pass an nn.Module, a torch.fx.GraphModule or an ExportedProgram."
         )
-    return capture_module(model, args, kwargs, dynamic_shapes, modes, in_aten=in_aten)
+    return capture_module(model, args, kwargs, dynamic_shapes, modes, first_only=first_only, in_aten=in_aten)

@@ -59,6 +59,7 @@ class Captured:
         args: example arguments by position.
         kwargs: example arguments by keyword, with those that the capture bound.
         notes: what a user should know.
+        untried: the modes that were left out because one was enough.
     """
 
     graphs: dict[Mode, CapturedGraph]
@@ -71,6 +72,7 @@ class Captured:
     kwargs: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     cloned: bool = False
+    untried: tuple[Mode, ...] = ()
 
 
 def flatten_arguments_(gm: GraphModule) -> Guards | None:

@@ -29,13 +29,14 @@ def capture_module(
     modes: Sequence[Mode],
     *,
     as_called: bool = False,
+    first_only: bool = False,
     in_aten: bool = False,
 ) -> Captured:
     """The graphs of a module in the modes asked for, its own first.
 
     With `as_called` the example is a call: its sizes of 1 are what is wanted, and a graph that leaves other sizes free
-    is not tried at 1. With `in_aten` the graphs are exported, for those who only look at them: they hold the values of
-    a call, and not all of its backward.
+    is not tried at 1. With `first_only` the first mode that can be captured is enough. With `in_aten` the graphs are
+    exported, for those who only look at them: they hold the values of a call, and not all of its backward.
     """
     refuse_prepared(model)
     own: Mode = "train" if model.training else "eval"
@@ -48,6 +49,8 @@ def capture_module(
     graphs: dict[Mode, CapturedGraph] = {}
     failures: dict[Mode, str] = {}
     for mode in sorted(modes, key=lambda m: m != own):
+        if graphs and first_only:
+            break
         try:
             graphs[mode] = export_module(call, mode, notes) if in_aten else _captured(call, mode, notes)
             _note_sizes_of(call, graphs[mode])
@@ -59,7 +62,9 @@ def capture_module(
     root, _ = clone_tree(model)
     in_spec = pytree.tree_structure((args, kwargs))
     notes = sorted(set(notes))
-    return Captured(graphs, failures, root, signature, in_spec, own == "train", args, kwargs, notes, cloned=True)
+    untried = tuple(m for m in modes if m not in graphs and m not in failures)
+    training = own == "train"
+    return Captured(graphs, failures, root, signature, in_spec, training, args, kwargs, notes, True, untried)
 
 
 def _note_sizes_of(call: ExampleCall, graph: CapturedGraph) -> None:

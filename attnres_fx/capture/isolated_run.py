@@ -28,6 +28,14 @@ def set_mode_(model: nn.Module, mode: Mode) -> None:
 
 
 @contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Tensors made inside can be trained later, whatever mode the caller is in; gradients stay on or off."""
+    on = torch.is_grad_enabled()
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(on):
+        yield
+
+
+@contextlib.contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """The model in train or eval mode; every module's own flag is put back after."""
     flags = {m: m.training for m in model.modules()}

@@ -10,8 +10,8 @@ from torch import nn
 
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.captured_program import CapturedProgram, bar_ones, current_autocast, flat_arguments
-from attnres_fx.conversion.conversion import MOST_PROGRAMS, Conversion, placement_of
-from attnres_fx.errors import ArgumentError
+from attnres_fx.conversion.conversion import MOST_PROGRAMS, Conversion
+from attnres_fx.errors import ArgumentError, ModeError
 
 _NO_PYTHON = (
     "This model was made from a graph or a file, and runs only the kinds of calls that it was captured with. What "
@@ -38,15 +38,19 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     conversion: Conversion = model._attnres_conversion
     mode: Mode = model.mode
-    first = conversion.programs[mode]
     if torch.compiler.is_compiling():
-        return first, flat_arguments(first, args, kwargs)
+        compiled = conversion.programs.get(mode)
+        if compiled is None:
+            raise ModeError(
+                f"the {mode} program is not captured yet: call model.{mode}() outside the compiled function."
+            )
+        return compiled, flat_arguments(compiled, args, kwargs)
+    first: CapturedProgram = model.program_of(mode)
     if conversion.edits is not None:
         conversion.edits.check(model)
         if why := conversion.edits.original_changed(mode):
             first = _follow_original(model, mode, args, kwargs, why)
-    if conversion.recapture is not None and conversion.placement != (now := placement_of(model)):
-        conversion.placement, conversion.outdated = now, set(conversion.programs)
+    conversion.note_placement(model)
     if mode in conversion.outdated:
         first = _captured_for_placement(model, mode, args, kwargs)
     errors: list[ArgumentError] = []

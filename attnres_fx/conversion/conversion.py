@@ -12,7 +12,7 @@ from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.report import ConversionReport
-from attnres_fx.errors import SaveError
+from attnres_fx.errors import AttnResError, CheckError, SaveError
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
@@ -30,6 +30,9 @@ Recapture = Callable[
     [Any, nn.Module, Mode, tuple[Any, ...], Mapping[str, Any]], tuple[Captured, tuple[Replacement, ...]]
 ]
 
+
+#: Captures and checks one more mode of a converted model.
+CaptureMode = Callable[[Any], CapturedProgram]
 
 Placement = tuple[torch.device, torch.dtype]
 
@@ -57,6 +60,7 @@ class Conversion:
         placement: Device and dtype that the parameters had when the programs were captured.
         outdated: The modes whose programs were captured for another placement.
         programs: By mode, the program that was captured first.
+        deferred: The modes that are captured when they are first needed.
         further: By mode, the programs of other kinds of calls.
     """
 
@@ -72,6 +76,7 @@ class Conversion:
     placement: Placement | None = None
     outdated: set[Mode] = field(default_factory=set)
     programs: dict[Mode, CapturedProgram] = field(default_factory=dict)
+    deferred: dict[Mode, CaptureMode] = field(default_factory=dict)
     further: dict[Mode, list[CapturedProgram]] = field(default_factory=dict)
 
     def guard_edits(self, root: nn.Module, original: nn.Module | None) -> None:
@@ -93,6 +98,35 @@ class Conversion:
                 self.further.setdefault(mode, []).append(program)
             else:
                 self.programs[mode] = program
+
+    def note_placement(self, root: nn.Module) -> None:
+        """Mark the programs that were captured for another placement than the model has now."""
+        if self.recapture is not None and self.placement != (now := placement_of(root)):
+            self.placement, self.outdated = now, set(self.programs)
+
+    def capture_deferred(self, root: Any, mode: Mode) -> None:
+        """Capture a mode that was left for later; where that fails, the reason is in `failures`.
+
+        Raises:
+            EditedError: The model was changed in a way that a capture does not see.
+            CheckError: The program does not compute what the original computes.
+        """
+        if self.edits is not None:
+            self.edits.check(root)
+        self.note_placement(root)
+        try:
+            program = self.deferred[mode](root)
+        except CheckError:
+            raise
+        except AttnResError as error:
+            self.failures[mode] = str(error)
+            self.report.fail_mode(mode, str(error))
+        else:
+            self.programs[mode] = program
+            self.report.add_mode(mode)
+            if self.edits is not None:
+                self.edits.watch(root, program.watched)
+        del self.deferred[mode]
 
     def check_current(self, root: nn.Module) -> None:
         """Compare the converted model with what its programs were captured from, before they are written to a file.

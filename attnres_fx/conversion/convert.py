@@ -4,22 +4,23 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from attnres_fx.capture.capture import capture
 from attnres_fx.capture.captured import Captured
-from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.isolated_run import Mode, outside_inference_mode
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.conversion import Conversion
 from attnres_fx.conversion.converted_model import ConvertedModel, converted_model
+from attnres_fx.conversion.deferred import DeferredMode, without_tensors
 from attnres_fx.conversion.edits import refuse_forwards
+from attnres_fx.conversion.progress import Progress
 from attnres_fx.conversion.recapturing import Recapturing
-from attnres_fx.conversion.report import ConversionReport, StreamReport
-from attnres_fx.conversion.rewriting import require_same_reads, rewrite_, same_streams
-from attnres_fx.conversion.verify import Check, check_conversion
+from attnres_fx.conversion.report import ConversionReport, StreamReport, shortened
+from attnres_fx.conversion.rewriting import modules_that_add, require_same_reads, rewrite_, same_streams
+from attnres_fx.conversion.verify import Check, check_conversion, require_known
 from attnres_fx.errors import (
     AlreadyConvertedError,
     ConfigError,
@@ -35,7 +36,6 @@ from attnres_fx.passes import (
     checked_lowering,
     plan_depth_reads,
 )
-from attnres_fx.passes.graph.module_paths import module_path
 from attnres_fx.passes.lowering.read_calls import OPERATORS
 from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams
@@ -74,7 +74,7 @@ def inspect(
     return StreamReport(_name(model), found.streams, found.refusals, tuple(captured.notes))
 
 
-@torch.inference_mode(mode=False)  # what is made here is trained later, whatever mode it is made in
+@outside_inference_mode()  # what is made here is trained later, whatever mode it is made in
 def convert(
     model: Model,
     args: Sequence[Any] = (),
@@ -96,7 +96,8 @@ def convert(
         dynamic_shapes: As `torch.export.export` takes them; by default batch and sequence are free.
         check: Run original and result twice in each mode, at zero queries and from one random state, and compare
             outputs, gradients, buffers, and another batch and length where they are free (output `"sum"`).
-            `"outputs"` compares outputs alone; False runs nothing.
+            `"outputs"` compares outputs alone; False runs nothing. The mode that the model is not in is captured and
+            compared when it is first needed: by `train()`, `eval()`, `save`, or a plan.
         lowering: What is folded into the reads when the model runs, `Lowering()` by default; reports, `graph_module`
             and files keep the reads as they were put in.
 
@@ -113,20 +114,44 @@ def convert(
         StreamWidthError: The features of a stream are not in a last dimension of fixed size.
         StreamNameError: `config.streams` names a stream that does not exist.
         ScheduleError: The blocks of the config do not fit a stream.
-        RewriteError: The train and the eval graph do not have the same reads.
+        RewriteError: Two graphs of a symbolic trace do not have the same reads.
         CheckError: The result does not compute what the original computes.
     """
     config = config or AttnResConfig()
     if not isinstance(config, AttnResConfig):
         raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
     lowering = checked_lowering(lowering)
+    require_known(check)
     refuse_converted(model)
-    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    with Progress(_name(model)) as progress:
+        progress.step("capturing it")
+        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, first_only=True)
+        tree = without_tensors(captured.root)
+        progress.step("finding and rewriting its streams")
+        converted = _converted(model, captured, config, lowering)
+        progress.step("comparing it with the original")
+        check_conversion(model, converted, captured, check)
+    conversion = converted._attnres_conversion
+    if captured.cloned:
+        conversion.deferred = {
+            mode: DeferredMode(
+                mode, captured.args, captured.kwargs, dynamic_shapes, config, check, tree, conversion.placement
+            )
+            for mode in captured.untried
+        }
+        refuse_forwards(converted, conversion.guarded)
+        conversion.guard_edits(converted, model if isinstance(model, nn.Module) else None)
+    return converted
+
+
+def _converted(model: Model, captured: Captured, config: AttnResConfig, lowering: Lowering) -> ConvertedModel:
+    """The captured model rewritten, in the mode it was in where that was captured; nothing is run."""
     analyses = _analyze(captured)
     plans = _plan(analyses, config, _name(model))
-    guarded = _modules_that_add(captured, plans)
+    mode, plan = next(iter(plans.items()))
+    guarded = modules_that_add(captured.root, captured.graphs[mode].gm, plan)
     parameters, replacements = _rewrite(captured, analyses, plans, config)
-    report = _report(model, captured, next(iter(analyses.values())), next(iter(plans.values())), config)
+    report = _report(model, captured, analyses[mode], plan, config)
     typed = any(graph.typed for graph in captured.graphs.values())
     conversion = Conversion(report, captured.failures, lowering, typed)
     graphs = {m: (g, replacements[id(g)]) for m, g in captured.graphs.items()}
@@ -138,10 +163,6 @@ def convert(
     starting = _starting_mode(captured)
     if not captured.cloned or starting != ("train" if captured.training else "eval"):
         nn.Module.train(converted, starting == "train")
-    check_conversion(model, converted, captured, check)
-    if captured.cloned:
-        refuse_forwards(converted, conversion.guarded)
-        conversion.guard_edits(converted, model if isinstance(model, nn.Module) else None)
     return converted
 
 
@@ -157,26 +178,6 @@ def _plan(analyses: Mapping[Mode, StreamSet], config: AttnResConfig, model: str)
     selected = select_streams(next(iter(analyses.values())), config, model)
     require_same_reads(analyses, selected)
     return {m: plan_depth_reads(s, same_streams(s, selected), config) for m, s in analyses.items()}
-
-
-def _modules_that_add(captured: Captured, plans: Mapping[Mode, ReadPlan]) -> tuple[str, ...]:
-    """The submodules whose own code adds to a stream that is rewritten, and those around them."""
-    paths: dict[str, None] = {}
-    for mode, plan in plans.items():
-        nodes = {n.name: n for n in captured.graphs[mode].gm.graph.nodes}
-        for stream in plan.streams:
-            for term in stream.stream.terms[1:]:
-                parts = module_path(nodes[term.written_by]).split(".") if term.written_by in nodes else []
-                paths |= {".".join(parts[: i + 1]): None for i in range(len(parts)) if parts[0]}
-    return tuple(p for p in paths if _is_submodule(captured.root, p))
-
-
-def _is_submodule(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _rewrite(
@@ -223,7 +224,7 @@ def _report(
     plan: ReadPlan,
     config: AttnResConfig,
 ) -> ConversionReport:
-    notes = [*captured.notes, *(f"no {m} graph: {_shortened(why)}" for m, why in captured.failures.items())]
+    notes = [*captured.notes, *(f"no {m} graph: {shortened(why)}" for m, why in captured.failures.items())]
     done = {s.stream.name for s in plan.streams}
     left = [(s, _why_left(s, config)) for s in streams.streams if s.name not in done]
     return ConversionReport(
@@ -233,12 +234,9 @@ def _report(
         left=tuple(left),
         refusals=streams.refusals,
         modes=tuple(sorted(captured.graphs)),
+        deferred=captured.untried,
         notes=tuple(notes),
     )
-
-
-def _shortened(text: str, length: int = 160) -> str:
-    return text if len(text) <= length else f"{text[:length].rsplit(' ', 1)[0]} …"
 
 
 def _why_left(stream: Stream, config: AttnResConfig) -> str:

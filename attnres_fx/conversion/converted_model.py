@@ -1,5 +1,6 @@
 """The module a conversion returns: the original's modules, the new parameters, and the programs of its calls."""
 
+import contextlib
 import dataclasses
 import io
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.capture.recorder import CAPTURE_LOCK
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.calls import program_for
 from attnres_fx.conversion.captured_program import CapturedProgram, current_autocast, flat_arguments, run_program
@@ -23,7 +25,7 @@ from attnres_fx.conversion.files import load_parts, parts_of, save_parts
 from attnres_fx.conversion.graph_runner import GraphRunner
 from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.conversion.stored.container import reading
-from attnres_fx.errors import RewriteError
+from attnres_fx.errors import ModeError, RewriteError
 from attnres_fx.parameters import AttnResParameters, check_state
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.lowering.lower import Lowering
@@ -50,12 +52,39 @@ class ConvertedModel(GraphRunner):
 
     @property  # type: ignore[override]
     def programs(self) -> dict[Mode, CapturedProgram]:
-        """By mode, the program that was captured first."""
+        """By mode, the program that was captured first; without the modes that were not needed yet."""
         return self._attnres_conversion.programs
 
     @programs.setter
     def programs(self, programs: dict[Mode, CapturedProgram]) -> None:
         self._attnres_conversion.programs = programs
+
+    def program_of(self, mode: Mode) -> CapturedProgram:
+        """The program of a mode, captured now where the conversion left it for later.
+
+        Args:
+            mode: `"train"` or `"eval"`.
+
+        Raises:
+            ModeError: The mode cannot be captured; the reason is given.
+            EditedError: The model was changed in a way that a capture does not see.
+            CheckError: The program does not compute what the original computes.
+        """
+        conversion = self._attnres_conversion
+        if mode in conversion.deferred:
+            with CAPTURE_LOCK:
+                if mode in conversion.deferred:
+                    conversion.capture_deferred(self, mode)
+        if mode not in conversion.programs:
+            raise ModeError(self._why_no_graph(mode))
+        return conversion.programs[mode]
+
+    def every_program(self) -> dict[Mode, CapturedProgram]:
+        """By mode, the program that was captured first, of all modes that can be captured."""
+        for mode in tuple(self._attnres_conversion.deferred):
+            with contextlib.suppress(ModeError):  # the reason is in `failures`
+                self.program_of(mode)
+        return self.programs
 
     @property
     def failures(self) -> dict[Mode, str]:
@@ -146,7 +175,7 @@ class ConvertedModel(GraphRunner):
         return f"{CONSTANTS}.{name}"
 
     def _why_no_graph(self, mode: Mode) -> str:
-        return f"this model has no {mode} graph: {self.failures.get(mode, 'it was not captured')}."
+        return f"this model has no {mode} graph: {self.failures.get(mode, 'it was not captured').rstrip('.')}."
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         program, inputs = program_for(self, args, kwargs)
@@ -196,7 +225,7 @@ class ConvertedModel(GraphRunner):
         Raises:
             ArgumentError: they do not fit what was captured.
         """
-        return flat_arguments(self.programs[self.mode], args, kwargs)
+        return flat_arguments(self.program_of(self.mode), args, kwargs)
 
     def replacements(self, mode: Mode | None = None) -> tuple[Replacement, ...]:
         """The depth-attention nodes of a mode's graph.
@@ -207,7 +236,7 @@ class ConvertedModel(GraphRunner):
         Returns:
             One entry per read, in execution order.
         """
-        return self.programs[mode or self.mode].replacements
+        return self.program_of(mode or self.mode).replacements
 
     def captured(self, mode: Mode) -> CapturedGraph:
         """A copy of a mode's graph as a capture returns it, on this model's own tensors.
@@ -215,7 +244,7 @@ class ConvertedModel(GraphRunner):
         Args:
             mode: `"train"` or `"eval"`.
         """
-        return self.captured_graph(self.programs[mode])
+        return self.captured_graph(self.program_of(mode))
 
     def captured_graph(self, program: CapturedProgram) -> CapturedGraph:
         """A copy of one program's graph as a capture returns it, on this model's own tensors."""
@@ -276,7 +305,7 @@ class ConvertedModel(GraphRunner):
         return _from_bytes, (file.getvalue(),)
 
     def extra_repr(self) -> str:
-        return f"{self.signature}, modes={'/'.join(self.programs)}"
+        return f"{self.signature}, modes={'/'.join((*self.programs, *self._attnres_conversion.deferred))}"
 
 
 def converted_model(

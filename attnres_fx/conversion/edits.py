@@ -24,9 +24,6 @@ MOST_FOLLOWED = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
-#: Changes of the original that a converted model follows by being captured again.
-MOST_FOLLOWED = 16
-
 _WAY_OUT = "Do it to the original before convert(), or use ax.compile, which runs the model's own modules."
 
 
@@ -189,6 +186,19 @@ def refuse_forwards(root: nn.Module, paths: Iterable[str]) -> None:
     for path in paths:
         module = root.get_submodule(path)
         module.__dict__["forward"] = functools.partial(refuse_forward, path, type(module).__name__)
+
+
+def guard_forwards(root: nn.Module, guarded: dict[str, Any], paths: Iterable[str]) -> None:
+    """Let further submodules raise when they are called by themselves.
+
+    Args:
+        root: The converted model.
+        guarded: By path, those that do already, with the forwards that were set on them; it gets the new ones.
+        paths: Of the submodules.
+    """
+    fresh = [path for path in paths if path not in guarded]
+    guarded.update({path: root.get_submodule(path).__dict__.get("forward") for path in fresh})
+    refuse_forwards(root, fresh)
 
 
 def allow_forwards(root: nn.Module, own: Mapping[str, Any]) -> None:

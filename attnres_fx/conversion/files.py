@@ -63,6 +63,7 @@ def parts_of(model: Any) -> ModelParts:
         SaveError: A program is older than the model.
     """
     conversion = model._attnres_conversion
+    model.every_program()
     conversion.check_current(model)
     modes: dict[int, list[Mode]] = {}
     programs: dict[int, Any] = {}

@@ -98,9 +98,21 @@ class GraphRunner(nn.Module):
             ModeError: that program was not captured; the module stays in its mode.
         """
         wanted: Mode = "train" if mode else "eval"
-        if wanted not in self.programs:
-            raise ModeError(f"{self._why_no_graph(wanted)} It stays in {self.mode} mode.")
+        try:
+            self.program_of(wanted)
+        except ModeError as error:
+            raise ModeError(f"{error} It stays in {self.mode} mode.") from error
         return super().train(mode)
+
+    def program_of(self, mode: Mode) -> Program:
+        """The program of a mode.
+
+        Raises:
+            ModeError: It was not captured.
+        """
+        if mode not in self.programs:
+            raise ModeError(self._why_no_graph(mode))
+        return self.programs[mode]
 
     def graph_module(self, mode: Mode | None = None, *, lowered: bool = False) -> GraphModule:
         """The program of a mode as a module on this module's own tensors; flat inputs.
@@ -115,10 +127,7 @@ class GraphRunner(nn.Module):
         Raises:
             ModeError: that program was not captured.
         """
-        mode = mode or self.mode
-        if mode not in self.programs:
-            raise ModeError(self._why_no_graph(mode))
-        program = self.programs[mode]
+        program = self.program_of(mode or self.mode)
         return GraphModule(self, copy_graph(program.lowered.graph if lowered else program.graph))
 
     def _why_no_graph(self, mode: Mode) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from attnres_fx.capture.isolated_run import Mode, isolated_clone, set_mode_
-from attnres_fx.conversion.captured_program import flat_arguments, run_program
+from attnres_fx.conversion.captured_program import CapturedProgram, flat_arguments, run_program
 from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
@@ -16,10 +16,10 @@ from attnres_fx.passes.graph.mutation_order import written_attributes
 class Pair:
     """An original and its conversion on clones that go on from call to call, in one mode, at zero queries."""
 
-    def __init__(self, original: nn.Module, converted: ConvertedModel, mode: Mode) -> None:
+    def __init__(self, original: nn.Module, converted: ConvertedModel, mode: Mode, program: CapturedProgram) -> None:
         self.mode, self.converted, self.given = mode, converted, original
-        self.program = converted.programs[mode]
-        written = written_attributes(self.program.graph)
+        self.program = program
+        written = written_attributes(program.graph)
         self.original = isolated_clone(original, written)
         set_mode_(self.original, mode)
         self.root = isolated_clone(converted, written)
@@ -56,4 +56,4 @@ class Pair:
 
     def fresh(self) -> "Pair":
         """The pair before its first call."""
-        return Pair(self.given, self.converted, self.mode)
+        return Pair(self.given, self.converted, self.mode, self.program)

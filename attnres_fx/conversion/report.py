@@ -59,6 +59,7 @@ class ConversionReport:
         left: The streams left alone, with the reason.
         refusals: What looks like a stream and is none, with the reason.
         modes: The modes that have a graph.
+        deferred: The modes that are captured when they are first needed.
         difference: Largest difference of outputs at zero queries, over the largest output; None unchecked.
         notes: What the capture has to say.
     """
@@ -69,6 +70,7 @@ class ConversionReport:
     left: tuple[tuple[Stream, str], ...] = ()
     refusals: tuple[Refusal, ...] = ()
     modes: tuple[str, ...] = ()
+    deferred: tuple[str, ...] = ()
     difference: float | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -87,12 +89,36 @@ class ConversionReport:
         """Parameters added: queries, key gains and gates."""
         return sum(s.num_parameters for s in self.streams)
 
+    def add_mode(self, mode: str) -> None:
+        """Say that a deferred mode has a graph now."""
+        self._set("modes", tuple(sorted({*self.modes, mode})))
+        self._set("deferred", tuple(m for m in self.deferred if m != mode))
+
+    def fail_mode(self, mode: str, why: str) -> None:
+        """Say that a mode has no graph."""
+        self._set("deferred", tuple(m for m in self.deferred if m != mode))
+        self.add_note(f"no {mode} graph: {shortened(why)}")
+
+    def add_note(self, note: str) -> None:
+        """Say one more thing, once."""
+        if note not in self.notes:
+            self._set("notes", (*self.notes, note))
+
+    def note_difference(self, difference: float) -> None:
+        """Keep the largest difference of the modes that were compared."""
+        self._set("difference", max(difference, self.difference or 0.0))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen for those who read it
+
     def __str__(self) -> str:
         head = (
             f"{self.model}: {_count(len(self.streams), 'stream')} read by attention over depth, "
             f"{_count(self.num_reads, 'read')}, {self.num_parameters:,} parameters added"
         )
         options = f"variant {self.config.variant}, output {self.config.output}, modes {'/'.join(self.modes)}"
+        if self.deferred:
+            options += f" ({'/'.join(self.deferred)} when first needed)"
         if self.difference is not None:
             options += f", outputs differ by {self.difference:.1e} at zero queries"
         rows = [_converted_row(s) for s in self.streams]
@@ -182,6 +208,11 @@ def _count(number: int, noun: str) -> str:
 
 def _joined(labels: Sequence[str]) -> str:
     return " ".join(labels) if len(labels) <= 6 else " ".join((*labels[:2], "…", *labels[-3:]))
+
+
+def shortened(text: str, length: int = 160) -> str:
+    """A text cut at a word."""
+    return text if len(text) <= length else f"{text[:length].rsplit(' ', 1)[0]} …"
 
 
 def _short(line: str) -> str:

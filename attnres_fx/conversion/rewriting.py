@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.capture.isolated_run import Mode
@@ -18,6 +19,7 @@ from attnres_fx.passes import (
     insert_depth_attention_pass,
     run_pass,
 )
+from attnres_fx.passes.graph.module_paths import module_path
 from attnres_fx.passes.graph.nodes import fake_parameter, insert_attribute, tensor_of
 from attnres_fx.passes.rewrite.outline_regions import outline_recomputed_pass
 
@@ -45,6 +47,31 @@ def require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Strea
                 f"in one only, seen in {mode} mode). Dropout on the stream itself does this: move it onto the "
                 f"branch, set its probability to 0, or convert a graph of one mode."
             )
+
+
+def modules_that_add(root: nn.Module, gm: GraphModule, plan: ReadPlan) -> tuple[str, ...]:
+    """The submodules whose own code adds to a stream that is rewritten, and those around them.
+
+    Args:
+        root: The module tree.
+        gm: The graph, not rewritten yet.
+        plan: Of the graph.
+    """
+    nodes = {n.name: n for n in gm.graph.nodes}
+    paths: dict[str, None] = {}
+    for stream in plan.streams:
+        for term in stream.stream.terms[1:]:
+            parts = module_path(nodes[term.written_by]).split(".") if term.written_by in nodes else []
+            paths |= {".".join(parts[: i + 1]): None for i in range(len(parts)) if parts[0]}
+    return tuple(p for p in paths if _is_submodule(root, p))
+
+
+def _is_submodule(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def rewrite_(

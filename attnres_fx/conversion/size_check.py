@@ -109,5 +109,4 @@ def _note_ones(converted: ConvertedModel, places: Sequence[str]) -> None:
     note = (
         f"{' and '.join(places)}: at 1 the first graph does not compute what the model does; such calls get their own"
     )
-    if note not in converted.report.notes:
-        object.__setattr__(converted.report, "notes", (*converted.report.notes, note))
+    converted.report.add_note(note)

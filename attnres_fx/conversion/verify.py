@@ -9,6 +9,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import Captured
+from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.comparison import VerifyReport
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.paired import Pair
@@ -47,8 +49,14 @@ def verify(
             f"verify takes an original and what convert made of it; the second is a {type(converted).__name__}. The "
             f"original of an attached model is what `with attnres_fx.plain(model) as original:` gives."
         )
-    pair = Pair(model, converted, converted.mode)
+    pair = Pair(model, converted, converted.mode, converted.program_of(converted.mode))
     return pair.compared(tuple(args), dict(kwargs or {}), gradients=True)
+
+
+def require_known(check: Check) -> None:
+    """Raise ConfigError for what is no level of checking."""
+    if check not in (True, False, "outputs"):
+        raise ConfigError(f"check must be True, False or 'outputs'; it is {check!r}.")
 
 
 def check_conversion(
@@ -60,24 +68,31 @@ def check_conversion(
     gradients and buffers; with `check="outputs"` outputs alone, with False none. Sizes of 1 that were not seen to be
     right are barred from programs of a module, whose calls can be captured again.
     """
-    if check not in (True, False, "outputs"):
-        raise ConfigError(f"check must be True, False or 'outputs'; it is {check!r}.")
+    original = model.module() if isinstance(model, ExportedProgram) else model
+    for mode, program in converted.programs.items():
+        check_program(original, converted, mode, program, captured, check)
+
+
+def check_program(
+    original: nn.Module,
+    converted: ConvertedModel,
+    mode: Mode,
+    program: CapturedProgram,
+    captured: Captured,
+    check: Check,
+) -> None:
+    """Do for one program what `check_conversion` says."""
     tensors = [*pytree.tree_leaves((captured.args, captured.kwargs)), *converted.parameters()]
     without_data = any(isinstance(t, Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors)
     without_example = not captured.args and not captured.kwargs and converted.signature.args
     if not check or without_data or without_example:
-        for program in converted.programs.values():
-            bar_unchecked_ones(converted, program)
+        bar_unchecked_ones(converted, program)
         return
-    original = model.module() if isinstance(model, ExportedProgram) else model
-    worst = []
-    for mode in converted.programs:
-        pair = Pair(original, converted, mode)
-        report = pair.compared(captured.args, captured.kwargs, gradients=check is True)
-        _require(report, converted)
-        worst.append(report.worst)
-        check_other_sizes(pair, captured, gradients=check is True)
-    object.__setattr__(converted.report, "difference", max(worst))
+    pair = Pair(original, converted, mode, program)
+    report = pair.compared(captured.args, captured.kwargs, gradients=check is True)
+    _require(report, converted)
+    check_other_sizes(pair, captured, gradients=check is True)
+    converted.report.note_difference(report.worst)
 
 
 def _require(report: VerifyReport, converted: ConvertedModel) -> None:

@@ -26,7 +26,7 @@ def test_a_family_converts_with_all_its_reads_and_computes_the_same_whole_and_in
     names = set(converted.state_dict())
     assert set(model.state_dict()) <= names
     assert all(n.startswith("attnres.") for n in names - set(model.state_dict()))
-    held = {w for mode in converted.programs for w in what_backward_holds(converted.graph_module(mode))}
+    held = {w for mode in converted.every_program() for w in what_backward_holds(converted.graph_module(mode))}
     if held - {A_CHECKPOINT}:  # a backward of its own, which stages would lose
         with pytest.raises(ax.AttnResError, match=r"custom autograd\.Function.*stages would lose its gradients"):
             cut(spread(converted).eval(), evenly(converted, 3))

@@ -61,8 +61,8 @@ def step(model, args, kwargs, seed):
 
 
 def assert_same_steps(one, other, calls):
-    assert set(one.programs) == set(other.programs)
-    for mode in one.programs:
+    assert set(one.every_program()) == set(other.every_program())
+    for mode in one.every_program():
         for seed, (args, kwargs) in enumerate(calls):
             expected = step(one.train(mode == "train"), args, kwargs, seed)
             found = step(other.train(mode == "train"), args, kwargs, seed)

@@ -141,7 +141,7 @@ def program_of(data: Any, root: nn.Module, reader: ProgramReader, device: Device
     _check(at, gm, about, out_spec, root)
     guards = guards_from_data(data["guards"], len(about.shapes))
     ranges = dict(about.ranges)
-    graph = CapturedGraph(gm, out_spec, about.shapes, ranges, guards, about.writes, (), about.lost, about.typed)
+    graph = CapturedGraph(gm, out_spec, about.shapes, ranges, guards, about.writes, lost=about.lost, typed=about.typed)
     signature = _signature(plain, data["signature"])
     return ProgramParts(about.modes, graph, about.reads, signature, in_spec, autocast), structures.missing
 

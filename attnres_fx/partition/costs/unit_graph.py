@@ -75,6 +75,8 @@ def _input_tensor(taken: BodyInput, mode: FakeTensorMode) -> Tensor:
 
 def hint(size: Any) -> Any:
     """A number as it was in the example: UNKNOWN_SIZE where a symbolic one depends on data."""
+    if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return size
     known = example_size(size)
     return UNKNOWN_SIZE if known is None else known
 

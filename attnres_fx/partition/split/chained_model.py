@@ -94,7 +94,7 @@ def chains_of(converted: ConvertedModel) -> dict[Mode, ChainedGraph]:
     streams = [s.stream for s in converted.report.streams]
     by_program: dict[int, ChainedGraph] = {}  # modes may share a program
     by_mode: dict[Mode, ChainedGraph] = {}
-    for mode, program in converted.programs.items():
+    for mode, program in converted.every_program().items():
         if id(program) not in by_program:
             gm, replacements, out_spec = _in_aten(converted, mode)
             name_as_the_model_does(gm, converted)
@@ -116,7 +116,7 @@ def name_as_the_model_does(gm: GraphModule, model: nn.Module) -> None:
 
 def _in_aten(converted: ConvertedModel, mode: Mode) -> tuple[GraphModule, tuple[Replacement, ...], Any]:
     """A graph in aten operations, which say what they read and write, its reads, and its outputs' structure."""
-    program = converted.programs[mode]
+    program = converted.program_of(mode)
     if converted.typed:
         return converted.graph_module(mode), program.replacements, program.out_spec
     captured = converted.captured(mode)

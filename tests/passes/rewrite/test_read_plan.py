@@ -75,7 +75,7 @@ def test_the_graph_has_the_sources_gain_gate_and_parameters_of_the_plan(model, v
     result = converted(model, variant, output)
     shown = {r.read: r for r in result.report.reads}
     assert list(result.attnres.reads.names) == list(shown)
-    for mode in result.programs:
+    for mode in result.every_program():
         nodes = {n.name: n for n in result.graph_module(mode).graph.nodes}
         placed = result.replacements(mode)
         assert [n for n, node in nodes.items() if node.target is DEPTH_ATTENTION] == [r.node for r in placed]
@@ -132,7 +132,7 @@ def value_of(placed, nodes):
 def test_each_source_is_the_sum_that_its_label_says_and_consumers_take_the_read(model, variant, output):
     result = converted(model, variant, output)
     layers = LAYERS.get(model, [{str(i)} for i in range(5)])
-    for mode in result.programs:
+    for mode in result.every_program():
         nodes = {n.name: n for n in result.graph_module(mode).graph.nodes}
         placed = result.replacements(mode)
         handed_on = {}
