@@ -1,6 +1,8 @@
 """`convert` and `inspect`: a traced residual transformer becomes an AttnRes model."""
 
+import functools
 import logging
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode, outside_inference_mode
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.conversion import Conversion
+from attnres_fx.conversion.conversion_call import ConversionCall
 from attnres_fx.conversion.converted_model import ConvertedModel, converted_model
 from attnres_fx.conversion.deferred import DeferredMode, without_tensors
 from attnres_fx.conversion.edits import refuse_forwards
@@ -131,16 +134,40 @@ def convert(
         converted = _converted(model, captured, config, lowering)
         progress.step("comparing it with the original")
         check_conversion(model, converted, captured, check)
-    conversion = converted._attnres_conversion
     if captured.cloned:
-        conversion.deferred = {
-            mode: DeferredMode(
-                mode, captured.args, captured.kwargs, dynamic_shapes, config, check, tree, conversion.placement
-            )
-            for mode in captured.untried
-        }
+        conversion = converted._attnres_conversion
+        placement, example = conversion.placement, (captured.args, captured.kwargs)
+        call = ConversionCall(*example, config, dynamic_shapes, check, lowering, placement)
+        conversion.deferred = {mode: DeferredMode(mode, call, tree) for mode in captured.untried}
+        conversion.pickled = functools.partial(_pickled, call)
         refuse_forwards(converted, conversion.guarded)
         conversion.guard_edits(converted, model if isinstance(model, nn.Module) else None)
+    return converted
+
+
+def _pickled(call: ConversionCall, model: ConvertedModel) -> tuple[Any, ...] | None:
+    """What a pickle calls to make the model again; None where Python cannot pickle the original or the example."""
+    original = model.original()
+    call = call.for_model(model)
+    try:
+        pickle.dumps((without_tensors(original), call))
+    except Exception:  # whatever an object raises that refuses to be pickled
+        return None
+    return _unpickled, (original, call, model.attnres, model.report)
+
+
+def _unpickled(
+    original: nn.Module, call: ConversionCall, attnres: AttnResParameters, report: ConversionReport
+) -> ConvertedModel:
+    """The original of a pickle converted again, with the parameters that the pickled model had."""
+    args, kwargs, config = call.args, call.kwargs, call.config
+    shapes, lowering = call.dynamic_shapes, call.lowering
+    converted = convert(original, args, kwargs, config=config, dynamic_shapes=shapes, check=False, lowering=lowering)
+    converted._modules["attnres"] = attnres
+    for note in report.notes:
+        converted.report.add_note(note)
+    if report.difference is not None:
+        converted.report.note_difference(report.difference)
     return converted
 
 

@@ -299,7 +299,12 @@ class ConvertedModel(GraphRunner):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __reduce__(self) -> Any:
-        """Pickled as `save` writes it, so that `torch.save` and processes can carry it."""
+        """Pickled as its original, which is converted again when it is loaded; as a file where there is none."""
+        conversion = self._attnres_conversion
+        if conversion.edits is not None:
+            conversion.edits.check(self)
+        if conversion.pickled is not None and (made := conversion.pickled(self)) is not None:
+            return made
         file = io.BytesIO()
         self.save(file)
         return _from_bytes, (file.getvalue(),)

@@ -6,20 +6,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured_module import capture_module
 from attnres_fx.capture.isolated_run import Mode, outside_inference_mode
 from attnres_fx.capture.module_clone import clone_tree
-from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.captured_program import CapturedProgram
-from attnres_fx.conversion.conversion import ADDED, Placement, placement_of
+from attnres_fx.conversion.conversion import ADDED
+from attnres_fx.conversion.conversion_call import ConversionCall
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.edits import guard_forwards
 from attnres_fx.conversion.progress import Progress
 from attnres_fx.conversion.rewriting import modules_that_add, require_same_reads, rewrite_, same_streams
 from attnres_fx.conversion.size_check import bar_unchecked_ones
-from attnres_fx.conversion.verify import Check, check_program
+from attnres_fx.conversion.verify import check_program
 from attnres_fx.passes import analyze_, plan_depth_reads
 
 #: Types of tensors that a tracer sees as what they are; others (sharded, quantised) are traced through stand-ins.
@@ -32,23 +31,13 @@ class DeferredMode:
 
     Attributes:
         mode: `"train"` or `"eval"`.
-        args: Of the conversion's example, by position.
-        kwargs: Of the example, by keyword.
-        dynamic_shapes: Of the conversion.
-        config: Of the conversion.
-        check: Of the conversion.
+        call: What the other mode was converted with.
         tree: The original's modules without their tensors, as they were at the conversion.
-        placement: Of the model at the conversion.
     """
 
     mode: Mode
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    dynamic_shapes: Any
-    config: AttnResConfig
-    check: Check
+    call: ConversionCall
     tree: nn.Module
-    placement: Placement | None
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self  # a copy of the model captures the same mode in the same way
@@ -64,13 +53,13 @@ class DeferredMode:
             progress.step(f"capturing the {self.mode} program")
             plain = all(type(t) in _PLAIN for t in (*model.parameters(), *model.buffers()))
             source, stand_ins = (model.original(), {}) if plain else self._stand_in_source(model)
-            args, kwargs = self._example_for(model)
-            captured = capture_module(source, args, kwargs, self.dynamic_shapes, (self.mode,))
+            args, kwargs = self.call.example_for(model)
+            captured = capture_module(source, args, kwargs, self.call.dynamic_shapes, (self.mode,))
             graph = captured.graphs[self.mode]
             streams = analyze_(graph.gm)
             selected = [s.stream for s in model.report.streams]
             require_same_reads({self.mode: streams}, selected)
-            plan = plan_depth_reads(streams, same_streams(streams, selected), self.config)
+            plan = plan_depth_reads(streams, same_streams(streams, selected), self.call.config)
             guard_forwards(model, model._attnres_conversion.guarded, modules_that_add(captured.root, graph.gm, plan))
             reads = rewrite_(graph.gm, streams, plan, model.attnres)
             _put_back(graph.gm, stand_ins)
@@ -78,27 +67,10 @@ class DeferredMode:
             program = model.captured_program(self.mode, graph, reads, captured.signature, captured.in_spec, training)
             if plain:
                 progress.step(f"comparing the {self.mode} program with the original")
-                check_program(source, model, self.mode, program, captured, self.check)
+                check_program(source, model, self.mode, program, captured, self.call.check)
             else:
                 bar_unchecked_ones(model, program)
         return program
-
-    def _example_for(self, model: ConvertedModel) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example's arguments, where and in the dtype in which the model is now."""
-        now, before = placement_of(model), self.placement
-        args, kwargs = self.args, self.kwargs
-        if now is None or before is None or now == before:
-            return args, kwargs
-
-        def moved(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf.to(
-                now[0] if leaf.device == before[0] else leaf.device, now[1] if leaf.dtype == before[1] else leaf.dtype
-            )
-
-        placed: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(moved, (args, kwargs))
-        return placed
 
     def _stand_in_source(self, model: ConvertedModel) -> tuple[nn.Module, dict[int, Tensor]]:
         """The original's modules on tensors without data, for a model whose tensors are sharded or quantised.

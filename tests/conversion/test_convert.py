@@ -218,12 +218,26 @@ def test_train_and_eval_are_different_programs_over_one_set_of_weights():
 # --- what a user does with a converted model ---------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_converted_model_is_pickled_as_it_is_saved():
+def test_a_pickle_holds_the_original_and_converts_it_again():
     converted = ax.convert(llama(), kwargs={"input_ids": IDS})
+    for read in converted.attnres.reads:
+        torch.nn.init.normal_(read.query)
     copied = pickle.loads(pickle.dumps(converted))
+    assert type(copied.model) is type(converted.model) and isinstance(copied, LlamaForCausalLM)
     assert torch.equal(copied(IDS).logits, converted(IDS).logits)
     assert str(copied.report) == str(converted.report)
+    copied.lm_head.weight.data.zero_()
+    assert copied(IDS).logits.abs().max() == 0 < converted(IDS).logits.abs().max()
+
+
+def test_a_model_whose_class_cannot_be_pickled_is_pickled_as_it_is_saved():
+    class Local(type(llama())):
+        pass
+
+    converted = ax.convert(Local(llama().config).eval(), kwargs={"input_ids": IDS})
+    copied = pickle.loads(pickle.dumps(converted))
+    assert torch.equal(copied(IDS).logits, converted(IDS).logits)
+    assert not isinstance(copied, Local)
 
 
 @pytest.mark.slow

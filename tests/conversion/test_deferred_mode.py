@@ -82,7 +82,6 @@ def test_what_needs_both_modes_captures_the_other(tmp_path):
         lambda c: c.graph_module("eval"),
         lambda c: c.replacements("eval"),
         lambda c: c.captured("eval"),
-        lambda c: ax.plan(c, num_stages=1, num_microbatches=1),
     ):
         converted = ax.convert(tower(), (example(),))
         need(converted)

@@ -1,9 +1,12 @@
-"""One process of a pipeline over a converted model: runs its cases and writes what it found, a JSON line a case.
+"""Pipelines over converted models: processes that run the cases of a suite and write what they found, a line a case.
 
-python -m tests.support.model_pipeline_workers SUITE RANK WORLD FOLDER
+The models are converted once, before the processes are forked.
+
+python -m tests.support.model_pipeline_workers SUITE WORLD FOLDER
 """
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -19,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from attnres_fx.partition.costs.stage_loads import StageLoad
 from attnres_fx.partition.runtime import build_pipeline
 from attnres_fx.partition.simulate.timeline import simulate
-from attnres_fx.partition.split.chained_model import chains_of, stages_of
-from tests.support.piped_models import convert, loss_fn
+from attnres_fx.partition.split.chained_model import stages_of
+from tests.support.piped_models import chains, convert, loss_fn
 
 CASES = {"two": {}, "four": {}}
 ZERO_BUBBLE = "InterleavedZeroBubble"
@@ -53,12 +56,11 @@ def pipeline_of(
     starts=None,
     recompute=False,
     compile=False,
-    chains=None,
+    modes=("train",),
     **options,
 ):
     ranks = ranks or dist.get_world_size()
-    chains = chains or chains_of(converted)
-    total = next(iter(chains.values())).chain.num_sublayers
+    total = next(iter(chains(converted, modes).values())).chain.num_sublayers
     count = ranks * virtual
     starts = starts or tuple(total * c // count for c in range(count))
     stages = stages_of(
@@ -69,7 +71,7 @@ def pipeline_of(
         cache=cache,
         lowering=None,
         recompute=recompute,
-        chains=chains,
+        chains=chains(converted, modes),
     )
     # Stages share the converted model's parameters: the reference must not see what the pipeline does to them.
     for stage in stages:
@@ -140,11 +142,11 @@ def simulated_order(schedule, virtual):
 
 def against_one_process(kind, choices, config):
     converted, kwargs, target = convert(kind, **config)
-    found, chains = {}, chains_of(converted)
+    found = {}
     for schedule, virtual in choices:
-        for cache in (True, False):
+        for cache in (True, False) if (schedule, virtual) in (choices[0], choices[-1]) else (True,):
             converted.zero_grad()
-            pipeline, stages = pipeline_of(converted, schedule, virtual, cache=cache, chains=chains)
+            pipeline, stages = pipeline_of(converted, schedule, virtual, cache=cache)
             key = f"{schedule} {virtual} {'cache' if cache else 'no cache'}"
             found[key] = compared(pipeline, converted, kwargs, target)
             found[key]["bytes"] = bytes_as_routed(pipeline, stages)
@@ -210,7 +212,7 @@ def recomputing():
 def evaluation():
     """Eval graphs have other nodes than train graphs; their values travel under their own names."""
     converted, kwargs, target = convert("t5", num_blocks=2)
-    pipeline, _ = pipeline_of(converted, "Interleaved1F1B", 2)
+    pipeline, _ = pipeline_of(converted, "Interleaved1F1B", 2, modes=("train", "eval"))
     found = pipeline.evaluate(**kwargs, target=target)
     converted.eval()
     with torch.no_grad():
@@ -264,8 +266,38 @@ def sharded():
     return found
 
 
-def main(suite, rank, world, folder):
+CONVERTED = {
+    "two": [
+        *(("gpt", config) for config in CONFIGS.values()),
+        *((kind, {"num_blocks": 2}) for kind in ("llama", "t5", "shared")),
+    ],
+    "four": [
+        *(("gpt", config) for config in CONFIGS.values()),
+        ("llama", CONFIGS["spanning"]),
+        ("t5", {"variant": "local", "num_blocks": 2}),
+    ],
+}
+
+
+def main(suite, world, folder):
+    """Convert what the cases need and run them in as many forked processes as there are ranks."""
     torch.set_num_threads(1)
+    for kind, config in CONVERTED[suite]:
+        chains(convert(kind, **config)[0])
+    if "evaluation" in CASES[suite]:
+        chains(convert("t5", num_blocks=2)[0], ("train", "eval"))
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            run_rank(suite, rank, world, folder)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def run_rank(suite, rank, world, folder):
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/models.{suite}.store",
@@ -286,4 +318,4 @@ def main(suite, rank, world, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -6,6 +6,7 @@ from torch import nn
 
 import attnres_fx as ax
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
+from attnres_fx.partition.split.chained_model import chains_of
 
 VOCABULARY = 40
 LENGTH = 6
@@ -78,7 +79,8 @@ def convert(kind, **config):
     if key not in _converted:
         model = globals()[kind]()
         kwargs, _ = batch(model)
-        converted = ax.convert(model, kwargs={n: t[:2] for n, t in kwargs.items()}, config=ax.AttnResConfig(**config))
+        example = {n: t[:2] for n, t in kwargs.items()}
+        converted = ax.convert(model, kwargs=example, config=ax.AttnResConfig(**config), check=False)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for read in converted.attnres.reads:
@@ -87,3 +89,14 @@ def convert(kind, **config):
     converted, kwargs, target = _converted[key]
     converted.zero_grad()
     return converted, kwargs, target
+
+
+_chains = {}
+
+
+def chains(converted, modes=("train",)):
+    """`chains_of` a model that `convert` made, once in each process."""
+    key = id(converted), modes
+    if key not in _chains:
+        _chains[key] = chains_of(converted, modes)
+    return _chains[key]

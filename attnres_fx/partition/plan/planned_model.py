@@ -9,12 +9,13 @@ from torch.fx import Graph, GraphModule
 
 from attnres_fx.capture.capture import capture
 from attnres_fx.capture.captured import Captured
+from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.convert import Model, refuse_converted
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.flat_export import flat_aten
 from attnres_fx.conversion.rewriting import rewrite_
-from attnres_fx.errors import CaptureError
+from attnres_fx.errors import CaptureError, ModeError
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import CarriedValue
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, fingerprint_part
@@ -80,8 +81,13 @@ def _copied(gm: GraphModule) -> GraphModule:
 
 
 def converted_chain(model: Any) -> tuple[ChainedGraph, dict[str, DepthSchedule]]:
-    chains = chains_of(model)
-    return chains.get("train") or chains["eval"], {s.stream.name: s.schedule for s in model.report.streams}
+    """The train graph where there is one, since that is what a pipeline trains, and the blocks of each stream."""
+    try:
+        model.program_of("train")
+        mode: Mode = "train"
+    except ModeError:
+        mode = "eval"
+    return chains_of(model, (mode,))[mode], {s.stream.name: s.schedule for s in model.report.streams}
 
 
 def name_of(model: Any) -> str:

@@ -89,12 +89,18 @@ def _chain_reads(stream: Stream, replacements: Sequence[Replacement]) -> list[Ch
     return reads
 
 
-def chains_of(converted: ConvertedModel) -> dict[Mode, ChainedGraph]:
-    """Every mode's graph of a converted model, in order."""
+def chains_of(converted: ConvertedModel, modes: Sequence[Mode] | None = None) -> dict[Mode, ChainedGraph]:
+    """The graphs of a converted model, in order.
+
+    Args:
+        converted: The model.
+        modes: Whose graphs; by default all that can be captured.
+    """
     streams = [s.stream for s in converted.report.streams]
     by_program: dict[int, ChainedGraph] = {}  # modes may share a program
     by_mode: dict[Mode, ChainedGraph] = {}
-    for mode, program in converted.every_program().items():
+    programs = converted.every_program() if modes is None else {m: converted.program_of(m) for m in modes}
+    for mode, program in programs.items():
         if id(program) not in by_program:
             gm, replacements, out_spec = _in_aten(converted, mode)
             name_as_the_model_does(gm, converted)

@@ -3,8 +3,10 @@
 What runs in processes is in model_pipeline_workers.py; the tests here read what it found.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,23 +21,19 @@ TOLERANCE = 1e-5
 
 
 def run_world(suite, folder):
-    ranks = RANKS[suite]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.support.model_pipeline_workers", suite, str(rank), str(ranks), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"models.{suite}.{rank}.err").open("w"),
-        )
-        for rank in range(ranks)
-    ]
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.model_pipeline_workers", suite, str(RANKS[suite]), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / f"models.{suite}.err").open("w"),
+        start_new_session=True,
+    )
     try:
-        for worker in workers:
-            worker.wait(timeout=600)
+        worker.wait(timeout=600)
     finally:
-        for worker in workers:
-            worker.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
