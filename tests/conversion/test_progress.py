@@ -4,8 +4,6 @@ import io
 import sys
 import time
 
-import pytest
-
 from attnres_fx.conversion import progress
 from attnres_fx.conversion.progress import Progress
 
@@ -19,9 +17,10 @@ class Terminal(io.StringIO):
         return self.tty
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", made := Terminal())
+def stands_in_for_stderr(monkeypatch, tty=True):
+    """Not a fixture: pytest puts its own stream in place between a fixture and its test."""
+    made = Terminal(tty)
+    monkeypatch.setattr(sys, "stderr", made)
     return made
 
 
@@ -32,21 +31,26 @@ def wait_for(condition):
     assert condition()
 
 
-def test_what_takes_long_is_said_and_then_every_step(terminal, monkeypatch):
+def test_what_takes_long_is_said_and_then_every_step(monkeypatch):
+    terminal = stands_in_for_stderr(monkeypatch)
     monkeypatch.setattr(progress, "PATIENCE", 0.01)
     with Progress("Llama") as shown:
         shown.step("capturing it")
         wait_for(terminal.getvalue)
         shown.step("comparing it")
-    assert terminal.getvalue().splitlines() == ["attnres_fx: Llama: capturing it …", "attnres_fx: Llama: comparing it …"]
+    assert terminal.getvalue().splitlines() == [
+        "attnres_fx: Llama: capturing it …",
+        "attnres_fx: Llama: comparing it …",
+    ]
 
 
-def test_nothing_is_said_of_what_is_done_in_time_or_where_nobody_looks(terminal, monkeypatch):
+def test_nothing_is_said_of_what_is_done_in_time_or_where_nobody_looks(monkeypatch):
+    terminal = stands_in_for_stderr(monkeypatch)
     with Progress("Llama") as shown:
         shown.step("capturing it")
     assert terminal.getvalue() == ""
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
-    terminal.tty = False
+    terminal = stands_in_for_stderr(monkeypatch, tty=False)
     with Progress("Llama") as shown:
         shown.step("capturing it")
         time.sleep(0.1)
