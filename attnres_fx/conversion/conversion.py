@@ -60,7 +60,7 @@ class Conversion:
         placement: Device and dtype that the parameters had when the programs were captured.
         outdated: The modes whose programs were captured for another placement.
         programs: By mode, the program that was captured first.
-        pickled: Says what a pickle of the model calls. Where there is none, or it says None, it holds a file.
+        pickled: Says what a pickle of the model calls.
         deferred: The modes that are captured when they are first needed.
         further: By mode, the programs of other kinds of calls.
     """
@@ -77,7 +77,7 @@ class Conversion:
     placement: Placement | None = None
     outdated: set[Mode] = field(default_factory=set)
     programs: dict[Mode, CapturedProgram] = field(default_factory=dict)
-    pickled: Callable[[Any], tuple[Any, ...] | None] | None = None
+    pickled: Callable[[Any], tuple[Any, ...]] | None = None
     deferred: dict[Mode, CaptureMode] = field(default_factory=dict)
     further: dict[Mode, list[CapturedProgram]] = field(default_factory=dict)
 

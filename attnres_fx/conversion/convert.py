@@ -14,11 +14,13 @@ from attnres_fx.capture.capture import capture
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode, outside_inference_mode
 from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.assembly import converted_model
 from attnres_fx.conversion.conversion import Conversion
 from attnres_fx.conversion.conversion_call import ConversionCall
-from attnres_fx.conversion.converted_model import ConvertedModel, converted_model
+from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.deferred import DeferredMode, without_tensors
 from attnres_fx.conversion.edits import refuse_forwards
+from attnres_fx.conversion.loading import pickled_as_file
 from attnres_fx.conversion.progress import Progress
 from attnres_fx.conversion.recapturing import Recapturing
 from attnres_fx.conversion.report import ConversionReport, StreamReport, shortened
@@ -145,14 +147,14 @@ def convert(
     return converted
 
 
-def _pickled(call: ConversionCall, model: ConvertedModel) -> tuple[Any, ...] | None:
-    """What a pickle calls to make the model again; None where Python cannot pickle the original or the example."""
+def _pickled(call: ConversionCall, model: ConvertedModel) -> tuple[Any, ...]:
+    """What a pickle calls to make the model again; a file's content where the original cannot be pickled."""
     original = model.original()
     call = call.for_model(model)
     try:
         pickle.dumps((without_tensors(original), call))
     except Exception:  # whatever an object raises that refuses to be pickled
-        return None
+        return pickled_as_file(model)
     return _unpickled, (original, call, model.attnres, model.report)
 
 
@@ -180,7 +182,7 @@ def _converted(model: Model, captured: Captured, config: AttnResConfig, lowering
     parameters, replacements = _rewrite(captured, analyses, plans, config)
     report = _report(model, captured, analyses[mode], plan, config)
     typed = any(graph.typed for graph in captured.graphs.values())
-    conversion = Conversion(report, captured.failures, lowering, typed)
+    conversion = Conversion(report, captured.failures, lowering, typed, pickled=pickled_as_file)
     graphs = {m: (g, replacements[id(g)]) for m, g in captured.graphs.items()}
     if captured.cloned:
         conversion.base = type(captured.root)

@@ -1,8 +1,6 @@
 """The module a conversion returns: the original's modules, the new parameters, and the programs of its calls."""
 
 import contextlib
-import dataclasses
-import io
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, Self
@@ -19,12 +17,10 @@ from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.calls import program_for
 from attnres_fx.conversion.captured_program import CapturedProgram, current_autocast, flat_arguments, run_program
 from attnres_fx.conversion.conversion import ADDED, CONSTANTS, Conversion, placement_of
-from attnres_fx.conversion.derived_class import derived_class
 from attnres_fx.conversion.edits import allow_forwards, refuse_forwards
-from attnres_fx.conversion.files import load_parts, parts_of, save_parts
+from attnres_fx.conversion.files import parts_of, save_parts
 from attnres_fx.conversion.graph_runner import GraphRunner
 from attnres_fx.conversion.report import ConversionReport
-from attnres_fx.conversion.stored.container import reading
 from attnres_fx.errors import ModeError, RewriteError
 from attnres_fx.parameters import AttnResParameters, check_state
 from attnres_fx.passes.graph.copying import copy_graph
@@ -303,91 +299,8 @@ class ConvertedModel(GraphRunner):
         conversion = self._attnres_conversion
         if conversion.edits is not None:
             conversion.edits.check(self)
-        if conversion.pickled is not None and (made := conversion.pickled(self)) is not None:
-            return made
-        file = io.BytesIO()
-        self.save(file)
-        return _from_bytes, (file.getvalue(),)
+        assert conversion.pickled is not None
+        return conversion.pickled(self)
 
     def extra_repr(self) -> str:
         return f"{self.signature}, modes={'/'.join((*self.programs, *self._attnres_conversion.deferred))}"
-
-
-def converted_model(
-    root: nn.Module,
-    attnres: AttnResParameters,
-    graphs: Mapping[Mode, tuple[CapturedGraph, tuple[Replacement, ...]]],
-    signature: CallSignature,
-    in_spec: Any,
-    conversion: Conversion,
-) -> ConvertedModel:
-    """A converted model on the modules of a tree.
-
-    Args:
-        root: A clone of the original, which becomes the converted model where `conversion.base` is its class; else
-            modules whose tensors a new one takes over.
-        attnres: The added parameters.
-        graphs: By mode, with the reads of each; modes may share one.
-        signature: The arguments of a call.
-        in_spec: Pytree of (args, kwargs), None where the graphs take them as they are.
-        conversion: Without programs.
-    """
-    model: Any
-    if conversion.base is not None:
-        model = root
-        conversion.own_forward = {n: model.__dict__.pop(n) for n in ("forward",) if n in model.__dict__}
-    else:
-        model = ConvertedModel()
-        for store in ("_parameters", "_buffers", "_modules"):
-            getattr(model, store).update(getattr(root, store))
-        model._non_persistent_buffers_set |= root._non_persistent_buffers_set
-    model.__class__ = derived_class(ConvertedModel, conversion.base, signature)
-    model.__dict__["_attnres_conversion"] = conversion
-    model._modules["attnres"] = attnres
-    conversion.placement = placement_of(model)
-    trained = {id(graph) for mode, (graph, _) in graphs.items() if mode == "train"}
-    programs: dict[int, CapturedProgram] = {}
-    for mode, (graph, reads) in graphs.items():
-        if id(graph) not in programs:
-            training = id(graph) in trained
-            programs[id(graph)] = model.captured_program(mode, graph, reads, signature, in_spec, training)
-        conversion.programs[mode] = programs[id(graph)]
-    converted: ConvertedModel = model
-    return converted
-
-
-def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
-    """Read a model that `ConvertedModel.save` wrote.
-
-    Args:
-        path: a path, or a binary file to read from.
-        map_location: a device for everything, or a mapping from devices of the file to others; by default all goes
-            where it was.
-
-    Returns:
-        The model, in the mode in which it was written.
-
-    Raises:
-        SaveError: the file is damaged, no such model, or one of another format; the first thing that does not fit is
-            named.
-    """
-    parts = load_parts(path, map_location=map_location)
-    with reading(path, "ConvertedModel.save"):
-        typed = any(program.graph.typed for program in parts.programs)
-        conversion = Conversion(parts.report, dict(parts.failures), parts.lowering, typed)
-        first = parts.programs[0]
-        converted = converted_model(parts.root, parts.attnres, {}, first.signature, first.in_spec, conversion)
-        converted.__dict__.update({n: v for n, v in vars(parts.root).items() if isinstance(v, torch.Tensor)})
-        for program in parts.programs:
-            trains = "train" in program.modes
-            made = converted.captured_program(
-                program.modes[0], program.graph, program.reads, program.signature, program.in_spec, trains
-            )
-            conversion.add(program.modes, dataclasses.replace(made, autocast=program.autocast))
-        nn.Module.train(converted, parts.training)
-    return converted
-
-
-def _from_bytes(data: bytes) -> ConvertedModel:
-    """The model of a pickle."""
-    return load(io.BytesIO(data))

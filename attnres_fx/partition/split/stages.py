@@ -6,7 +6,6 @@ from typing import Any, Self, overload
 import torch
 
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.errors import PlanError
 from attnres_fx.partition.split.input_sizes import concrete_shape, sizes_for
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.partition.split.split_chain import Split
@@ -56,22 +55,6 @@ class Stages(Sequence[Stage]):
 
     def __iter__(self) -> Iterator[Stage]:
         return iter(self._stages)
-
-    def of_rank(self, rank: int) -> tuple[Stage, ...]:
-        """The stages that a rank runs.
-
-        Args:
-            rank: pipeline rank, from 0.
-
-        Returns:
-            Its V stages, in order.
-
-        Raises:
-            PlanError: there is no such rank.
-        """
-        if not 0 <= rank < self.num_stages:
-            raise PlanError(f"there is no rank {rank}: the plan has {self.num_stages}.")
-        return self._stages[rank :: self.num_stages]
 
     @property
     def mode(self) -> Mode:
