@@ -55,6 +55,8 @@ class DeferredMode:
             source, stand_ins = (model.original(), {}) if plain else self._stand_in_source(model)
             args, kwargs = self.call.example_for(model)
             captured = capture_module(source, args, kwargs, self.call.dynamic_shapes, (self.mode,))
+            for note in captured.notes:
+                model.report.add_note(note)
             graph = captured.graphs[self.mode]
             streams = analyze_(graph.gm)
             selected = [s.stream for s in model.report.streams]

@@ -104,6 +104,21 @@ def test_a_mode_that_cannot_be_captured_is_refused_at_the_switch_and_said_in_the
     assert converted(example()).shape == (2, 5, WIDTH)
 
 
+def test_what_the_capture_of_the_later_mode_has_to_say_is_in_the_report():
+    class Sized(Tower):
+        scale = None
+
+        def forward(self, x):
+            if not self.training and self.scale is None:
+                self.scale = x.shape[-1]
+            return super().forward(x)
+
+    converted = ax.convert(tower(Sized), (example(),))
+    assert not any("scale" in note for note in converted.report.notes)
+    converted.eval()
+    assert any("scale" in note and "first call" in note for note in converted.report.notes)
+
+
 def test_modes_that_do_not_read_alike_are_refused_by_name():
     class Shorter(Tower):
         def forward(self, x):
