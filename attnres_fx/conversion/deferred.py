@@ -53,6 +53,9 @@ class DeferredMode:
             progress.step(f"capturing the {self.mode} program")
             plain = all(type(t) in _PLAIN for t in (*model.parameters(), *model.buffers()))
             source, stand_ins = (model.original(), {}) if plain else self._stand_in_source(model)
+            source.train(
+                self.mode == "train"
+            )  # the model may be half way: its root has switched, its children have not
             args, kwargs = self.call.example_for(model)
             captured = capture_module(source, args, kwargs, self.call.dynamic_shapes, (self.mode,))
             for note in captured.notes:

@@ -61,6 +61,19 @@ def test_the_other_mode_is_captured_by_the_switch_to_it_and_computes_what_the_or
         torch.testing.assert_close(found, model.train(mode)(example(3)))
 
 
+@pytest.mark.parametrize("how", ["compiled", "by hand", "in a parent"])
+def test_a_switch_that_sets_the_root_s_flag_first_gets_the_whole_mode(how):
+    """`torch.compile` hands `training` on to the module before it switches it."""
+    converted = ax.convert(tower(), (example(),))
+    if how == "compiled":
+        torch.compile(converted, backend="eager").eval()
+    elif how == "by hand":
+        converted.training = False
+    else:
+        nn.Sequential(converted).eval()
+    torch.testing.assert_close(converted(example()), tower().eval()(example()))
+
+
 def test_a_model_that_is_used_in_one_mode_is_traced_once(monkeypatch):
     traced = []
     from attnres_fx.capture import dynamo_module
