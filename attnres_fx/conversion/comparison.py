@@ -1,7 +1,7 @@
 """How far the outcome of one call is from another's: outputs, gradients and buffers."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Difference:
         absolute: Largest absolute difference, in float64.
         relative: That over the largest absolute value of the original's; for gradients over at least a hundredth of
             the largest gradient of all.
-        tolerance: The relative difference that is allowed, by dtype.
+        tolerance: The relative difference that is allowed, by the coarsest dtype on the way.
     """
 
     kind: str
@@ -100,8 +100,16 @@ class VerifyReport:
         return sorted(of_kind, key=lambda d: d.relative, reverse=True)[:count]
 
 
-def differences_of(before: Outcome, after: Outcome) -> Iterator[Difference]:
+def differences_of(
+    before: Outcome, after: Outcome, computed_in: Collection[torch.dtype] = ()
+) -> Iterator[Difference]:
     """The difference of every floating output, gradient and buffer.
+
+    Args:
+        before: What the original gave.
+        after: What the conversion gave.
+        computed_in: Dtypes of what is computed from reads: a float32 gradient of a computation in bfloat16 is no more
+            exact than bfloat16.
 
     Raises:
         CheckError: The two return other numbers of values, or values of other kinds.
@@ -114,11 +122,12 @@ def differences_of(before: Outcome, after: Outcome) -> Iterator[Difference]:
         y = after.outputs[name]
         _require_same_kind(name, x, y, with_gradients=bool(before.gradients))
         if isinstance(x, HeldTensor) and isinstance(y, HeldTensor):
-            yield _difference("output", name, x.value, y.value, 0.0, _OUTPUTS)
-    yield from _gradient_differences(before, after)
+            yield _difference("output", name, x.value, y.value, 0.0, _allowed(_OUTPUTS, x.value.dtype, computed_in))
+    yield from _gradient_differences(before, after, computed_in)
     for name, buffer in before.buffers.items():
         if name in after.buffers:
-            yield _difference("buffer", name, buffer, after.buffers[name], 0.0, _OUTPUTS)
+            tolerance = _allowed(_OUTPUTS, buffer.dtype, computed_in)
+            yield _difference("buffer", name, buffer, after.buffers[name], 0.0, tolerance)
 
 
 def _require_same_kind(name: str, x: Any, y: Any, *, with_gradients: bool) -> None:
@@ -132,7 +141,15 @@ def _require_same_kind(name: str, x: Any, y: Any, *, with_gradients: bool) -> No
         raise CheckError(f"output {name} has a gradient, and in the original it has none.")
 
 
-def _gradient_differences(before: Outcome, after: Outcome) -> Iterator[Difference]:
+def _allowed(tolerances: Mapping[torch.dtype, float], dtype: torch.dtype, computed_in: Collection[torch.dtype]) -> float:
+    if not dtype.is_floating_point:
+        return 0.0
+    return max(tolerances.get(d, tolerances[torch.bfloat16]) for d in {dtype, *computed_in})
+
+
+def _gradient_differences(
+    before: Outcome, after: Outcome, computed_in: Collection[torch.dtype]
+) -> Iterator[Difference]:
     """Of the gradients that either has; one that is missing is zero."""
     known = [g for g in before.gradients.values() if g is not None and g.numel()]
     largest = max((float(g.abs().max()) for g in known), default=0.0)
@@ -141,17 +158,15 @@ def _gradient_differences(before: Outcome, after: Outcome) -> Iterator[Differenc
         present = next((g for g in pair if g is not None), None)
         if present is not None:
             x, y = (torch.zeros_like(present) if g is None else g for g in pair)
-            yield _difference("gradient", name, x, y, _SMALL * largest, _GRADIENTS)
+            tolerance = _allowed(_GRADIENTS, x.dtype, computed_in)
+            yield _difference("gradient", name, x, y, _SMALL * largest, tolerance)
 
 
 def _kind(x: Any) -> str:
     return f"{x.value.dtype} {tuple(x.value.shape)}" if isinstance(x, HeldTensor) else type(x).__name__
 
 
-def _difference(
-    kind: str, name: str, x: Tensor, y: Tensor, floor: float, tolerances: Mapping[torch.dtype, float]
-) -> Difference:
-    tolerance = tolerances.get(x.dtype, 0.0 if not x.is_floating_point() else tolerances[torch.bfloat16])
+def _difference(kind: str, name: str, x: Tensor, y: Tensor, floor: float, tolerance: float) -> Difference:
     if x.numel() == 0:
         return Difference(kind, name, 0.0, 0.0, tolerance)
     if x.shape != y.shape:

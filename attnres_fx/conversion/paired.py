@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.isolated_run import Mode, isolated_clone, set_mode_
 from attnres_fx.conversion.captured_program import CapturedProgram, flat_arguments, run_program
@@ -11,6 +13,7 @@ from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
 from attnres_fx.passes.graph.mutation_order import written_attributes
+from attnres_fx.passes.graph.nodes import value_of
 
 
 class Pair:
@@ -52,7 +55,24 @@ class Pair:
         except BackwardError:  # the original cannot be trained on these arguments
             return self.fresh().compared(args, kwargs, gradients=False, sizes=sizes)
         after = self.conversions(args, kwargs, gradients=gradients)
-        return VerifyReport(self.mode, tuple(differences_of(before, after)), sizes)
+        return self.report(before, after, sizes)
+
+    def report(self, before: Outcome, after: Outcome, sizes: str) -> VerifyReport:
+        """How far two outcomes are apart."""
+        return VerifyReport(self.mode, tuple(differences_of(before, after, self._dtypes())), sizes)
+
+    def _dtypes(self) -> set[torch.dtype]:
+        """The floating dtypes in which is computed what comes from reads."""
+        reads = {replacement.node for replacement in self.program.replacements}
+        from_reads: set[Node] = set()
+        for node in self.program.graph.nodes:
+            if node.name in reads or not from_reads.isdisjoint(node.all_input_nodes):
+                from_reads.add(node)
+        values = [x for node in from_reads for x in pytree.tree_leaves(value_of(node)) if isinstance(x, Tensor)]
+        values += self.root.get_submodule("attnres").parameters()  # they tell of a cast since the capture
+        kinds = {t.device.type for t in values}
+        cast = {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+        return {t.dtype for t in values if t.is_floating_point()} | cast
 
     def fresh(self) -> "Pair":
         """The pair before its first call."""

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.captured_program import CapturedProgram, bar_ones, flat_arguments
-from attnres_fx.conversion.comparison import VerifyReport, differences_of
+from attnres_fx.conversion.comparison import VerifyReport
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.other_sizes import free_places, with_sizes
 from attnres_fx.conversion.paired import Pair
@@ -77,7 +77,7 @@ def _compared(
         return None
     try:
         after = pair.conversions(args, kwargs, gradients=gradients)
-        return VerifyReport(pair.mode, tuple(differences_of(before, after)), shown)
+        return pair.report(before, after, shown)
     except Exception as error:  # whatever the program raises where the original does not
         return f"{type(error).__name__}: {error}"
 

@@ -110,9 +110,8 @@ def _weights_of(match: NormMatch) -> list[Node]:
 
 def _planned(call: DepthReadCall, match: NormMatch) -> NormFusion:
     dtype: torch.dtype | None = known(match.out).dtype
-    # A symbolic trace has no dtypes of its own: its model may be cast later, and the result follows the sources.
-    traced = not is_aten(match.out) and "val" in match.out.meta
-    if traced and dtype == call.source_dtype:
+    # A graph of torch functions has no dtypes of its own: its model may be cast later, and the result follows.
+    if not is_aten(match.out) and dtype == call.source_dtype:
         dtype = None
     weight, bias = (w.name if isinstance(w, Node) else w for w in (match.weight, match.bias))
     modules = tuple(str(n.target) for n in match.nodes if n.op == "call_module")
