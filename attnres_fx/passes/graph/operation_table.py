@@ -28,7 +28,7 @@ class Trait(enum.Flag):
     none. SAVES_INPUTS: backward needs what it takes in. RANDOM: draws random numbers, although no tag of aten's may
     say so. SHAPE: looks at the shape or the dtype and at nothing else. PASSES_ON: hands on values and gradients as
     they are, the strides aside. WEIGHT_STEP: models make the weight of a norm with it, `1 + weight` or a cast.
-    STOPS_GRADIENT: hands on values as they are, and no gradient.
+    STOPS_GRADIENT: hands on values as they are, and no gradient. SPLITS: the parts of one tensor, as a list.
     """
 
     CAST = enum.auto()
@@ -59,6 +59,7 @@ class Trait(enum.Flag):
     PASSES_ON = enum.auto()
     WEIGHT_STEP = enum.auto()
     STOPS_GRADIENT = enum.auto()
+    SPLITS = enum.auto()
 
 
 NONE = Trait(0)
@@ -210,9 +211,10 @@ OPERATIONS = (
     Operation("concat", LIGHT | Trait.WIDENS),
     Operation("concatenate", Trait.WIDENS),
     Operation("pad", LIGHT | Trait.WIDENS),
-    *(Operation(n, LIGHT) for n in ("stack", "hstack", "vstack", "split", "chunk", "unbind")),
+    *(Operation(n, LIGHT) for n in ("stack", "hstack", "vstack")),
+    *(Operation(n, LIGHT | Trait.SPLITS) for n in ("split", "chunk", "unbind", "split_with_sizes", "tensor_split")),
     *(Operation(n, LIGHT) for n in ("repeat", "repeat_interleave", "tile")),
-    *(Operation(n, Trait.VIEW) for n in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")),
+    *(Operation(n, Trait.VIEW | Trait.SPLITS) for n in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")),
     # Shapes changed in place; underscores that write nothing
     *(Operation(n, Trait.RESHAPE_IN_PLACE) for n in ("unsqueeze_", "squeeze_", "transpose_", "t_")),
     *(Operation(n, Trait.RESHAPE_IN_PLACE) for n in ("swapaxes_", "swapdims_")),

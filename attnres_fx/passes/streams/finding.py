@@ -17,7 +17,8 @@ from attnres_fx.passes.streams.nesting import (
     refuse_injected,
 )
 from attnres_fx.passes.streams.post_norm import link_post_norm
-from attnres_fx.passes.streams.refusals import Refusal, find_refusals
+from attnres_fx.passes.streams.recurrences import Slices
+from attnres_fx.passes.streams.refusals import Refusal, find_refusals, refuse_recurrence
 from attnres_fx.passes.streams.root_states import RootStates
 from attnres_fx.passes.streams.stream import StreamSet
 
@@ -34,6 +35,8 @@ def find_streams(graph: Graph) -> StreamSet:
     sums = find_formal_sums(graph)
     convertible, refusals = _without_refused([s for s in map(partial(RootStates, sums), _roots(sums)) if s.terms])
     chains = [StreamChain(tuple(chain)) for chain in link_post_norm(convertible)]
+    chains, over_time = _without_recurrences(chains, sums)
+    refusals += over_time
     streams = nest_streams(name_streams([c.to_stream() for c in chains]), chains)
     refusals += allow_inside_sublayers(find_refusals(graph, sums), chains)
     refusals += find_interruptions(streams, chains)
@@ -47,6 +50,20 @@ def _without_refused(roots: list[RootStates]) -> tuple[list[RootStates], list[Re
     fixed = [s for s in own if s.fixed_width is not None and s.channels_first is None]
     refusals = [refuse_injected(s, into) for s, into in injected.items()]
     return fixed, refusals + [_refuse_width(s) for s in own if s not in fixed]
+
+
+def _without_recurrences(chains: list[StreamChain], sums: FormalSums) -> tuple[list[StreamChain], list[Refusal]]:
+    """The streams over depth, and why the others are none."""
+    slices = Slices(sums.nodes)
+    kept, refusals = [], []
+    for chain in chains:
+        addends = {t: [a] for p in chain.parts for t in p.terms if (a := sums.addend(t)) is not None}
+        steps = slices.over_time(addends, [n for p in chain.parts for n in p.nodes])
+        if steps and steps.keys() >= set(list(addends)[1:]):  # the first may begin the sum in its own way
+            refusals.append(refuse_recurrence(chain.parts[0].root, next(iter(steps.values()))))
+        else:
+            kept.append(chain)
+    return kept, refusals
 
 
 def _refuse_width(stream: RootStates) -> Refusal:

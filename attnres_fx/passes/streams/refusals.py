@@ -8,9 +8,10 @@ from torch.fx import Graph, Node
 from attnres_fx.passes.graph.additions import Addition, match_addition
 from attnres_fx.passes.graph.nodes import describe, is_floating, shape_of, shapes_agree, sizes_agree
 from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import has_trait, op_name
+from attnres_fx.passes.graph.operations import has_trait, is_light, op_name
 from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged, State
+from attnres_fx.passes.streams.recurrences import Slices
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,15 @@ class Refusal:
 
     Args:
         kind: `"not additive"`, `"width"`, `"injected"` (added into another stream's sublayers), `"interrupted"`
-            (one stream ends where another begins), or `"hidden"` in a region that cannot be inlined.
+            (one stream ends where another begins), `"recurrence"` (a sum over time, not over depth), or `"hidden"` in
+            a region that cannot be inlined.
         place: The node, its module path and source line.
         reason: Why it was refused.
         stops_conversion: Whether a model that has it must not be converted, because the result would be wrong.
         advice: What to do instead.
     """
 
-    kind: Literal["not additive", "width", "injected", "interrupted", "hidden"]
+    kind: Literal["not additive", "width", "injected", "interrupted", "recurrence", "hidden"]
     place: str
     reason: str
     stops_conversion: bool = False
@@ -55,7 +57,49 @@ def find_refusals(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
             reason = _why_gated_sum(additions[node], sums.states.get(node), ancestry)
         if reason:
             refusals.append((node, Refusal("not additive", describe(node), reason, True, _ADVICE)))
-    return refusals + _widened(graph, sums)
+    return _without_steps_of_time(refusals, graph) + _widened(graph, sums)
+
+
+def _without_steps_of_time(refused: list[tuple[Node, Refusal]], graph: Graph) -> list[tuple[Node, Refusal]]:
+    """Carries without the cells of a recurrence; of those the first one of each sequence, and what it is."""
+    slices = Slices(graph.nodes)
+    steps: dict[Node, Node] = {}
+    for cells in _carried_on([node for node, _ in refused]):
+        if len(cells) > 1:
+            steps |= slices.over_time({n: n.all_input_nodes for n in cells}, cells)
+    kept, seen = [], set()
+    for node, refusal in refused:
+        sequence = steps.get(node)
+        if sequence is None:
+            kept.append((node, refusal))
+        elif sequence not in seen:
+            seen.add(sequence)
+            kept.append((node, refuse_recurrence(node, sequence)))
+    return kept
+
+
+def _carried_on(carries: list[Node]) -> list[list[Node]]:
+    """Carries in graph order, those together of which one goes on from another by no more than elementwise work."""
+    group: dict[Node, list[Node]] = {}
+    for node in carries:
+        group[node] = [node]
+        seen, stack = {node}, [node]
+        while stack:
+            current = stack.pop()
+            for below in (n for n in current.all_input_nodes if n not in seen and is_light(n)):
+                seen.add(below)
+                if below not in group:
+                    stack.append(below)
+                elif group[below] is not group[node]:
+                    group[below] += group[node]
+                    group |= dict.fromkeys(group[node], group[below])
+    return list({id(cells): cells for cells in group.values()}.values())
+
+
+def refuse_recurrence(root: Node, sequence: Node) -> Refusal:
+    """The refusal of a sum over time."""
+    why = f"each step of the sum takes its slice of {describe(sequence)}: a recurrence over time, and no depth"
+    return Refusal("recurrence", describe(root), why)
 
 
 def _carries_and_their_inputs(additions: dict[Node, Addition], lerps: set[Node]) -> set[Node]:
