@@ -5,6 +5,7 @@ from functools import partial
 from torch.fx import Graph, Node
 
 from attnres_fx.passes.graph.nodes import describe
+from attnres_fx.passes.streams.beside import sums_beside
 from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.formal_sum import FormalSums, Root
 from attnres_fx.passes.streams.interpretation import find_formal_sums
@@ -32,7 +33,7 @@ def find_streams(graph: Graph) -> StreamSet:
     Returns:
         The streams in graph order, what looks like one and is refused, and the sums they were found in.
     """
-    sums = find_formal_sums(graph)
+    sums = _sums_of(graph)
     convertible, refusals = _without_refused([s for s in map(partial(RootStates, sums), _roots(sums)) if s.terms])
     chains = [StreamChain(tuple(chain)) for chain in link_post_norm(convertible)]
     chains, over_time = _without_recurrences(chains, sums)
@@ -41,6 +42,17 @@ def find_streams(graph: Graph) -> StreamSet:
     refusals += allow_inside_sublayers(find_refusals(graph, sums), chains)
     refusals += find_interruptions(streams, chains)
     return StreamSet(tuple(streams), tuple(refusals), sums)
+
+
+def _sums_of(graph: Graph) -> FormalSums:
+    """The formal sums of a graph, without those beside a stream."""
+    beside: set[tuple[Node, Node]] = set()
+    while True:
+        sums = find_formal_sums(graph, beside)
+        found = sums_beside(sums) - beside
+        if not found:
+            return sums
+        beside |= found
 
 
 def _without_refused(roots: list[RootStates]) -> tuple[list[RootStates], list[Refusal]]:

@@ -4,6 +4,7 @@ A node is either opaque (a value of its own) or a state. A state is what an addi
 stream, or a row map of a state.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -16,16 +17,17 @@ from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
 
 
-def find_formal_sums(graph: Graph) -> FormalSums:
+def find_formal_sums(graph: Graph, beside: Collection[tuple[Node, Node]] = ()) -> FormalSums:
     """Interpret a graph as formal sums.
 
     Args:
         graph: A graph without mutations, with values on its nodes. It is left as it is.
+        beside: Additions that are no residuals, each with the operand that would be the branch (`sums_beside`).
 
     Returns:
         Its states, each a weighted sum of terms.
     """
-    return _Interpreter(graph).run()
+    return _Interpreter(graph, frozenset(beside)).run()
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class _Reading:
 
 
 class _Interpreter:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, beside: frozenset[tuple[Node, Node]]) -> None:
         self.graph = graph
+        self.beside = beside
         live = find_live(graph)
         self.additions = {n: a for n in graph.nodes if n in live.observed and (a := match_addition(n)) is not None}
         self.maps: dict[Node, tuple[RowMap, ...]] = {
@@ -56,7 +59,7 @@ class _Interpreter:
 
     def _anchors(self) -> set[Node]:
         found: set[Node] = set()
-        stack = [o for a in self.additions.values() for o in (a.left, a.right)]
+        stack = [n for node, a in self.additions.items() for n in (node, a.left, a.right)]
         while stack:
             node = stack.pop()
             if node in found:
@@ -142,7 +145,7 @@ class _Interpreter:
         a, root = reading.addition, reading.root
         if root is None or not same_shape(a.right, node) or not _broadcasts_rows(a.left, node):
             return False
-        if not self.depends.is_branch(a.right, root):
+        if (node, a.right) in self.beside or not self.depends.is_branch(a.right, root):
             return False
         self._extend(node, a, root)
         return True
@@ -178,6 +181,8 @@ class _Interpreter:
         """`left + right` begins a stream: right is a branch of left, or of what left is a map of."""
         a = reading.addition
         if reading.root is not None or not same_shape(a.right, node) or not _broadcasts_rows(a.left, node):
+            return False
+        if (node, a.right) in self.beside:
             return False
         path = [a.left]
         while not self.depends.is_branch(a.right, path[-1]):

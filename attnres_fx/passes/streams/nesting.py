@@ -48,8 +48,8 @@ def _enclosing(chain: StreamChain, chains: list[StreamChain], streams: list[Stre
 def injected_into(stream: RootStates, others: list[RootStates]) -> RootStates | None:
     """The stream in whose sublayers a value is only added in: an attention mask or bias shared by all layers.
 
-    Later scores depend on it through earlier ones, so `scores + mask` looks like a residual. But nothing reads
-    it by itself, and what it is added to comes from the states of a stream that it does not depend on.
+    Later scores depend on it through earlier ones, so `scores + mask` looks like a residual. But what it is added to
+    reads it in no other way, and comes from the states of a stream that it does not depend on.
 
     Args:
         stream: The states of the value, which looks like the root of a stream.
@@ -58,24 +58,34 @@ def injected_into(stream: RootStates, others: list[RootStates]) -> RootStates | 
     Returns:
         The states it is added inside of; None where it is the root of a stream of its own.
     """
-    met = _added_to(stream)
-    inside = (o for o in others if o is not stream and _computes(o, met, stream))
-    return next(inside, None) if met else None
+    met = _only_added_to(stream)
+    return next((o for o in others if o is not stream and _computes(o, met, stream)), None) if met else None
 
 
-def _added_to(stream: RootStates) -> list[Node]:
-    """What a root is added to while it is the only term; nothing where it is used in any other way."""
-    alone = {n for n in stream.nodes if stream.sums.terms(n) == (stream.root,)}
-    uses = [(u, n) for n in alone for u in n.users if u not in alone and not asks_only_metadata(u, n)]
-    additions = [(match_addition(user), state) for user, state in uses]
-    met = [a.right if a.left is state else a.left for a, state in additions if a is not None]
-    return met if len(met) == len(additions) else []
+def _only_added_to(stream: RootStates) -> list[Node]:
+    """What a root is added to while it is the only term; nothing where some of that reads the root by itself."""
+    sums = stream.sums
+    alone = {n for n in stream.nodes if sums.terms(n) == (stream.root,)}
+    additions = {u: a for n in alone for u in n.users if u not in alone and (a := match_addition(u)) is not None}
+    met = [a.right if a.left in alone else a.left for a in additions.values()]
+    seen, stack = set(additions), list(met)
+    while stack:
+        node = stack.pop()
+        if node in alone:
+            return []
+        if node in seen or not sums.dependence.at_all(node, stream.root):
+            continue
+        seen.add(node)
+        stack += [n for n in node.all_input_nodes if not asks_only_metadata(node, n)]
+    return met
 
 
 def _computes(outer: RootStates, met: list[Node], inner: RootStates) -> bool:
     """Whether a stream that a root does not depend on computes what the root is added to, and takes in the sums."""
     depends = inner.sums.dependence
-    if depends.at_all(inner.root, outer.root) or not all(depends.at_all(n, outer.root) for n in met):
+    if depends.at_all(inner.root, outer.root):
+        return False
+    if not all(n is outer.root or depends.at_all(n, outer.root) for n in met):
         return False
     addends = (inner.sums.addend(t) for t in outer.terms)
     return any(a is not None and depends.at_all(a, inner.root) for a in addends)
