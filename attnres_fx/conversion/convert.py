@@ -271,4 +271,6 @@ def _report(
 def _why_left(stream: Stream, config: AttnResConfig) -> str:
     if stream.nested_in is not None and config.streams == "main":
         return f"inside a sublayer of {stream.nested_in!r}; streams='all' converts it too"
+    if stream.around is not None and config.streams == "main":
+        return f"a skip around {stream.around!r}, which holds the sublayers; streams='all' converts it too"
     return f"not named in streams={config.streams!r}"

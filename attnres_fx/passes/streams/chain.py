@@ -6,10 +6,12 @@ from torch.fx import Node
 
 from attnres_fx.passes.graph.module_paths import module_path
 from attnres_fx.passes.graph.nodes import source_line
+from attnres_fx.passes.graph.operations import may_be_in_norm
 from attnres_fx.passes.streams.consumer import consumer_path
 from attnres_fx.passes.streams.formal_sum import Extended
 from attnres_fx.passes.streams.root_states import RootRead, RootStates
 from attnres_fx.passes.streams.stream import Read, Stream, Term
+from attnres_fx.passes.streams.work import work_of
 
 
 class StreamChain:
@@ -34,6 +36,19 @@ class StreamChain:
         return _reach(node, lambda n: n.users, written) and _reach(
             node, lambda n: n.all_input_nodes, {self.parts[0].root}
         )
+
+    def work(self) -> dict[Node, float]:
+        """What its sublayers do beyond elementwise work, norms and reductions, and how much each of that is."""
+        depends, root = self.sums.dependence, self.parts[0].root
+        states = {n for p in self.parts for n in p.nodes}
+        stack = [a for p in self.parts for t in p.terms if (a := self.sums.addend(t)) is not None]
+        seen = set(states)
+        while stack:
+            node = stack.pop()
+            if node not in seen and depends.at_all(node, root):
+                seen.add(node)
+                stack.extend(node.all_input_nodes)
+        return {n: work_of(n) for n in seen - states if not may_be_in_norm(n)}
 
     def to_stream(self) -> Stream:
         """The stream as plain data, without a name; its reads have that of the module that consumes them, if any."""

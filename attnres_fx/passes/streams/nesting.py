@@ -17,32 +17,70 @@ from attnres_fx.passes.streams.stream import Stream
 
 
 def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Stream]:
-    """Say of each stream which other one computes it inside a sublayer.
+    """Say of each stream which other one computes it inside a sublayer, or which streams it goes around.
+
+    Where one stands inside another, the one with the computation is the main one: a skip from end to end around a
+    stack of layers does less by itself than what it goes around.
 
     Args:
         streams: Streams with names.
         chains: The nodes of each.
 
     Returns:
-        The streams with `nested_in`, in their order.
+        The streams with `nested_in` and `around`, in their order.
     """
-    return [replace(s, nested_in=_enclosing(c, chains, streams)) for s, c in zip(streams, chains, strict=True)]
+    inside = {i: [o for o, outer in enumerate(chains) if _encloses(outer, inner)] for i, inner in enumerate(chains)}
+    outers = {o for around in inside.values() for o in around}
+    work = {i: chain.work() for i, chain in enumerate(chains) if i in outers or inside[i]}
+    around: dict[int, int] = {}
+    for outer in outers:
+        inner = [i for i in inside if outer in inside[i]]
+        within = {node: count for i in inner for node, count in work[i].items()}
+        if sum(count for node, count in work[outer].items() if node not in within) < sum(within.values()):
+            around[outer] = max(inner, key=lambda i: sum(work[i].values()))
+    nested = {i: next((o for o in found if o not in around), None) for i, found in inside.items()}
+    return [
+        replace(
+            stream,
+            nested_in=None if (outer := nested[i]) is None else streams[outer].name,
+            around=streams[around[i]].name if i in around else None,
+        )
+        for i, stream in enumerate(streams)
+    ]
 
 
-def _enclosing(chain: StreamChain, chains: list[StreamChain], streams: list[Stream]) -> str | None:
-    """The stream one of whose sublayers the chain is computed in: it depends on that stream's root, and one
-    of that stream's terms depends on it."""
-    depends = chain.sums.dependence
-    root = chain.parts[0].root
-    for other, stream in zip(chains, streams, strict=True):
-        if other is chain or not depends.at_all(root, other.parts[0].root):
-            continue
-        for part in other.parts:
-            for term in part.terms:
-                state = part.sums.states[term]
-                if isinstance(state, Extended) and (state.addend is root or depends.at_all(state.addend, root)):
-                    return stream.name
-    return None
+def _encloses(outer: StreamChain, inner: StreamChain) -> bool:
+    """Whether one stream is computed inside one sublayer of another.
+
+    Its sublayers depend on the other stream, and one term of that depends on it, on which it does not depend in turn:
+    lanes that read each other layer by layer stand side by side. What begins beside the other stream, with an input
+    or a weight, may only go on through that term.
+    """
+    depends, root = inner.sums.dependence, inner.parts[0].root
+    if outer is inner:
+        return False
+    addends = [a for p in inner.parts for t in p.terms if (a := inner.sums.addend(t)) is not None]
+    if not any(depends.at_all(a, outer.parts[0].root) for a in addends):
+        return False
+    for term in (t for p in outer.parts for t in p.terms):
+        addend = outer.sums.addend(term)
+        if addend is not None and (addend is root or depends.at_all(addend, root)):
+            own = not any(a is term or depends.at_all(a, term) for a in addends)
+            return own and (depends.at_all(root, outer.parts[0].root) or not _goes_past(inner, term))
+    return False
+
+
+def _goes_past(inner: StreamChain, term: Node) -> bool:
+    """Whether a stream reaches the results of a graph by another way than through a term."""
+    seen, stack = {term}, [n for p in inner.parts for n in p.nodes]
+    while stack:
+        node = stack.pop()
+        if node.op == "output":
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.users)
+    return False
 
 
 def injected_into(stream: RootStates, others: list[RootStates]) -> RootStates | None:
@@ -146,7 +184,7 @@ def find_interruptions(streams: Sequence[Stream], chains: Sequence["StreamChain"
     for stream, chain in zip(streams, chains, strict=True):
         root = chain.parts[0].root
         before = next((ending[n] for n in _just_before(root) if n in ending), None)
-        if before is None or before is stream or stream.nested_in == before.name:
+        if before is None or before is stream or stream.nested_in == before.name or before.around is not None:
             continue
         why = (
             f"{before.name!r} ends here and {stream.name!r} begins, because {op_name(root)!r} is no sum, factor or "

@@ -145,7 +145,11 @@ def _inputs(node: Node) -> list[Node]:
 def _weight_of(node: Node) -> str:
     """What a node computes with: a parameter, or a module that has some."""
     module = called_module(node) if node.op == "call_module" else None
-    return str(node.target) if is_parameter(node) or (module is not None and next(module.parameters(), None) is not None) else ""
+    return (
+        str(node.target)
+        if is_parameter(node) or (module is not None and next(module.parameters(), None) is not None)
+        else ""
+    )
 
 
 def _slice_of(node: Node) -> _Slice | None:

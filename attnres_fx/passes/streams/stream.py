@@ -74,6 +74,7 @@ class Stream:
         width: D, the size of the last dimension.
         post_norm: Whether norms stand on the stream itself: every state has two terms then, and each norm reads.
         nested_in: The stream whose sublayer it is inside; None for the others.
+        around: A stream inside one of its sublayers that does more than it does itself; None for the others.
     """
 
     name: str
@@ -83,6 +84,12 @@ class Stream:
     width: int
     post_norm: bool = False
     nested_in: str | None = None
+    around: str | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it holds the sublayers: it is inside no other stream, and goes around none that does more."""
+        return self.nested_in is None and self.around is None
 
     @property
     def num_sublayers(self) -> int:
@@ -113,7 +120,7 @@ class StreamSet:
         """Streams by name.
 
         Args:
-            wanted: One name or several, `"main"` for all that are inside no other stream, or `"all"`.
+            wanted: One name or several, `"main"` for all that are inside no other stream and go around none, or `"all"`.
 
         Raises:
             StreamNameError: There is no stream of that name.
@@ -121,7 +128,7 @@ class StreamSet:
         if wanted == "all":
             return self.streams
         if wanted == "main":
-            return tuple(s for s in self.streams if s.nested_in is None)
+            return tuple(s for s in self.streams if s.is_main)
         names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         known = [s.name for s in self.streams]
         for name in names:
