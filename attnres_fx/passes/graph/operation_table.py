@@ -29,6 +29,7 @@ class Trait(enum.Flag):
     say so. SHAPE: looks at the shape or the dtype and at nothing else. PASSES_ON: hands on values and gradients as
     they are, the strides aside. WEIGHT_STEP: models make the weight of a norm with it, `1 + weight` or a cast.
     STOPS_GRADIENT: hands on values as they are, and no gradient. SPLITS: the parts of one tensor, as a list.
+    REPEATS: the same rows several times. GATED_CELL: a cell of a recurrent network, `(input, state)`.
     """
 
     CAST = enum.auto()
@@ -60,6 +61,8 @@ class Trait(enum.Flag):
     WEIGHT_STEP = enum.auto()
     STOPS_GRADIENT = enum.auto()
     SPLITS = enum.auto()
+    REPEATS = enum.auto()
+    GATED_CELL = enum.auto()
 
 
 NONE = Trait(0)
@@ -202,9 +205,9 @@ OPERATIONS = (
     Operation("slice", MOVE | SAME),
     Operation("narrow", MOVE | SAME),
     Operation("getitem", MOVE | SAME),
-    Operation("expand", MOVE | SAME),
-    Operation("expand_as", MOVE | SAME | AS, aten="expand_as.default", function=torch.Tensor.expand_as),
-    Operation("broadcast_to", MOVE | SAME),
+    Operation("expand", MOVE | SAME | Trait.REPEATS),
+    Operation("expand_as", MOVE | SAME | AS | Trait.REPEATS, aten="expand_as.default", function=torch.Tensor.expand_as),
+    Operation("broadcast_to", MOVE | SAME | Trait.REPEATS),
     *(Operation(n, MOVE) for n in ("select", "index_select", "roll", "flip")),
     # Tensors joined, split, repeated
     Operation("cat", LIGHT | Trait.WIDENS),
@@ -213,7 +216,7 @@ OPERATIONS = (
     Operation("pad", LIGHT | Trait.WIDENS),
     *(Operation(n, LIGHT) for n in ("stack", "hstack", "vstack")),
     *(Operation(n, LIGHT | Trait.SPLITS) for n in ("split", "chunk", "unbind", "split_with_sizes", "tensor_split")),
-    *(Operation(n, LIGHT) for n in ("repeat", "repeat_interleave", "tile")),
+    *(Operation(n, LIGHT | Trait.REPEATS) for n in ("repeat", "repeat_interleave", "tile")),
     *(Operation(n, Trait.VIEW | Trait.SPLITS) for n in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")),
     # Shapes changed in place; underscores that write nothing
     *(Operation(n, Trait.RESHAPE_IN_PLACE) for n in ("unsqueeze_", "squeeze_", "transpose_", "t_")),
@@ -255,6 +258,8 @@ OPERATIONS = (
     Operation("fma", LIGHT, fused=FusedAddition("mul", "a", "b", addend=2, only_compiled=True)),
     Operation("conv", CHANNELS | SAVES, also=("convolution", "conv1d", "conv2d", "conv3d")),
     *(Operation(n, CHANNELS) for n in ("max_pool2d", "avg_pool2d")),
+    Operation("gru_cell", Trait.GATED_CELL, modules=(nn.GRUCell,)),
+    Operation("lstm_cell", Trait.GATED_CELL, modules=(nn.LSTMCell,)),
     Operation("sdpa", SAVES, also=("scaled_dot_product_attention",)),
     # Shapes, dtypes and checks
     *(Operation(n, SHAPE) for n in ("sym_size", "size", "dim", "ndim", "numel", "is_floating_point")),

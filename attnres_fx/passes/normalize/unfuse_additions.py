@@ -106,7 +106,10 @@ def _depends_on(products: tuple[Any, ...], addend: Node) -> bool:
 
 
 def _may_be_residual(parts: _Parts, node: Node) -> bool:
-    return same_shape(parts.addend, node) and _depends_on((parts.left, parts.right), parts.addend)
+    """Whether a factor was computed from the addend, or the addend, as a branch, from one that carries copies on."""
+    factors = [f for f in (parts.left, parts.right) if isinstance(f, Node)]
+    carried = any(_depends_on((parts.addend,), f) for f in factors)
+    return same_shape(parts.addend, node) and (carried or _depends_on((parts.left, parts.right), parts.addend))
 
 
 def _split_product(graph: Graph, node: Node) -> bool:

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from attnres_fx.passes.graph.additions import Addition, match_addition
 from attnres_fx.passes.graph.nodes import same_shape, shape_of, sizes_agree
+from attnres_fx.passes.graph.operations import asks_only_metadata
 from attnres_fx.passes.graph.row_maps import RowMap, match_row_maps
 from attnres_fx.passes.normalize.dead_code import find_live
 from attnres_fx.passes.streams.dependence import Dependence
@@ -28,6 +29,10 @@ def find_formal_sums(graph: Graph, beside: Collection[tuple[Node, Node]] = ()) -
         Its states, each a weighted sum of terms.
     """
     return _Interpreter(graph, frozenset(beside)).run()
+
+
+#: Kinds of row maps that leave every row where it is.
+_SAME_ROWS = ("factor", "cast", "identity", "detach")
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class _Interpreter:
         return not any(o is root or self.depends.at_all(o, root) for o in row_map.others)
 
     def _add(self, node: Node, addition: Addition) -> None:
+        self._begin_with_one_value(addition)
         left_root, right_root = self._state_of(addition.left), self._state_of(addition.right)
         if left_root is not None and left_root is right_root:
             self._merge(node, addition)
@@ -107,6 +113,18 @@ class _Interpreter:
         for rule in rules:
             if any(rule(node, reading) for reading in readings):
                 return
+
+    def _begin_with_one_value(self, addition: Addition) -> None:
+        """`a * x + b * x` is a multiple of x, which may be the root of a stream: without terms it is none."""
+        left, right = self._multiple_of(addition.left), self._multiple_of(addition.right)
+        if left is right and left not in self.sums.states and left not in (addition.left, addition.right):
+            self.sums.states[left] = Root(left)
+            self.sums.root[left] = left
+
+    def _multiple_of(self, node: Node) -> Node:
+        while below := [m for m in self._maps_of(node) if m.kind in _SAME_ROWS and self._may_start_below(m)]:
+            node = below[0].state
+        return node
 
     def _readings(self, addition: Addition, left_root: Node | None, right_root: Node | None) -> list[_Reading]:
         """Both ways to read an addition; first the one whose state has more terms, and the left one of equals."""
@@ -124,18 +142,39 @@ class _Interpreter:
         if not (same_shape(a.left, node) and same_shape(a.right, node)):
             return
         lengths = self._length(a.left), self._length(a.right)
-        if min(lengths) == 1 < max(lengths):  # the root again, as one more addend
+        if min(lengths) == 1 < max(lengths):
             longer = a if lengths[0] > 1 else a.swapped
-            self._extend(node, longer, root)
-            return
+            if self._was_read(longer.left):  # the root again, as one more addend
+                self._extend(node, longer, root)
+                return
         if max(lengths) > 1 or (self._is_scaled_root(a.left) and self._is_scaled_root(a.right)):
             sums.states[node] = Merged(node, a.left, a.left_scale, a.right, a.right_scale)
             sums.root[node] = root
 
+    def _was_read(self, state: Node) -> bool:
+        """Whether anything but sums takes in a state, or one that it was made of and that has more terms than the root.
+
+        Until then all of it is one sum still being written: `lerp(h, h + 2 * f, 0.5)` is `h + f`.
+        """
+        stack = [state]
+        seen = set(stack)
+        while stack:
+            current = stack.pop()
+            users = [u for u in current.users if u not in seen and u not in self.additions]
+            if not all(u in self.maps or asks_only_metadata(u, current) for u in users):
+                return True
+            below = (
+                [p for p in self.sums.parents(current) if self._length(p) > 1] if current in self.sums.states else []
+            )
+            fresh = {n for n in (*below, *users) if n not in seen and (n in self.maps or n in below)}
+            seen |= fresh
+            stack.extend(fresh)
+        return False
+
     def _is_scaled_root(self, node: Node) -> bool:
         """Whether a state is the root times something: its rows are where they were."""
         while isinstance(step := self.sums.states[node], Mapped):
-            if step.kind not in ("factor", "cast", "identity", "detach"):
+            if step.kind not in _SAME_ROWS:
                 return False
             node = step.state
         return True

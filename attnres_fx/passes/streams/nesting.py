@@ -10,7 +10,6 @@ from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, moves_data, op_name
 from attnres_fx.passes.streams.chain import StreamChain
-from attnres_fx.passes.streams.formal_sum import Extended
 from attnres_fx.passes.streams.refusals import Refusal
 from attnres_fx.passes.streams.root_states import RootStates
 from attnres_fx.passes.streams.stream import Stream

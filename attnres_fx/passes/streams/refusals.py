@@ -5,12 +5,13 @@ from typing import Literal
 
 from torch.fx import Graph, Node
 
-from attnres_fx.passes.graph.additions import Addition, match_addition
-from attnres_fx.passes.graph.nodes import describe, is_floating, shape_of, shapes_agree, sizes_agree
+from attnres_fx.passes.graph.additions import match_addition
+from attnres_fx.passes.graph.nodes import describe, shape_of, sizes_agree
 from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import has_trait, is_light, op_name
-from attnres_fx.passes.streams.dependence import Dependence
-from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged, State
+from attnres_fx.passes.graph.operations import has_trait, is_light
+from attnres_fx.passes.streams.formal_sum import FormalSums
+from attnres_fx.passes.streams.gated_carries import find_gated_carries
+from attnres_fx.passes.streams.mixed_copies import find_mixed_copies
 from attnres_fx.passes.streams.recurrences import Slices
 
 
@@ -45,18 +46,11 @@ def find_refusals(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
     Returns:
         In graph order, the node that carries and why it is refused; after them, streams that change their width.
     """
-    refusals = []
-    additions = {n: a for n in graph.nodes if (a := match_addition(n)) is not None}
-    lerps = {n for n in graph.nodes if op_name(n) == "lerp" and is_floating(n)}
-    ancestry = Dependence(graph, _carries_and_their_inputs(additions, lerps))
-    for node in graph.nodes:
-        reason = ""
-        if node in lerps:
-            reason = _why_gated_lerp(node, ancestry)
-        elif node in additions:
-            reason = _why_gated_sum(additions[node], sums.states.get(node), ancestry)
-        if reason:
-            refusals.append((node, Refusal("not additive", describe(node), reason, True, _ADVICE)))
+    found = [*find_mixed_copies(sums.nodes, sums), *find_gated_carries(sums.nodes, sums)]
+    reasons: dict[Node, str] = {}
+    for node, reason in found:
+        reasons.setdefault(node, reason)
+    refusals = [(n, Refusal("not additive", describe(n), r, True, _ADVICE)) for n, r in sorted(reasons.items())]
     return _without_steps_of_time(refusals, graph) + _widened(graph, sums)
 
 
@@ -102,72 +96,7 @@ def refuse_recurrence(root: Node, sequence: Node) -> Refusal:
     return Refusal("recurrence", describe(root), why)
 
 
-def _carries_and_their_inputs(additions: dict[Node, Addition], lerps: set[Node]) -> set[Node]:
-    operands = {o for a in additions.values() for o in (a.left, a.right)}
-    inputs = {i for n in (*operands, *lerps) for i in n.all_input_nodes}
-    return operands | inputs | additions.keys() | lerps
-
-
-def _why_gated_sum(addition: Addition, state: State | None, ancestry: Dependence) -> str:
-    if isinstance(state, Merged):
-        return ""
-    why = _why_gated_difference if isinstance(state, Extended) else _why_not_additive
-    pairs = ((addition.left, addition.right), (addition.right, addition.left))
-    return next((reason for carry, branch in pairs if (reason := why(carry, branch, ancestry))), "")
-
-
 _ADVICE = "Hyper-connections and gated carries cannot be converted; name other streams in the config, or leave it."
-
-
-def _why_gated_lerp(node: Node, ancestry: Dependence) -> str:
-    start, end, weight = (*node.args, None, None, None)[:3]
-    if not all(isinstance(n, Node) for n in (start, end, weight)):
-        return ""
-    gated = ancestry.is_branch(weight, start) and ancestry.is_branch(end, start)  # type: ignore[arg-type]
-    return f"the stream is weighted by {describe(weight)}, which depends on it: a gated carry" if gated else ""  # type: ignore[arg-type]
-
-
-def _why_gated_difference(carry: Node, branch: Node, ancestry: Dependence) -> str:
-    """Whether `x + branch` is `x + g * (f - x)`."""
-    if op_name(branch) != "mul" or len(branch.args) != 2:
-        return ""
-    for gate, difference in (branch.args, branch.args[::-1]):
-        if not isinstance(gate, Node) or not isinstance(difference, Node) or not is_floating(gate):
-            continue
-        inner = match_addition(difference)
-        if inner is None or not ancestry.is_branch(gate, carry):
-            continue
-        sides = ((inner.left, inner.left_scale, inner.right), (inner.right, inner.right_scale, inner.left))
-        if any(x is carry and scale < 0 and ancestry.is_branch(f, carry) for x, scale, f in sides):
-            return f"the stream is moved towards a branch by {describe(gate)}, which depends on it: a gated carry"
-    return ""
-
-
-def _why_not_additive(carry: Node, branch: Node, ancestry: Dependence) -> str:
-    """Why `carry + branch` is a residual of `x` in all but the carry, where it is one."""
-    if op_name(carry) == "mul":
-        return _why_multiplied(carry, branch, ancestry)
-    if has_trait(carry, Trait.MIXES) and len(shape_of(carry)) >= 3:
-        return _why_mixed(carry, branch, ancestry)
-    return ""
-
-
-def _why_multiplied(carry: Node, branch: Node, ancestry: Dependence) -> str:
-    for x, gate in (carry.args, carry.args[::-1]) if len(carry.args) == 2 else ():
-        if not isinstance(x, Node) or not isinstance(gate, Node) or not is_floating(x):
-            continue
-        # A gate is computed from x by more than elementwise work, and so is the branch.
-        if ancestry.is_branch(gate, x) and ancestry.is_branch(branch, x):
-            return f"the stream is multiplied by {describe(gate)}, which depends on the stream: a gated carry"
-    return ""
-
-
-def _why_mixed(carry: Node, branch: Node, ancestry: Dependence) -> str:
-    for x in carry.all_input_nodes:
-        copies = is_floating(x) and len(shape_of(x)) >= 4 and shapes_agree(shape_of(x), shape_of(carry))
-        if copies and x.op != "get_attr" and ancestry.is_branch(branch, x) and not ancestry.at_all(x, branch):
-            return f"copies of the stream are mixed by {describe(carry)} before it is added to: hyper-connections"
-    return ""
 
 
 def _widened(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:

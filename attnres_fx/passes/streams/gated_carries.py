@@ -1,0 +1,116 @@
+"""Sums in which the stream is weighted by what was computed from it: gated carries, in every spelling."""
+
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from attnres_fx.passes.graph.additions import Addition, match_addition
+from attnres_fx.passes.graph.nodes import describe, is_floating
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, moves_data, op_name
+from attnres_fx.passes.streams.dependence import Dependence
+from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged
+
+
+def find_gated_carries(nodes: tuple[Node, ...], sums: FormalSums) -> Iterator[tuple[Node, str]]:
+    """The nodes that carry a stream through a gate, each with the reason why that is no sum.
+
+    Args:
+        nodes: Of the graph, in its order.
+        sums: Its states.
+    """
+    additions = {n: a for n in nodes if (a := match_addition(n)) is not None}
+    chosen = {n: t for n in nodes if is_floating(n) and (t := _chosen_between(n)) is not None}
+    cells = {n: c for n in nodes if (c := _cell(n)) is not None}
+    operands = {o for a in additions.values() for o in (a.left, a.right)}
+    inputs = {i for n in (*operands, *chosen) for i in n.all_input_nodes}
+    held = {h for _, h in cells.values()}
+    ancestry = Dependence(sums.nodes[0].graph, operands | inputs | additions.keys() | chosen.keys() | held)
+    for node in nodes:
+        why = ""
+        if node in chosen:
+            why = _why_chosen(*chosen[node], ancestry)
+        elif node in cells:
+            taken, state = cells[node]
+            if ancestry.is_branch(taken, state):
+                why = f"the stream is the state of {op_name(node)!r}, a cell with gates: a gated carry"
+        elif node in additions and not isinstance(sums.states.get(node), Merged):
+            why = _why_gated(additions[node], isinstance(sums.states.get(node), Extended), ancestry)
+        if why:
+            yield node, why
+
+
+def _chosen_between(node: Node) -> tuple[Node, Node, Node] | None:
+    """Start, end and weight of `lerp`, or of `where`."""
+    args = [*node.args, *node.kwargs.values()]
+    if len(args) != 3 or not all(isinstance(a, Node) for a in args):
+        return None
+    if op_name(node) == "lerp":
+        return args[0], args[1], args[2]
+    if op_name(node) == "where" and is_floating(args[1]) and is_floating(args[2]):
+        return args[1], args[2], args[0]
+    return None
+
+
+def _why_chosen(start: Node, end: Node, weight: Node, ancestry: Dependence) -> str:
+    for x, other in ((start, end), (end, start)):
+        if ancestry.is_branch(weight, x) and ancestry.is_branch(other, x):
+            return f"the stream is weighted by {describe(weight)}, which depends on it: a gated carry"
+    return ""
+
+
+def _cell(node: Node) -> tuple[Node, Node] | None:
+    """What a cell of a recurrent network takes in, and the state that it is given, whatever shape that was brought to.
+
+    A cell over time takes in what was not computed from its state.
+    """
+    if not has_trait(node, Trait.GATED_CELL) or len(node.args) < 2:
+        return None
+    taken, state = node.args[:2]
+    state = state[0] if isinstance(state, list | tuple) else state
+    while isinstance(state, Node) and moves_data(state) and isinstance(state.args[0], Node):
+        state = state.args[0]
+    return (taken, state) if isinstance(taken, Node) and isinstance(state, Node) else None
+
+
+def _why_gated(addition: Addition, extended: bool, ancestry: Dependence) -> str:
+    pairs = ((addition.left, addition.right), (addition.right, addition.left))
+    for carry, branch in pairs:
+        why = _why_moved(carry, branch, ancestry) or ("" if extended else _why_multiplied(carry, branch, ancestry))
+        if why:
+            return why
+    return ""
+
+
+def _why_moved(carry: Node, branch: Node, ancestry: Dependence) -> str:
+    """Whether `x + branch` is `x + g * (f - x)`, or `f + g * (x - f)`."""
+    for gate, difference in _factors(branch):
+        inner = match_addition(difference)
+        if inner is None or not is_floating(gate):
+            continue
+        sides = ((inner.left, inner.left_scale, inner.right), (inner.right, inner.right_scale, inner.left))
+        other = next((f for x, scale, f in sides if x is carry and scale < 0), None)
+        for x, f in () if other is None else ((carry, other), (other, carry)):
+            if ancestry.is_branch(gate, x) and ancestry.is_branch(f, x):
+                return f"the stream is moved towards a branch by {describe(gate)}, which depends on it: a gated carry"
+    return ""
+
+
+def _why_multiplied(carry: Node, branch: Node, ancestry: Dependence) -> str:
+    """Whether `carry + branch` is `g * x + f`, where gate and branch are more than elementwise work on x."""
+    for x, gate in _factors(carry):
+        if not is_floating(x) or not (ancestry.is_branch(gate, x) and ancestry.is_branch(branch, x)):
+            continue
+        others = [value for value, weight in _factors(branch) if ancestry.is_branch(weight, x)]
+        if any(value is x or not ancestry.is_branch(value, x) for value in others):
+            return f"copies of the stream are mixed with weights like {describe(gate)}: hyper-connections"
+        return f"the stream is multiplied by {describe(gate)}, which depends on the stream: a gated carry"
+    return ""
+
+
+def _factors(node: Node) -> list[tuple[Node, Node]]:
+    """Both orders of the factors of a product of two tensors."""
+    if op_name(node) != "mul" or len(node.args) != 2 or not all(isinstance(a, Node) for a in node.args):
+        return []
+    left, right = node.args
+    return [(left, right), (right, left)]  # type: ignore[list-item]
