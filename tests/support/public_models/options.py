@@ -36,12 +36,10 @@ class Residual(nn.Module):
     def __init__(self, branch: nn.Module, option: str, weight: float) -> None:
         super().__init__()
         self.option, self.weight = option, weight
-        self.branch = Shift(branch) if option == "shift tokens" else branch
+        self.branch = Shift(branch) if option == "shift and memory tokens" else branch
         self.norm = nn.LayerNorm(WIDTH)
-        if option == "sandwich norm":
-            self.norm_out = nn.LayerNorm(WIDTH)
-        if option == "scale residual":
-            self.scale = nn.Parameter(torch.ones(WIDTH))
+        if option == "sandwich norm, scaled":
+            self.norm_out, self.scale = nn.LayerNorm(WIDTH), nn.Parameter(torch.ones(WIDTH))
         if option == "gate residual":
             self.gate = Gate()
 
@@ -49,11 +47,11 @@ class Residual(nn.Module):
         if self.option == "deepnorm":
             return self.norm(1.7 * x + self.branch(x))
         y = self.branch(self.norm(x))
-        if self.option == "sandwich norm":
-            y = self.norm_out(y)
         if self.option == "gate residual":
             return self.gate(x, y)
-        return (x * self.scale if self.option == "scale residual" else x) + self.weight * y
+        if self.option == "sandwich norm, scaled":
+            return x * self.scale + self.norm_out(y)
+        return x + self.weight * y
 
 
 class Decoder(nn.Module):
@@ -62,7 +60,7 @@ class Decoder(nn.Module):
     def __init__(self, option: str) -> None:
         super().__init__()
         self.embed, self.places = nn.Embedding(11, WIDTH), nn.Embedding(16, WIDTH)
-        self.memory = nn.Parameter(torch.zeros(2, WIDTH)) if option == "memory tokens" else None
+        self.memory = nn.Parameter(torch.zeros(2, WIDTH)) if option == "shift and memory tokens" else None
         half = [(FeedForward, 0.5), (Attention, 1.0), (FeedForward, 0.5)]
         kinds = half if option == "macaron" else [(Attention, 1.0), (FeedForward, 1.0)]
         self.layers = nn.ModuleList(Residual(kind(), option, weight) for _ in range(2) for kind, weight in kinds)
@@ -144,7 +142,7 @@ class TwoLanes(nn.Module):
         return self.head(torch.cat([self.norm_left(left), self.norm_right(right)], -1))
 
 
-OPTIONS = ("sandwich norm", "scale residual", "deepnorm", "macaron", "shift tokens", "memory tokens", "gate residual")
+OPTIONS = ("sandwich norm, scaled", "deepnorm", "macaron", "shift and memory tokens", "gate residual")
 EXAMPLES: dict[str, Example] = {
     **{option: lambda option=option: (Decoder(option), (ids(),)) for option in OPTIONS},
     "value residual": lambda: (ValueResidual(), (ids(),)),

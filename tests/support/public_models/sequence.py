@@ -110,8 +110,8 @@ class Mamba(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, WIDTH)
-        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(3))
-        self.mixers = nn.ModuleList(SelectiveScan() for _ in range(3))
+        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(2))
+        self.mixers = nn.ModuleList(SelectiveScan() for _ in range(2))
         self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 11)
         self.bfloat16()
 
