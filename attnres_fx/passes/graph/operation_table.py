@@ -28,7 +28,8 @@ class Trait(enum.Flag):
     none. SAVES_INPUTS: backward needs what it takes in. RANDOM: draws random numbers, although no tag of aten's may
     say so. SHAPE: looks at the shape or the dtype and at nothing else. PASSES_ON: hands on values and gradients as
     they are, the strides aside. WEIGHT_STEP: models make the weight of a norm with it, `1 + weight` or a cast.
-    STOPS_GRADIENT: hands on values as they are, and no gradient. SPLITS: the parts of one tensor, as a list.
+    STOPS_GRADIENT: hands on values as they are, and no gradient. SPLITS: the parts of one tensor, as a list. JOINS: several
+    tensors in one. SOFTMAX: weights that sum to one.
     REPEATS: the same rows several times. GATED_CELL: a cell of a recurrent network, `(input, state)`.
     """
 
@@ -61,6 +62,8 @@ class Trait(enum.Flag):
     WEIGHT_STEP = enum.auto()
     STOPS_GRADIENT = enum.auto()
     SPLITS = enum.auto()
+    JOINS = enum.auto()
+    SOFTMAX = enum.auto()
     REPEATS = enum.auto()
     GATED_CELL = enum.auto()
 
@@ -210,11 +213,9 @@ OPERATIONS = (
     Operation("broadcast_to", MOVE | SAME | Trait.REPEATS),
     *(Operation(n, MOVE) for n in ("select", "index_select", "roll", "flip")),
     # Tensors joined, split, repeated
-    Operation("cat", LIGHT | Trait.WIDENS),
-    Operation("concat", LIGHT | Trait.WIDENS),
-    Operation("concatenate", Trait.WIDENS),
+    *(Operation(n, LIGHT | Trait.WIDENS | Trait.JOINS) for n in ("cat", "concat", "concatenate")),
     Operation("pad", LIGHT | Trait.WIDENS),
-    *(Operation(n, LIGHT) for n in ("stack", "hstack", "vstack")),
+    *(Operation(n, LIGHT | Trait.JOINS) for n in ("stack", "hstack", "vstack")),
     *(Operation(n, LIGHT | Trait.SPLITS) for n in ("split", "chunk", "unbind", "split_with_sizes", "tensor_split")),
     *(Operation(n, LIGHT | Trait.REPEATS) for n in ("repeat", "repeat_interleave", "tile")),
     *(Operation(n, Trait.VIEW | Trait.SPLITS) for n in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")),
@@ -230,7 +231,7 @@ OPERATIONS = (
     Operation("_fused_dropout", Trait.RANDOM),
     *(Operation(n, LIGHT | SAVES) for n in ("gelu", "silu", "relu", "tanh", "sigmoid", "softplus")),
     *(Operation(n, LIGHT) for n in ("glu", "leaky_relu", "elu", "mish", "hardswish", "hardtanh", "hardsigmoid")),
-    Operation("softmax", SAVES),
+    Operation("softmax", SAVES | Trait.SOFTMAX, also=("_softmax", "_safe_softmax")),
     *(Operation(n, LIGHT) for n in ("masked_fill", "where", "pos", "to_copy")),
     # Tensors made
     Operation("zeros_like", LIGHT, aten="zeros_like.default", function=torch.zeros_like),

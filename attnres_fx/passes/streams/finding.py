@@ -11,15 +11,15 @@ from attnres_fx.passes.streams.formal_sum import FormalSums, Root
 from attnres_fx.passes.streams.interpretation import find_formal_sums
 from attnres_fx.passes.streams.names import name_streams
 from attnres_fx.passes.streams.nesting import (
-    allow_inside_sublayers,
     find_interruptions,
     injected_into,
     nest_streams,
     refuse_injected,
+    without_those_inside,
 )
 from attnres_fx.passes.streams.post_norm import link_post_norm
 from attnres_fx.passes.streams.recurrences import Slices
-from attnres_fx.passes.streams.refusals import Refusal, find_refusals, refuse_recurrence
+from attnres_fx.passes.streams.refusals import Refusal, find_refusals, refuse_depth_readers, refuse_recurrence
 from attnres_fx.passes.streams.root_states import RootStates
 from attnres_fx.passes.streams.stream import StreamSet
 
@@ -39,8 +39,9 @@ def find_streams(graph: Graph) -> StreamSet:
     chains, over_time = _without_recurrences(chains, sums)
     refusals += over_time
     streams = nest_streams(name_streams([c.to_stream() for c in chains]), chains)
-    refusals += allow_inside_sublayers(find_refusals(graph, sums), chains)
+    refusals += without_those_inside(find_refusals(graph, sums), chains)
     refusals += find_interruptions(streams, chains)
+    refusals = [*refuse_depth_readers(sums.nodes), *refusals]
     return StreamSet(tuple(streams), tuple(refusals), sums)
 
 

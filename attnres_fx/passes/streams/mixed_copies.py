@@ -15,7 +15,7 @@ from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, M
 
 @dataclass(frozen=True)
 class _Mixed:
-    """An addition to what `mix` makes of the copies that `copies` holds, or to a part of it; `carried` are its nodes."""
+    """An addition to what `mix` makes of the copies in `copies`, or to a part of it; `carried` are its own nodes."""
 
     addition: Node
     carried: frozenset[Node]

@@ -10,7 +10,7 @@ from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, moves_data, op_name
 from attnres_fx.passes.streams.chain import StreamChain
-from attnres_fx.passes.streams.refusals import Refusal
+from attnres_fx.passes.streams.refusals import Refusal, carried_on
 from attnres_fx.passes.streams.root_states import RootStates
 from attnres_fx.passes.streams.stream import Stream
 
@@ -134,27 +134,23 @@ def refuse_injected(stream: RootStates, into: RootStates) -> Refusal:
     return Refusal("injected", describe(stream.root), where)
 
 
-def allow_inside_sublayers(refused: list[tuple[Node, Refusal]], chains: list["StreamChain"]) -> list[Refusal]:
-    """A refusal stops a conversion, unless what it is about stands inside one sublayer of a stream.
+def without_those_inside(refused: list[tuple[Node, Refusal]], chains: list["StreamChain"]) -> list[Refusal]:
+    """What was refused, without what stands inside one sublayer of a stream: nobody would call that a stream.
 
-    A chain of one sublayer that holds many of them is no stream around them but a skip over them all.
+    A chain that holds more of them, one carried on from another, than it has sublayers goes around them all.
 
     Args:
         refused: What was refused, each with the node that it is about.
         chains: All streams of the graph.
-
-    Returns:
-        The refusals in their order; those inside a sublayer stop no conversion.
     """
-    inside = {c: [n for n, r in refused if r.stops_conversion and c.computes_inside(n)] for c in chains}
-    harmless = {n for c, nodes in inside.items() if c.num_sublayers > 1 or len(nodes) < 3 for n in nodes}
-    kept = []
-    for node, refusal in refused:
-        if node in harmless:
-            reason = f"{refusal.reason} (inside a sublayer, left as it is)"
-            refusal = replace(refusal, stops_conversion=False, reason=reason)
-        kept.append(refusal)
-    return kept
+    carries = carried_on([node for node, refusal in refused if refusal.stops_conversion])
+    inside: set[Node] = set()
+    for chain in chains:
+        for cells in carries:
+            held = [n for n in cells if chain.computes_inside(n)]
+            if len(held) <= chain.num_sublayers:
+                inside |= set(held)
+    return [refusal for node, refusal in refused if node not in inside]
 
 
 def _just_before(root: Node) -> list[Node]:

@@ -9,6 +9,7 @@ from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import describe, shape_of, sizes_agree
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, is_light
+from attnres_fx.passes.streams.depth_readers import find_depth_readers
 from attnres_fx.passes.streams.formal_sum import FormalSums
 from attnres_fx.passes.streams.gated_carries import find_gated_carries
 from attnres_fx.passes.streams.mixed_copies import find_mixed_copies
@@ -21,15 +22,15 @@ class Refusal:
 
     Args:
         kind: `"not additive"`, `"width"`, `"injected"` (added into another stream's sublayers), `"interrupted"`
-            (one stream ends where another begins), `"recurrence"` (a sum over time, not over depth), or `"hidden"` in
-            a region that cannot be inlined.
+            (one stream ends where another begins), `"recurrence"` (a sum over time, not over depth), `"depth"` (the
+            model reads its depth already), or `"hidden"` in a region that cannot be inlined.
         place: The node, its module path and source line.
         reason: Why it was refused.
         stops_conversion: Whether a model that has it must not be converted, because the result would be wrong.
         advice: What to do instead.
     """
 
-    kind: Literal["not additive", "width", "injected", "interrupted", "recurrence", "hidden"]
+    kind: Literal["not additive", "width", "injected", "interrupted", "recurrence", "depth", "hidden"]
     place: str
     reason: str
     stops_conversion: bool = False
@@ -58,7 +59,7 @@ def _without_steps_of_time(refused: list[tuple[Node, Refusal]], graph: Graph) ->
     """Carries without the cells of a recurrence; of those the first one of each sequence, and what it is."""
     slices = Slices(graph.nodes)
     steps: dict[Node, Node] = {}
-    for cells in _carried_on([node for node, _ in refused]):
+    for cells in carried_on([node for node, _ in refused]):
         if len(cells) > 1:
             steps |= slices.over_time({n: n.all_input_nodes for n in cells}, cells)
     kept, seen = [], set()
@@ -72,7 +73,7 @@ def _without_steps_of_time(refused: list[tuple[Node, Refusal]], graph: Graph) ->
     return kept
 
 
-def _carried_on(carries: list[Node]) -> list[list[Node]]:
+def carried_on(carries: list[Node]) -> list[list[Node]]:
     """Carries in graph order, those together of which one goes on from another by no more than elementwise work."""
     group: dict[Node, list[Node]] = {}
     for node in carries:
@@ -88,6 +89,16 @@ def _carried_on(carries: list[Node]) -> list[list[Node]]:
                     group[below] += group[node]
                     group |= dict.fromkeys(group[node], group[below])
     return list({id(cells): cells for cells in group.values()}.values())
+
+
+def refuse_depth_readers(nodes: tuple[Node, ...]) -> list[Refusal]:
+    """The refusal of a model that reads its depth already."""
+    readers = find_depth_readers(nodes)
+    if not readers:
+        return []
+    why = f"the model attends over its depth already, here and at {len(readers) - 1} more places"
+    advice = "Use it as it is, convert a model with plain residuals, or name a stream to convert beside that."
+    return [Refusal("depth", describe(readers[0]), why, True, advice)]
 
 
 def refuse_recurrence(root: Node, sequence: Node) -> Refusal:

@@ -1,7 +1,7 @@
 """Which of the streams found are rewritten."""
 
 from attnres_fx.config import AttnResConfig
-from attnres_fx.errors import NoStreamError, NotAdditiveError, StreamWidthError
+from attnres_fx.errors import AlreadyConvertedError, NoStreamError, NotAdditiveError, StreamError, StreamWidthError
 from attnres_fx.passes.streams.stream import Stream, StreamSet
 
 
@@ -15,18 +15,26 @@ def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tupl
 
     Raises:
         NotAdditiveError: A stream is carried by something that is no sum.
+        AlreadyConvertedError: The model reads its depth already.
         StreamWidthError: A stream has no fixed width, or another width further on.
         StreamNameError: There is no stream of a name that the config gives.
         NoStreamError: There is no stream at all.
     """
     for refusal in streams.refusals:
         if refusal.stops_conversion and config.streams in ("main", "all"):
-            kind = NotAdditiveError if refusal.kind == "not additive" else StreamWidthError
+            kind = _ERRORS[refusal.kind]
             raise kind(f"{name}: at {refusal.place}, {refusal.reason}. {refusal.advice}")
     selected = streams.select(config.streams)
     if selected:
         return selected
     raise NoStreamError(_no_stream_message(streams, name))
+
+
+_ERRORS: dict[str, type[StreamError]] = {
+    "not additive": NotAdditiveError,
+    "width": StreamWidthError,
+    "depth": AlreadyConvertedError,
+}
 
 
 def _no_stream_message(streams: StreamSet, name: str) -> str:

@@ -120,7 +120,7 @@ class StreamSet:
         """Streams by name.
 
         Args:
-            wanted: One name or several, `"main"` for all that are inside no other stream and go around none, or `"all"`.
+            wanted: One name or several, `"all"`, or `"main"` for those inside no other stream that go around none.
 
         Raises:
             StreamNameError: There is no stream of that name.

@@ -1,0 +1,152 @@
+"""Models that read their depth already: a softmax over a stack or a list of their own earlier outputs."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from attnres_fx.passes.graph.additions import match_addition
+from attnres_fx.passes.graph.nodes import is_floating
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, is_light, may_be_in_norm, moves_data, op_name
+from attnres_fx.passes.streams.dependence import Dependence
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A weighted sum of values that are joined, or listed, along a dimension of their own."""
+
+    node: Node
+    values: frozenset[Node]
+
+
+def find_depth_readers(nodes: tuple[Node, ...]) -> list[Node]:
+    """The nodes that attend over what earlier layers wrote.
+
+    Some of what they weigh was computed from other of it, a value is weighed by several of them, and a later one weighs
+    what was computed from an earlier one. So experts, heads and scales are none, nor is one mixture of all layers at
+    the end of a model.
+
+    Args:
+        nodes: Of a graph, in its order.
+
+    Returns:
+        In graph order; empty where the model does not read its depth.
+    """
+    readers = [r for n in nodes if (r := _reader(n)) is not None and len(r.values) > 1]
+    if len(readers) < 2:
+        return []
+    anchors = {v for r in readers for v in r.values} | {r.node for r in readers}
+    depends = Dependence(nodes[0].graph, anchors)
+    readers = [r for r in readers if any(depends.is_branch(a, b) for a in r.values for b in r.values)]
+    return sorted(
+        {n for i, r in enumerate(readers) for s in readers[:i] if _goes_on(s, r, depends) for n in (s.node, r.node)}
+    )
+
+
+def _goes_on(earlier: _Reader, later: _Reader, depends: Dependence) -> bool:
+    return not earlier.values.isdisjoint(later.values) and any(
+        depends.is_branch(value, earlier.node) for value in later.values - earlier.values
+    )
+
+
+def _reader(node: Node) -> _Reader | None:
+    if op_name(node) == "sdpa" and len(node.args) > 2:
+        return _of_joined(node, node.args[2])
+    if match_addition(node) is not None:
+        return _listed(node)
+    factors = _contracted(node)
+    for value in factors:
+        if any(_from_softmax(f) for f in factors if f is not value):
+            found = _of_joined(node, value)
+            if found is not None:
+                return found
+    return None
+
+
+def _contracted(node: Node) -> list[Node]:
+    """The tensors that a node contracts: a product of tensors, or the sum of one over a dimension."""
+    if has_trait(node, Trait.MIXES):
+        return [n for n in node.all_input_nodes if is_floating(n)]
+    if op_name(node) == "sum" and node.all_input_nodes:
+        product = node.all_input_nodes[0]
+        return [n for n in product.all_input_nodes if is_floating(n)] if op_name(product) == "mul" else []
+    return []
+
+
+def _of_joined(node: Node, value: Node) -> _Reader | None:
+    """A reader of the values that are joined in what it weighs, seen through norms and elementwise work."""
+    stack, seen = [value], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if has_trait(current, Trait.JOINS):
+            return _Reader(node, frozenset(_joined(current)))
+        if may_be_in_norm(current):
+            stack += [n for n in current.all_input_nodes if is_floating(n)]
+    return None
+
+
+def _joined(node: Node) -> Iterator[Node]:
+    """What a node joins, seen through other joins and views."""
+    for part in node.all_input_nodes:
+        below = part
+        while moves_data(below) and below.all_input_nodes:
+            below = below.all_input_nodes[0]
+        if has_trait(below, Trait.JOINS):
+            yield from _joined(below)
+        else:
+            yield below
+
+
+def _listed(node: Node) -> _Reader | None:
+    """`w[0] * v0 + w[1] * v1 + …`, where the weights are slices of one softmax."""
+    if any(match_addition(u) is not None for u in node.users):
+        return None  # the whole sum is looked at
+    values: dict[Node, Node] = {}
+    stack: list[Node] = [node]
+    while stack:
+        current = stack.pop()
+        addition = match_addition(current)
+        if addition is not None:
+            stack += [addition.left, addition.right]
+            continue
+        pairs = [(v, w) for v, w in _products(current) if (source := _slice_of_softmax(w)) is not None]
+        if not pairs:
+            continue
+        value, weight = pairs[0]
+        source = _slice_of_softmax(weight)
+        assert source is not None
+        values[value] = source
+    return _Reader(node, frozenset(values)) if len(values) > 1 and len(set(values.values())) == 1 else None
+
+
+def _products(node: Node) -> Iterable[tuple[Node, Node]]:
+    if op_name(node) != "mul" or len(node.all_input_nodes) != 2:
+        return ()
+    left, right = node.all_input_nodes
+    return (left, right), (right, left)
+
+
+def _slice_of_softmax(node: Node) -> Node | None:
+    """The softmax that a node is a part of."""
+    while node.all_input_nodes and (moves_data(node) or has_trait(node, Trait.SPLITS) or op_name(node) == "getitem"):
+        node = node.all_input_nodes[0]
+    return node if has_trait(node, Trait.SOFTMAX) else None
+
+
+def _from_softmax(node: Node) -> bool:
+    """Whether a value is a softmax, seen through no more than elementwise work."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if has_trait(current, Trait.SOFTMAX):
+            return True
+        if is_light(current):
+            stack += [n for n in current.all_input_nodes if is_floating(n)]
+    return False
