@@ -28,9 +28,9 @@ class Trait(enum.Flag):
     none. SAVES_INPUTS: backward needs what it takes in. RANDOM: draws random numbers, although no tag of aten's may
     say so. SHAPE: looks at the shape or the dtype and at nothing else. PASSES_ON: hands on values and gradients as
     they are, the strides aside. WEIGHT_STEP: models make the weight of a norm with it, `1 + weight` or a cast.
-    STOPS_GRADIENT: hands on values as they are, and no gradient. SPLITS: the parts of one tensor, as a list. JOINS: several
-    tensors in one. SOFTMAX: weights that sum to one.
-    REPEATS: the same rows several times. GATED_CELL: a cell of a recurrent network, `(input, state)`.
+    STOPS_GRADIENT: hands on values as they are, and no gradient. SPLITS: the parts of one tensor, as a list.
+    JOINS: several tensors in one. SOFTMAX: weights that sum to one. REPEATS: the same rows several times.
+    GATED_CELL: a cell of a recurrent network, `(input, state)`.
     """
 
     CAST = enum.auto()

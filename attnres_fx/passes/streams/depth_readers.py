@@ -39,9 +39,8 @@ def find_depth_readers(nodes: tuple[Node, ...]) -> list[Node]:
     anchors = {v for r in readers for v in r.values} | {r.node for r in readers}
     depends = Dependence(nodes[0].graph, anchors)
     readers = [r for r in readers if any(depends.is_branch(a, b) for a in r.values for b in r.values)]
-    return sorted(
-        {n for i, r in enumerate(readers) for s in readers[:i] if _goes_on(s, r, depends) for n in (s.node, r.node)}
-    )
+    pairs = [(e, r) for i, r in enumerate(readers) for e in readers[:i] if _goes_on(e, r, depends)]
+    return sorted({reader.node for pair in pairs for reader in pair})
 
 
 def _goes_on(earlier: _Reader, later: _Reader, depends: Dependence) -> bool:
