@@ -100,9 +100,7 @@ class VerifyReport:
         return sorted(of_kind, key=lambda d: d.relative, reverse=True)[:count]
 
 
-def differences_of(
-    before: Outcome, after: Outcome, computed_in: Collection[torch.dtype] = ()
-) -> Iterator[Difference]:
+def differences_of(before: Outcome, after: Outcome, computed_in: Collection[torch.dtype] = ()) -> Iterator[Difference]:
     """The difference of every floating output, gradient and buffer.
 
     Args:
@@ -141,7 +139,9 @@ def _require_same_kind(name: str, x: Any, y: Any, *, with_gradients: bool) -> No
         raise CheckError(f"output {name} has a gradient, and in the original it has none.")
 
 
-def _allowed(tolerances: Mapping[torch.dtype, float], dtype: torch.dtype, computed_in: Collection[torch.dtype]) -> float:
+def _allowed(
+    tolerances: Mapping[torch.dtype, float], dtype: torch.dtype, computed_in: Collection[torch.dtype]
+) -> float:
     if not dtype.is_floating_point:
         return 0.0
     return max(tolerances.get(d, tolerances[torch.bfloat16]) for d in {dtype, *computed_in})
