@@ -20,7 +20,7 @@ from attnres_fx.errors import PlanError
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import CarriedValue, StreamCost
 from attnres_fx.partition.split.routes import StageValue, hops_of
-from attnres_fx.passes.schedule import Source
+from attnres_fx.passes.depth_source import Source
 
 LABELS_SHOWN = 6
 
