@@ -112,7 +112,7 @@ def simulate(
         Every computation and message with its start and end in seconds, and the peaks in bytes.
 
     Raises:
-        PlanError: The schedule cannot run these numbers, or the number of loads is another than P times V.
+        PlanError: The schedule cannot run these numbers, or the number of loads is not P times V.
     """
     if len(loads) != num_stages * virtual_stages:
         raise PlanError(
@@ -154,7 +154,7 @@ def _run(
     num_stages, last = len(orders), len(loads) - 1
     done: list[list[TimedAction]] = [[] for _ in orders]
     hops: list[TimedHop] = []
-    arrived: dict[tuple[int, bool, int], float] = {}
+    available: dict[tuple[int, bool, int], float] = {}
     link_free: dict[tuple[int, int], float] = {}
     moved = True
     while moved:
@@ -162,12 +162,12 @@ def _run(
         for rank, order in enumerate(orders):
             while len(done[rank]) < len(order):
                 action = order[len(done[rank])]
-                awaited = _awaited(action, last)
-                if awaited is not None and awaited not in arrived:
+                required = _awaited(action, last)
+                if required is not None and required not in available:
                     break
                 moved = True
                 free = done[rank][-1].end if done[rank] else 0.0
-                start = max(free, arrived[awaited]) if awaited is not None else free
+                start = max(free, available[required]) if required is not None else free
                 end = start + seconds_of(action, loads[action.stage])
                 done[rank].append(TimedAction(action, start, end))
                 target = _target(action, last)
@@ -180,7 +180,7 @@ def _run(
                     end = leaves + (load.send_forward if forward else load.send_backward)
                     link_free[rank, to] = end
                     hops.append(TimedHop(action, rank, to, leaves, end))
-                arrived[target, forward, action.microbatch] = end
+                available[target, forward, action.microbatch] = end
     stuck = [str(order[len(d)]) for order, d in zip(orders, done, strict=True) if len(d) < len(order)]
     if stuck:
         raise PlanError(
@@ -230,11 +230,11 @@ def _peak_cache(rank: int, timed: Sequence[TimedAction], hops: Sequence[TimedHop
     }
     changes = [(end, loads[stage].received_bytes) for (stage, _), end in arrivals.items()]
     for t in timed:
-        load, arrived = loads[t.action.stage], (t.action.stage, t.action.microbatch) in arrivals
+        load, received = loads[t.action.stage], (t.action.stage, t.action.microbatch) in arrivals
         if t.action.kind == "F":
             changes.append((t.end, load.produced_bytes))
         elif t.action.kind in "BW":
-            changes.append((t.end, -load.produced_bytes - (load.received_bytes if arrived else 0)))
+            changes.append((t.end, -load.produced_bytes - (load.received_bytes if received else 0)))
     held = peak = 0
     # At one time what is freed goes before what comes.
     for _, change in sorted(changes):
