@@ -127,7 +127,7 @@ class Plan:
             model: What `fingerprint` returns for it.
 
         Raises:
-            PlanError: It is another; the error names the first difference.
+            PlanError: The models differ; the error names the first difference.
         """
         check_same_model(self.model, model)
 
@@ -135,7 +135,7 @@ class Plan:
         """Check that a converted model reads its depth as planned.
 
         Args:
-            config: With which it was converted.
+            config: The config that it was converted with.
 
         Raises:
             PlanError: The variant, the output or eps differs.
@@ -227,7 +227,7 @@ class Plan:
         """Draw stages, blocks and the simulated step.
 
         Args:
-            path: Of the picture; its ending says the format, as matplotlib knows it.
+            path: Of the picture; its suffix chooses one of matplotlib's formats.
 
         Raises:
             PlanError: matplotlib is not installed, or the picture cannot be written.

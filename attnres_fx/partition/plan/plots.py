@@ -22,7 +22,7 @@ def draw_plan(timeline: Timeline, stage_map: StageMap, path: str | Path) -> None
     Args:
         timeline: Of one step.
         stage_map: The chain, its blocks and its cuts.
-        path: Of the picture; its ending says the format.
+        path: Of the picture; its suffix chooses the format.
 
     Raises:
         PlanError: matplotlib is not installed.
