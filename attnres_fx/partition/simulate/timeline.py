@@ -29,7 +29,13 @@ from attnres_fx.partition.simulate.action_order import Action, action_orders
 
 @dataclass(frozen=True)
 class TimedAction:
-    """A computation with its start and end, in seconds from the start of the step."""
+    """A computation in time.
+
+    Args:
+        action: What is computed.
+        start: Seconds from the start of the step.
+        end: The same.
+    """
 
     action: Action
     start: float
@@ -38,7 +44,15 @@ class TimedAction:
 
 @dataclass(frozen=True)
 class TimedHop:
-    """A message on its link. action: what it follows, `F` for an output and `B` or `I` for a gradient."""
+    """A message on its link.
+
+    Args:
+        action: What it follows: `F` for an output, `B` or `I` for a gradient.
+        source_rank: The rank that sends it.
+        target_rank: The rank that receives it.
+        start: Seconds from the start of the step to when it leaves.
+        end: Seconds from the start of the step to when it is there.
+    """
 
     action: Action
     source_rank: int
@@ -87,7 +101,14 @@ class Timeline:
         return sum(self.idle) / (self.num_stages * self.step_seconds) if self.step_seconds else 0.0
 
     def order(self, rank: int) -> tuple[str, ...]:
-        """What a rank computes, as PyTorch spells it: `("0F0", "0F1", "0B0", …)`."""
+        """What a rank computes.
+
+        Args:
+            rank: 0 to P - 1.
+
+        Returns:
+            The computations in order, as PyTorch spells them: `("0F0", "0F1", "0B0", …)`.
+        """
         return tuple(str(timed.action) for timed in self.ranks[rank])
 
 

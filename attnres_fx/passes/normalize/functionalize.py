@@ -145,11 +145,8 @@ class _Functionalizer:
             tensor = self._tensor(argument)
             base = self._base(tensor)
             overwritten = self.epoch[base] > 0 or ((base, 0) in self.attributes.snapshots and base not in self.version)
-            return (
-                self._snapshot(tensor)
-                if overwritten and parent is None and tensor not in written
-                else self._value(tensor)
-            )
+            reads_snapshot = overwritten and parent is None and tensor not in written
+            return self._snapshot(tensor) if reads_snapshot else self._value(tensor)
 
         with self.graph.inserting_before(node):
             node.args = map_arg(node.args, seen)
