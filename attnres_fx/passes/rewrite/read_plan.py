@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from attnres_fx.config import AttnResConfig, Output
+from attnres_fx.passes.depth_source import ROOT, Source
 from attnres_fx.passes.graph.result import defects_named
-from attnres_fx.passes.schedule import ROOT, DepthSchedule, Source, plan_schedule
+from attnres_fx.passes.schedule import DepthSchedule, plan_schedule
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged
 from attnres_fx.passes.streams.stream import Read, Stream, StreamSet
 
@@ -149,7 +150,7 @@ def plan_depth_reads(
     selected: tuple[Stream, ...],
     config: AttnResConfig,
     *,
-    schedules: Mapping[str, DepthSchedule] | None = None,
+    block_layouts: Mapping[str, DepthSchedule] | None = None,
 ) -> ReadPlan:
     """Decide what the rewrite does to a graph.
 
@@ -157,24 +158,26 @@ def plan_depth_reads(
         streams: All streams of the graph.
         selected: Those to rewrite.
         config: Variant, blocks and output mode.
-        schedules: Blocks to take instead of the config's, by stream name.
+        block_layouts: Blocks to take instead of the config's, by stream name.
 
     Returns:
         The plan that `insert_depth_attention_pass` executes. It names nodes of this graph and of no other.
 
     Raises:
         ScheduleError: The blocks of the config do not fit a stream.
-        RewriteError: The plan failed in a way that it does not know of.
+        RewriteError: Planning raised an error that is not one of the library's; it is the cause.
     """
     with defects_named("planning the depth reads"):
-        return _plan(streams, selected, config, schedules or {})
+        return _plan(streams, selected, config, block_layouts or {})
 
 
 def _plan(
-    streams: StreamSet, selected: tuple[Stream, ...], config: AttnResConfig, schedules: Mapping[str, DepthSchedule]
+    streams: StreamSet, selected: tuple[Stream, ...], config: AttnResConfig, block_layouts: Mapping[str, DepthSchedule]
 ) -> ReadPlan:
     plans = tuple(
-        _plan_stream(s, schedules.get(s.name) or plan_schedule(s.num_sublayers, config), config.output, streams.sums)
+        _plan_stream(
+            s, block_layouts.get(s.name) or plan_schedule(s.num_sublayers, config), config.output, streams.sums
+        )
         for s in selected
     )
     order = {node.name: i for i, node in enumerate(streams.sums.nodes)}
