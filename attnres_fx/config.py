@@ -30,7 +30,7 @@ class AttnResConfig:
         streams: `"main"` (streams not nested in another's sublayer), `"all"`, or stream names.
 
     Raises:
-        ConfigError: for a value, or a combination of values, that means nothing.
+        ConfigError: A value, or a combination of values, is not allowed.
 
     Source: arXiv 2603.15031, sections 3.1 and 3.2.
     """

@@ -10,7 +10,7 @@ class AttnResError(Exception):
 
 
 class ConfigError(AttnResError, ValueError):
-    """An option of `AttnResConfig`, or a combination of options, that means nothing."""
+    """An option of `AttnResConfig`, or a combination of options, that is not allowed."""
 
 
 class ScheduleError(ConfigError):

@@ -15,6 +15,13 @@ from attnres_fx.errors import ConfigError
 class DepthRead(nn.Module):
     """Parameters of one read.
 
+    Args:
+        name: Of the read.
+        width: D, the elements of the query and of the key gain.
+        gated: Whether the read has a gate.
+        dtype: Of all three; by default torch's default dtype.
+        device: Where they are; by default torch's default device.
+
     Attributes:
         name: Of the read.
         query: [D], zero at first.
@@ -42,7 +49,11 @@ class DepthRead(nn.Module):
 
 
 class DepthReads(nn.Module):
-    """DepthRead modules in execution order; indexed by position or by read name."""
+    """DepthRead modules in execution order; indexed by position or by read name.
+
+    Args:
+        reads: In execution order, with distinct names.
+    """
 
     def __init__(self, reads: list[DepthRead]) -> None:
         super().__init__()
@@ -65,20 +76,33 @@ class DepthReads(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The name of every read, in execution order."""
         return tuple(read.name for read in self)
 
     def keys(self) -> tuple[str, ...]:
+        """The same as `names`, as a dict has it."""
         return self.names
 
     def values(self) -> tuple[DepthRead, ...]:
+        """The reads, in execution order."""
         return tuple(self)
 
     def items(self) -> tuple[tuple[str, DepthRead], ...]:
+        """Name and read, in execution order."""
         return tuple((read.name, read) for read in self)
 
 
 class AttnResParameters(nn.Module):
-    """Module that a conversion adds to a model, as `attnres`: its reads, and the config they are for."""
+    """Module that a conversion adds to a model, as `attnres`: its reads, and the config they are for.
+
+    Args:
+        reads: In execution order.
+        config: What they were made for.
+
+    Attributes:
+        reads: A `DepthReads`.
+        config: What they were made for.
+    """
 
     def __init__(self, reads: list[DepthRead], config: AttnResConfig) -> None:
         super().__init__()
@@ -86,15 +110,23 @@ class AttnResParameters(nn.Module):
         self.reads = DepthReads(reads)
 
     def get_extra_state(self) -> torch.Tensor:
-        """The config, as bytes in a tensor, so that every format of checkpoint can hold it."""
+        """The config, as bytes in a tensor, so that every format of checkpoint can hold it.
+
+        Returns:
+            [bytes] uint8: the config as JSON.
+        """
         text = json.dumps(dataclasses.asdict(self.config))
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Compare the config of a state with this one's: parameters mean nothing under another.
+        """Compare the config of a state with this one's: under another config the parameters mean nothing.
+
+        Args:
+            state: What `get_extra_state` returned.
 
         Raises:
-            ConfigError: It is another config; both are named. The parameters are left as they are.
+            ConfigError: The configs differ, and both are named; or the state cannot be read. The parameters are left
+                as they are.
         """
         found = _config_in(state)
         if different := different_options(found, self.config):
@@ -120,12 +152,27 @@ def _config_in(state: Any) -> AttnResConfig:
 
 
 def different_options(one: AttnResConfig, other: AttnResConfig) -> list[str]:
-    """The options by which the same parameters compute another function."""
+    """The options by which the same parameters compute another function.
+
+    Args:
+        one: A config.
+        other: The config to compare it with.
+
+    Returns:
+        Names of the fields that differ; `streams` is not among them.
+    """
     return [n for n in _DECIDING if getattr(one, n) != getattr(other, n)]
 
 
 def shown_config(config: AttnResConfig) -> str:
-    """A config by the options that were given."""
+    """A config in words, with the options that are not the defaults.
+
+    Args:
+        config: Any config.
+
+    Returns:
+        What would make it again: `AttnResConfig(variant='block', output='sum', num_blocks=4)`.
+    """
     given = [f"{f.name}={getattr(config, f.name)!r}" for f in dataclasses.fields(config) if _is_given(config, f)]
     return f"AttnResConfig({', '.join(given)})"
 
@@ -143,7 +190,7 @@ def check_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "
         prefix: Of the model's own names in it.
 
     Raises:
-        ConfigError: It was; both configs are named.
+        ConfigError: The configs differ, and both are named.
     """
     attnres = model._modules.get("attnres")
     state = state_dict.get(f"{prefix}attnres._extra_state")
@@ -152,7 +199,14 @@ def check_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "
 
 
 def attribute_name(read: str) -> str:
-    """A read's name as a module attribute; module names hold no dots."""
+    """A read's name as the name of a module, which can hold no dots.
+
+    Args:
+        read: Name of the read.
+
+    Returns:
+        The name with `__` for each dot.
+    """
     return read.replace(".", "__")
 
 

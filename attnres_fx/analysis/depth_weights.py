@@ -38,7 +38,11 @@ class ReadWeights:
 
 @dataclass(frozen=True)
 class DepthWeights:
-    """Attention over depth of every read, in execution order. `print` it for a small heat map."""
+    """Attention over depth of every read; `print` it for a small heat map.
+
+    Args:
+        reads: In execution order; `weights["name"]` is the one of that name.
+    """
 
     reads: tuple[ReadWeights, ...]
 
@@ -67,7 +71,7 @@ class DepthWeights:
 
 
 def column(source: str) -> str:
-    """A partial sum shares the column of its block."""
+    """The column of a source in the heat map: a partial sum shares that of its block."""
     return source.split("[")[0]
 
 

@@ -52,5 +52,5 @@ _LOGS: "weakref.WeakValueDictionary[str, CompileLog]" = weakref.WeakValueDiction
 
 
 def compile_log(about: str) -> CompileLog:
-    """The log of the attachment with this description. Whoever wants it to last holds it."""
+    """The log of the attachment with this description. It lives as long as somebody holds it."""
     return _LOGS.setdefault(about, CompileLog(about))

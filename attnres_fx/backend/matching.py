@@ -37,14 +37,14 @@ def match_reads(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> Matc
         BackendError: They do not match; it says where.
     """
     plan = _plan(gm, streams, handed)
-    found = _under_attached_streams({read_key(read): read.read for read in plan.reads}, list(handed.weights))
-    present = {key.stream for key in found}
+    actual = _under_attached_streams({read_key(read): read.read for read in plan.reads}, list(handed.weights))
+    present = {key.stream for key in actual}
     expected = {k for k in handed.weights if k.stream in present or not _may_be_absent(gm, k.stream, handed)}
-    matched = _matched(expected, found)
+    matched = _matched(expected, actual)
     if matched is None:
         larger = any(c.meta.get("nn_module_stack") for c in handed.calls)
-        raise BackendError(mismatch_message(gm, expected, set(found), in_larger=larger))
-    return MatchedReads(plan, {found[key]: handed.weights[attached] for key, attached in matched.items()})
+        raise BackendError(mismatch_message(gm, expected, set(actual), in_larger=larger))
+    return MatchedReads(plan, {actual[key]: handed.weights[attached] for key, attached in matched.items()})
 
 
 def _plan(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> ReadPlan:
@@ -64,14 +64,14 @@ def _plan(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> ReadPlan:
         return plan_depth_reads(streams, selected, plain)
 
 
-def _under_attached_streams(found: dict[ReadKey, str], attached: Sequence[ReadKey]) -> dict[ReadKey, str]:
+def _under_attached_streams(actual: dict[ReadKey, str], attached: Sequence[ReadKey]) -> dict[ReadKey, str]:
     """The reads under the streams that were attached.
 
     A stream is named after what reads it too. Where a part runs by itself its last reader is missing, and it may have
     another name: it is the attached stream with the same reads.
     """
     by_stream: dict[str, list[ReadKey]] = {}
-    for key in found:
+    for key in actual:
         by_stream.setdefault(key.stream, []).append(key)
     missing = [s for s in dict.fromkeys(k.stream for k in attached) if s not in by_stream]
     names: dict[str, str] = {}
@@ -83,7 +83,7 @@ def _under_attached_streams(found: dict[ReadKey, str], attached: Sequence[ReadKe
             if other not in names.values() and _matched(same, [replace(k, stream=other) for k in keys]) is not None:
                 names[stream] = other
                 break
-    return {replace(key, stream=names.get(key.stream, key.stream)): read for key, read in found.items()}
+    return {replace(key, stream=names.get(key.stream, key.stream)): read for key, read in actual.items()}
 
 
 def _may_be_absent(gm: GraphModule, stream: str, handed: HandedOver) -> bool:
@@ -91,33 +91,33 @@ def _may_be_absent(gm: GraphModule, stream: str, handed: HandedOver) -> bool:
     return home != "" and not runs_module(gm, home)
 
 
-def _matched(expected: Collection[ReadKey], found: Collection[ReadKey]) -> dict[ReadKey, ReadKey] | None:
-    """The attached read of each read that was found; None where they are not the same reads."""
+def _matched(expected: Collection[ReadKey], actual: Collection[ReadKey]) -> dict[ReadKey, ReadKey] | None:
+    """The attached read of each read of the graph; None where they are not the same reads."""
     left = sorted(expected)
     matched: dict[ReadKey, ReadKey] = {}
     for fits in (_have_one_name, _may_be_one_read):
-        for key in sorted(set(found) - set(matched)):
+        for key in sorted(set(actual) - set(matched)):
             same = next((k for k in left if _place(k) == _place(key) and fits(k.name, key.name)), None)
             if same is not None:
                 left.remove(same)
                 matched[key] = same
-    return matched if not left and len(matched) == len(found) else None
+    return matched if not left and len(matched) == len(actual) else None
 
 
-def _have_one_name(attached: str, found: str) -> bool:
-    return attached == found
+def _have_one_name(attached: str, actual: str) -> bool:
+    return attached == actual
 
 
 def _place(key: ReadKey) -> object:
     return key.stream, key.position, key.extras, key.width, key.gated
 
 
-def _may_be_one_read(attached: str, found: str) -> bool:
+def _may_be_one_read(attached: str, actual: str) -> bool:
     """Whether two names at one place of a stream can be one read.
 
     An adapter puts the module that consumes a state inside another (`mix` becomes `mix.base_layer`), and what leaves
     the graph of a part, or of the model into a larger function, is no output in the other.
     """
-    attached, found = attached.split("#")[0], found.split("#")[0]
-    one_inside_the_other = attached.startswith(f"{found}.") or found.startswith(f"{attached}.")
-    return one_inside_the_other or "output" in (attached, found)
+    attached, actual = attached.split("#")[0], actual.split("#")[0]
+    one_inside_the_other = attached.startswith(f"{actual}.") or actual.startswith(f"{attached}.")
+    return one_inside_the_other or "output" in (attached, actual)

@@ -14,7 +14,7 @@ from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import Recording, record
-from attnres_fx.capture.side_effects import PythonChange, TensorWrite, attributes_of, changes_since, settle_
+from attnres_fx.capture.side_effects import PythonChange, TensorWrite, attributes_of, changes_since, replace_stand_ins_
 from attnres_fx.capture.size_guards import size_guards
 from attnres_fx.capture.sizes import input_shapes
 from attnres_fx.capture.tensor_places import tensor_places
@@ -66,7 +66,7 @@ def _recorded(
     set_mode_(clone, mode)
     recording, leaves, writes, changes = _traced_call(clone, call, free)
     if changes:
-        settle_(clone, writes, changes)
+        replace_stand_ins_(clone, writes, changes)
         *_, again = _traced_call(clone, call, free)
         if again:
             raise CaptureError(_python_state_message(call.model, again))

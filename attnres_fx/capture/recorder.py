@@ -1,7 +1,7 @@
 """One graph from Dynamo by documented means: a backend that records it and returns stand-ins instead of running it.
 
 The module is not run. Dynamo's own code calls the recorded graph with the objects it found, and builds the module's
-output from what it gets back; who is who is told by identity (`bound_graph`).
+output from what it gets back; tensors are told apart by identity (`bound_graph`).
 """
 
 import contextlib

@@ -103,10 +103,10 @@ def changes_since(
     return writes, changes
 
 
-def settle_(root: nn.Module, writes: Sequence[TensorWrite], changes: Sequence[PythonChange]) -> None:
-    """Turn what a recorded call left on a tree into what a call leaves, as far as another trace can see, in place.
+def replace_stand_ins_(root: nn.Module, writes: Sequence[TensorWrite], changes: Sequence[PythonChange]) -> None:
+    """Replace, in place, what a recorded call left on a tree by what a call leaves, as far as another trace can see.
 
-    Stand-ins become zeros of their shape, and sizes numbers.
+    Stand-ins become zeros of their shape, and symbolic sizes become numbers.
     """
     device = next((t.device for t in root.parameters()), torch.device("cpu"))
     for write in writes:

@@ -84,7 +84,7 @@ class CallSignature:
         return tuple(self._one(n, given) for n in self.args), {n: self._one(n, given) for n in self.kwargs}
 
     def require_all_but_defaults(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raise ArgumentError where a call leaves out a constant whose default is another: it means that one."""
+        """Raise ArgumentError where a call leaves out a constant that was not captured at its default."""
         given = {*self.positional[: len(args)], *kwargs}
         for name in self.not_defaults:
             if name not in given:

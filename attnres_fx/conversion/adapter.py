@@ -218,7 +218,7 @@ def _parsed(described: dict[str, Any]) -> tuple[AttnResConfig, _Folder]:
 
 
 def _compare(owner: nn.Module, attnres: AttnResParameters, config: AttnResConfig, folder: _Folder) -> None:
-    """Raise SaveError for the first thing of a model that is another than in the folder."""
+    """Raise SaveError for the first thing in which a model differs from the folder."""
     if different := different_options(config, attnres.config):
         raise SaveError(
             f"{different[0]} differs: the adapter was made with {shown_config(config)}, and this model with "

@@ -1,4 +1,4 @@
-"""A captured mode's program, and the arguments of a call as its flat inputs."""
+"""A captured mode's program: its call, the arguments of a call as flat inputs, its graph as a capture."""
 
 import contextlib
 from collections.abc import Collection, Mapping
@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.side_effects import TensorWrite
 from attnres_fx.capture.signature import CallSignature, InputShape, check_shapes
 from attnres_fx.capture.sizes import Guards
 from attnres_fx.capture.watched import WatchedValue
-from attnres_fx.conversion.graph_runner import Program
+from attnres_fx.conversion.graph_runner import GraphRunner, Program
 from attnres_fx.errors import ArgumentError
+from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
 Autocast = tuple[tuple[str, torch.dtype | None], ...]
@@ -70,12 +73,15 @@ def flat_arguments(program: CapturedProgram, args: tuple[Any, ...], kwargs: Mapp
     """The arguments of a call as the flat inputs of a program.
 
     Args:
-        program: of the mode that runs.
-        args: of the call, by position.
-        kwargs: of the call, by keyword.
+        program: Of the mode that runs.
+        args: Of the call, by position.
+        kwargs: Of the call, by keyword.
+
+    Returns:
+        One value per input of the program, in order.
 
     Raises:
-        ArgumentError: they do not fit what was captured.
+        ArgumentError: They do not fit what was captured.
     """
     bound_args, bound_kwargs = program.signature.bind(args, kwargs)
     if program.in_spec is None:
@@ -111,3 +117,26 @@ def run_program(program: CapturedProgram, root: nn.Module, inputs: list[Any]) ->
     for write in program.writes:
         setattr(root.get_submodule(write.module), write.name, outputs[write.output])
     return pytree.tree_unflatten(outputs[: program.out_spec.num_leaves], program.out_spec)
+
+
+def captured_graph(root: GraphRunner, program: CapturedProgram) -> CapturedGraph:
+    """A copy of a program's graph as a capture returns it, on the tensors of a converted model.
+
+    Args:
+        root: The converted model.
+        program: One of its programs.
+
+    Returns:
+        The graph, free to be changed.
+    """
+    return CapturedGraph(
+        GraphModule(root, copy_graph(program.graph)),
+        program.out_spec,
+        program.shapes,
+        dict(program.ranges),
+        program.guards,
+        program.writes,
+        program.watched,
+        lost=program.lost,
+        typed=root.typed,
+    )

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
@@ -30,11 +32,43 @@ Recapture = Callable[
     [Any, nn.Module, Mode, tuple[Any, ...], Mapping[str, Any]], tuple[Captured, tuple[Replacement, ...]]
 ]
 
-
 #: Captures and checks one more mode of a converted model.
 CaptureMode = Callable[[Any], CapturedProgram]
 
 Placement = tuple[torch.device, torch.dtype]
+
+
+def adopt_attribute(root: nn.Module, gm: GraphModule, target: str, mode: Mode) -> str:
+    """Where a converted model keeps an attribute of a captured graph; constants get a place of their own.
+
+    Args:
+        root: The converted model.
+        gm: The captured graph.
+        target: Path of the attribute on the graph.
+        mode: That the graph was captured in.
+
+    Returns:
+        The attribute's path on the converted model.
+    """
+    value = attrgetter(target)(gm)
+    try:
+        current = attrgetter(target)(root)
+    except AttributeError:
+        current = None
+    if current is value or (isinstance(current, nn.Module) and isinstance(value, nn.Module)):
+        return target
+    if CONSTANTS not in root._modules:
+        root.add_module(CONSTANTS, nn.Module())
+    store = root._modules[CONSTANTS]
+    assert store is not None
+    name = f"{mode}_{target.replace('.', '_')}"
+    while getattr(store, name, value) is not value:
+        name += "_"
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        store.register_buffer(name, value, persistent=False)
+    else:
+        setattr(store, name, value)
+    return f"{CONSTANTS}.{name}"
 
 
 def placement_of(root: nn.Module) -> Placement | None:

@@ -95,7 +95,7 @@ def convert(
     Args:
         model: An `nn.Module` (captured through Dynamo), a `GraphModule` or an `ExportedProgram`; it is left as
             it is.
-        args: Example arguments; other batch sizes and lengths work where they can.
+        args: Example arguments; other batch sizes and lengths work where the model's code allows them.
         kwargs: Example keyword arguments.
         config: Variant, blocks and output mode; `AttnResConfig()` by default.
         dynamic_shapes: As `torch.export.export` takes them; by default batch and sequence are free.
@@ -111,7 +111,7 @@ def convert(
         dtype most of the weights have. Source: arXiv 2603.15031, section 3.
 
     Raises:
-        ConfigError: `config` or `lowering` is no such thing.
+        ConfigError: `config` or `lowering` has the wrong type, or an option that does not exist.
         AlreadyConvertedError: The model reads through depth attention already.
         CaptureError: The model cannot be traced.
         NoStreamError: It has no residual stream.

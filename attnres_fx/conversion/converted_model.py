@@ -2,12 +2,10 @@
 
 import contextlib
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
@@ -15,15 +13,20 @@ from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import CAPTURE_LOCK
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.calls import program_for
-from attnres_fx.conversion.captured_program import CapturedProgram, current_autocast, flat_arguments, run_program
-from attnres_fx.conversion.conversion import ADDED, CONSTANTS, Conversion, placement_of
+from attnres_fx.conversion.captured_program import (
+    CapturedProgram,
+    captured_graph,
+    current_autocast,
+    flat_arguments,
+    run_program,
+)
+from attnres_fx.conversion.conversion import ADDED, Conversion, adopt_attribute, placement_of
 from attnres_fx.conversion.edits import allow_forwards, refuse_forwards
 from attnres_fx.conversion.files import parts_of, save_parts
 from attnres_fx.conversion.graph_runner import GraphRunner
 from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.errors import ModeError, RewriteError
 from attnres_fx.parameters import AttnResParameters, check_state
-from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
@@ -35,7 +38,7 @@ class ConvertedModel(GraphRunner):
     class, whose forward runs captured programs. Made by `load`, or from a graph: bare modules that hold the tensors.
 
     Attributes:
-        attnres: the added parameters, one `DepthRead` per read.
+        attnres: The added parameters, one `DepthRead` per read.
     """
 
     attnres: AttnResParameters
@@ -61,6 +64,9 @@ class ConvertedModel(GraphRunner):
         Args:
             mode: `"train"` or `"eval"`.
 
+        Returns:
+            The program that was captured first for this mode.
+
         Raises:
             ModeError: The mode cannot be captured; the reason is given.
             EditedError: The model was changed in a way that a capture does not see.
@@ -76,7 +82,11 @@ class ConvertedModel(GraphRunner):
         return conversion.programs[mode]
 
     def every_program(self) -> dict[Mode, CapturedProgram]:
-        """By mode, the program that was captured first, of all modes that can be captured."""
+        """Capture what was left for later.
+
+        Returns:
+            By mode, the program that was captured first; without the modes that cannot be captured.
+        """
         for mode in tuple(self._attnres_conversion.deferred):
             with contextlib.suppress(ModeError):  # the reason is in `failures`
                 self.program_of(mode)
@@ -124,17 +134,20 @@ class ConvertedModel(GraphRunner):
             replacements: The reads that were put in.
             signature: The arguments of a call.
             in_spec: Pytree of (args, kwargs), None where the graph takes them as they are.
-            training: Whether the program is trained with.
+            training: Whether gradients will be taken.
+
+        Returns:
+            The program; the graph is now its own.
         """
         gm = captured.gm
         for node in gm.graph.nodes:
             if node.op in ("get_attr", "call_module"):
-                node.target = self._adopt(gm, str(node.target), mode)
-        made = self._program(gm.graph, training)
+                node.target = adopt_attribute(self, gm, str(node.target), mode)
+        program = self._program(gm.graph, training)
         return CapturedProgram(
-            made.graph,
-            made.call,
-            made.lowered,
+            program.graph,
+            program.call,
+            program.lowered,
             captured.out_spec,
             captured.shapes,
             captured.ranges,
@@ -148,37 +161,31 @@ class ConvertedModel(GraphRunner):
             None if captured.typed or self._attnres_conversion.base is None else current_autocast(),
         )
 
-    def _adopt(self, gm: GraphModule, target: str, mode: Mode) -> str:
-        """Where this module keeps an attribute of a captured graph; constants get a place of their own."""
-        value = attrgetter(target)(gm)
-        try:
-            own = attrgetter(target)(self)
-        except AttributeError:
-            own = None
-        if own is value or (isinstance(own, nn.Module) and isinstance(value, nn.Module)):
-            return target
-        if CONSTANTS not in self._modules:
-            self.add_module(CONSTANTS, nn.Module())
-        store = self._modules[CONSTANTS]
-        assert store is not None
-        name = f"{mode}_{target.replace('.', '_')}"
-        while getattr(store, name, value) is not value:
-            name += "_"
-        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-            store.register_buffer(name, value, persistent=False)
-        else:
-            setattr(store, name, value)
-        return f"{CONSTANTS}.{name}"
-
     def _why_no_graph(self, mode: Mode) -> str:
         return f"this model has no {mode} graph: {self.failures.get(mode, 'it was not captured').rstrip('.')}."
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original computes, with its residual streams read by attention over depth.
+
+        Args:
+            *args: As for the original, by position.
+            **kwargs: As for the original, by keyword.
+
+        Returns:
+            What the original returns: the same structure, shapes and dtypes.
+
+        Raises:
+            ArgumentError: The call fits no program, and cannot be captured.
+            EditedError: The model was changed in a way that its programs do not see.
+        """
         program, inputs = program_for(self, args, kwargs)
         return run_program(program, self, inputs)
 
     def original(self) -> nn.Module:
         """A clone of the tree with the original's class and forward, on the same tensors.
+
+        Returns:
+            The model as it was before the conversion, without `attnres`.
 
         Raises:
             RewriteError: The model holds no Python of the original: it was made from a graph, or loaded.
@@ -212,14 +219,14 @@ class ConvertedModel(GraphRunner):
         """The arguments of a call as the flat inputs of the current mode's program.
 
         Args:
-            *args: of the call, by position.
-            **kwargs: of the call, by keyword.
+            *args: Of the call, by position.
+            **kwargs: Of the call, by keyword.
 
         Returns:
             One value per input of the program, in order.
 
         Raises:
-            ArgumentError: they do not fit what was captured.
+            ArgumentError: They do not fit what was captured.
         """
         return flat_arguments(self.program_of(self.mode), args, kwargs)
 
@@ -239,24 +246,11 @@ class ConvertedModel(GraphRunner):
 
         Args:
             mode: `"train"` or `"eval"`.
-        """
-        return self.captured_graph(self.program_of(mode))
 
-    def captured_graph(self, program: CapturedProgram) -> CapturedGraph:
-        """A copy of one program's graph as a capture returns it, on this model's own tensors."""
-        gm = GraphModule(self, copy_graph(program.graph))
-        ranges = dict(program.ranges)
-        return CapturedGraph(
-            gm,
-            program.out_spec,
-            program.shapes,
-            ranges,
-            program.guards,
-            program.writes,
-            program.watched,
-            lost=program.lost,
-            typed=self.typed,
-        )
+        Returns:
+            The graph, free to be changed.
+        """
+        return captured_graph(self, self.program_of(mode))
 
     def save(self, path: Any) -> None:
         """Write programs of both modes, weights, config and report to a file for `attnres_fx.load`.
@@ -265,10 +259,10 @@ class ConvertedModel(GraphRunner):
         program that holds something which no file can hold is left out, and the report in the file says so.
 
         Args:
-            path: a path, or a binary file to write to.
+            path: A path, or a binary file to write to.
 
         Raises:
-            SaveError: something of the model cannot be written.
+            SaveError: Something of the model cannot be written.
         """
         save_parts(parts_of(self), path)
 
@@ -290,7 +284,7 @@ class ConvertedModel(GraphRunner):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Loads as any module does, after it compared the config: nothing is loaded of a state of another one."""
+        """Loads as any module does, after it compared the config: of a state with another config nothing is loaded."""
         check_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

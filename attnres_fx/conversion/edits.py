@@ -28,7 +28,7 @@ _WAY_OUT = "Do it to the original before convert(), or use ax.compile, which run
 
 
 @dataclass(frozen=True)
-class _Row:
+class _ModuleState:
     """A module as it was at the conversion."""
 
     path: str
@@ -49,7 +49,7 @@ class EditGuard:
 
     def __init__(self, root: nn.Module, skipped: Sequence[str], original: nn.Module | None) -> None:
         self.skipped = tuple(skipped)
-        self.rows = tuple(_row(path, m) for path, m in _tree(root, self.skipped))
+        self.modules = tuple(_state_of(path, m) for path, m in _tree(root, self.skipped))
         self.children = _children(root, self.skipped)
         self.values: list[tuple[Any, WatchedValue]] = []
         self.original = weakref.ref(original) if original is not None else None
@@ -75,14 +75,14 @@ class EditGuard:
         """
         if _children(root, self.skipped) != self.children:
             raise EditedError(f"a module of the converted model's root was replaced: that has no effect. {_WAY_OUT}")
-        for row in self.rows:
-            module = row.module
-            if type(module) is not row.kind or tuple(module._modules.values()) != row.children:
-                self._check_row(row)
-            if _hook_count(module) != row.hooks:
+        for state in self.modules:
+            module = state.module
+            if type(module) is not state.kind or tuple(module._modules.values()) != state.children:
+                self._check_module(state)
+            if _hook_count(module) != state.hooks:
                 raise EditedError(
-                    f"a hook was put on {row.path} (a {row.kind.__name__}) or taken from it after the conversion: a "
-                    f"converted model runs a graph, and hooks on its submodules do not fire. {_WAY_OUT}"
+                    f"a hook was put on {state.path} (a {state.kind.__name__}) or taken from it after the conversion: "
+                    f"a converted model runs a graph, and hooks on its submodules do not fire. {_WAY_OUT}"
                 )
         if _global_hooks() > self.global_hooks:
             raise EditedError(
@@ -116,7 +116,7 @@ class EditGuard:
                 self.original_values.append((weakref.ref(original.get_submodule(value.module)), value))
 
     def original_changed(self, mode: Mode) -> str:
-        """What of the original is another than the program of a mode holds, in words; empty where nothing is."""
+        """What of the original differs from what the program of a mode holds, in words; empty where nothing does."""
         if mode in self.stale:
             return "the original was changed"
         for reference, value in self.original_values:
@@ -125,14 +125,14 @@ class EditGuard:
                 return f"{_place(value)} of the original is {now!r} and was {value.value!r}"
         return ""
 
-    def _check_row(self, row: _Row) -> None:
-        module = row.module
+    def _check_module(self, state: _ModuleState) -> None:
+        module = state.module
         children = tuple(c for n, c in module._modules.items() if n != "parametrizations")
-        if parametrize.is_parametrized(module) and row.kind in type(module).__mro__ and children == row.children:
+        if parametrize.is_parametrized(module) and state.kind in type(module).__mro__ and children == state.children:
             return  # the graph asks for the weight by name, and gets what the parametrization makes of it
-        what = f"became a {type(module).__name__}" if type(module) is not row.kind else "got other children"
+        what = f"became a {type(module).__name__}" if type(module) is not state.kind else "got other children"
         raise EditedError(
-            f"{row.path} (a {row.kind.__name__}) {what} after the conversion: a converted model runs a graph, and "
+            f"{state.path} (a {state.kind.__name__}) {what} after the conversion: a converted model runs a graph, and "
             f"modules put into its tree (adapters, quantised or sharded layers) have no effect. {_WAY_OUT}"
         )
 
@@ -143,8 +143,8 @@ def _tree(root: nn.Module, skipped: Sequence[str]) -> list[tuple[str, nn.Module]
     return [(p, m) for p, m in root.named_modules() if p and id(m) not in inside]
 
 
-def _row(path: str, module: nn.Module) -> _Row:
-    return _Row(path, module, type(module), tuple(module._modules.values()), _hook_count(module))
+def _state_of(path: str, module: nn.Module) -> _ModuleState:
+    return _ModuleState(path, module, type(module), tuple(module._modules.values()), _hook_count(module))
 
 
 def _children(root: nn.Module, skipped: Sequence[str]) -> tuple[int, ...]:

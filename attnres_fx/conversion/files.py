@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnres_fx._version import __version__
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.conversion.captured_program import captured_graph
 from attnres_fx.conversion.plain_data import from_plain, to_plain
 from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.conversion.stored.arguments import DeviceMap
@@ -72,7 +73,7 @@ def parts_of(model: Any) -> ModelParts:
             modes.setdefault(id(program), []).append(mode)
             programs.setdefault(id(program), program)
     parts = [
-        ProgramParts(tuple(modes[i]), model.captured_graph(p), p.replacements, p.signature, p.in_spec, _autocast(p))
+        ProgramParts(tuple(modes[i]), captured_graph(model, p), p.replacements, p.signature, p.in_spec, _autocast(p))
         for i, p in programs.items()
     ]
     return ModelParts(
@@ -146,8 +147,8 @@ def load_parts(source: Any, *, map_location: Any = None) -> ModelParts:
             go where they were.
 
     Raises:
-        SaveError: The file is damaged, no such model, or one of another format; the first thing that does not fit is
-            named.
+        SaveError: The file is damaged, holds no converted model, or has another format; the first thing that does not
+            fit is named.
     """
     with (
         reading(source, "ConvertedModel.save"),

@@ -134,7 +134,7 @@ class GraphRunner(nn.Module):
         return f"this module has no {mode} graph: capture the model in {mode} mode too."
 
     def _program(self, graph: Graph, training: bool) -> Program:
-        """Generated code for a graph whose attributes are on this module; the graph lets go of its tensors."""
+        """Generated code for a graph whose attributes are on this module; the graph releases its tensors."""
         call = type(GraphModule(self, graph)).forward
         lowered = self._lowered(graph, training)
         _forget_tensors(graph)
@@ -192,7 +192,7 @@ def _autocasts() -> bool:
 
 
 def _forget_tensors(graph: Graph) -> None:
-    """Let go of the tensors a graph was made on, so that a copy of the module does not hold the original's."""
+    """Release the tensors that a graph was made on, so that a copy of the module does not hold the original's."""
     graph.owning_module = None
     for node in graph.nodes:
         if node.op == "get_attr" and not isinstance(node.meta.get("val"), FakeTensor):

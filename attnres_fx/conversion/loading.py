@@ -18,16 +18,16 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
     """Read a model that `ConvertedModel.save` wrote.
 
     Args:
-        path: a path, or a binary file to read from.
-        map_location: a device for everything, or a mapping from devices of the file to others; by default all goes
-            where it was.
+        path: A path, or a binary file to read from.
+        map_location: A device for everything, or a mapping from devices of the file to others; by default tensors
+            go to the devices they were on.
 
     Returns:
         The model, in the mode in which it was written.
 
     Raises:
-        SaveError: the file is damaged, no such model, or one of another format; the first thing that does not fit is
-            named.
+        SaveError: The file is damaged, holds no converted model, or has another format; the first thing that does not
+            fit is named.
     """
     parts = load_parts(path, map_location=map_location)
     with reading(path, "ConvertedModel.save"):
@@ -47,7 +47,7 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
 
 
 def pickled_as_file(model: ConvertedModel) -> tuple[Any, ...]:
-    """What a pickle calls to make a model again that cannot be converted again: it holds what `save` writes."""
+    """What a pickle calls to load a model whose original cannot be converted again: it holds what `save` writes."""
     file = io.BytesIO()
     model.save(file)
     return _from_bytes, (file.getvalue(),)

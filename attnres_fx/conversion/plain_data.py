@@ -58,7 +58,7 @@ def from_plain(kind: Any, value: Any, at: str, *, error: type[AttnResError]) -> 
         A value of the type `kind`.
 
     Raises:
-        error: where the value is of another type; it names the place.
+        error: where the value has another type; it names the place.
     """
     if kind is Any:
         return _untagged(value, at, error)

@@ -39,7 +39,11 @@ class StreamReport:
         return "\n".join([*lines, *_left_lines((), self.refusals), *_note_lines(self.notes)])
 
     def reads_table(self) -> str:
-        """One line a read: name, sublayers before it, line of the user's source."""
+        """One line a read: name, sublayers before it, line of the user's source.
+
+        Returns:
+            A table to print.
+        """
         rows = [
             {"stream": s.name, "read": r.name, "after": r.position, "line": _short(r.line)}
             for s in self.streams
@@ -126,7 +130,11 @@ class ConversionReport:
         return "\n".join([head, options, "", table, *_left_lines(self.left, self.refusals), *_note_lines(self.notes)])
 
     def reads_table(self) -> str:
-        """One line a read: name, block, sources, parameters."""
+        """One line a read: name, block, sources, parameters.
+
+        Returns:
+            A table to print.
+        """
         rows = [
             {
                 "stream": s.stream.name,

@@ -30,17 +30,17 @@ def same_streams(streams: StreamSet, selected: Sequence[Stream]) -> tuple[Stream
     return tuple(s for s in streams.streams if s.name in names)
 
 
-def require_same_reads(found: Mapping[Mode, StreamSet], selected: Sequence[Stream]) -> None:
-    wanted = {s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads] for s in selected}
-    for mode, streams in found.items():
+def require_same_reads(streams_of_modes: Mapping[Mode, StreamSet], selected: Sequence[Stream]) -> None:
+    expected = {s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads] for s in selected}
+    for mode, streams in streams_of_modes.items():
         have = {
             s.name: [(r.name, r.position, len(r.extras)) for r in s.depth_reads]
             for s in streams.streams
-            if s.name in wanted
+            if s.name in expected
         }
-        if have != wanted:
+        if have != expected:
             names = {r[0] for reads in have.values() for r in reads} ^ {
-                r[0] for reads in wanted.values() for r in reads
+                r[0] for reads in expected.values() for r in reads
             }
             raise RewriteError(
                 f"the train and the eval graph do not have the same reads ({', '.join(sorted(names)) or 'order'} "

@@ -29,7 +29,7 @@ def verify(
     """Run original and converted model once, with queries and gates at zero and key gains at one.
 
     Both run in the converted model's mode, from one random state; neither is changed. With output `"mean"` a network
-    with norms differs by what their eps makes of it, and `local` starts elsewhere (docs/semantics.md).
+    with norms differs slightly, through their eps, and `local` computes another function (docs/semantics.md).
 
     Args:
         model: The original.

@@ -80,7 +80,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
         optimizer: Whose state is read too.
 
     Raises:
-        PipelineError: The folder is no whole checkpoint, or one of another model.
+        PipelineError: The folder holds no complete checkpoint, or that of another model.
     """
     load_modules(path, whole(model), optimizer)
 
@@ -109,7 +109,7 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
     A tied parameter is read under whichever of its names the checkpoint has.
 
     Raises:
-        PipelineError: A name is missing, or the folder holds no whole checkpoint.
+        PipelineError: A name is missing, or the folder holds no complete checkpoint.
     """
     written = _read_names(path)
     values = merged_state(parts.modules)

@@ -4,6 +4,7 @@ A pass is a function `verb_noun_pass(gm, *, options) -> PassResult`. It works in
 caller made for it, never on the user's module.
 """
 
+from attnres_fx.passes.depth_source import Source
 from attnres_fx.passes.graph.nodes import insert_call
 from attnres_fx.passes.graph.operations import op_name
 from attnres_fx.passes.graph.result import PassResult, run_pass
@@ -12,6 +13,7 @@ from attnres_fx.passes.lowering.fuse_norms import NormFusion, fuse_norms_pass, p
 from attnres_fx.passes.lowering.fuse_partial_sums import SumFusion, fuse_partial_sums_pass, plan_sum_fusions
 from attnres_fx.passes.lowering.lower import Lowering, checked_lowering, lower_
 from attnres_fx.passes.lowering.two_phase import PhasePlan, plan_phases, two_phase_pass
+from attnres_fx.passes.normalize.dead_code import remove_dead_code_pass
 from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pass
 from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 from attnres_fx.passes.normalize.normalization import NORMALIZATION, normalize_, propagate_values_
@@ -26,7 +28,7 @@ from attnres_fx.passes.rewrite.read_plan import (
     TermPlan,
     plan_depth_reads,
 )
-from attnres_fx.passes.schedule import DepthSchedule, Source, plan_schedule
+from attnres_fx.passes.schedule import DepthSchedule, plan_schedule
 from attnres_fx.passes.streams.analysis import analyze_
 from attnres_fx.passes.streams.finding import find_streams
 from attnres_fx.passes.streams.stream import Read, Stream, StreamSet, Term
@@ -72,6 +74,7 @@ __all__ = [
     "plan_schedule",
     "plan_sum_fusions",
     "propagate_values_",
+    "remove_dead_code_pass",
     "run_pass",
     "two_phase_pass",
     "unfuse_additions_pass",

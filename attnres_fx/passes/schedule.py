@@ -10,60 +10,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from attnres_fx.config import AttnResConfig, Variant
 from attnres_fx.errors import ScheduleError
+from attnres_fx.passes.depth_source import ROOT, Source, SourceSpan
 
 DEFAULT_BLOCKS = 8
-
-
-@dataclass(frozen=True, order=True)
-class Source:
-    """One thing a read attends to.
-
-    kind: `"root"` (v_0), `"sublayer"` (the output of sublayer `start`), `"block"` (the sum of all of
-        block `block`), `"partial"` (the sum of the sublayers of block `block` written so far) or
-        `"summary"` (what block `block` receives: the read at the end of the block before it).
-    start, stop: the sublayers it sums, as a half-open range; empty for the root and for a summary.
-    """
-
-    kind: Literal["root", "sublayer", "block", "partial", "summary"]
-    block: int = 0
-    start: int = 0
-    stop: int = 0
-
-    @property
-    def group(self) -> "Source":
-        """What it is counted under while a block is written: its partial sums and its whole sum are one running sum."""
-        return Source("block", self.block) if self.kind in ("block", "partial") else self
-
-    def __str__(self) -> str:
-        names = {
-            "root": "v_0",
-            "sublayer": f"v_{self.start + 1}",
-            "block": f"b_{self.block + 1}",
-            "partial": f"b_{self.block + 1}[:{self.stop - self.start}]",
-            "summary": f"c_{self.block + 1}",
-        }
-        return names[self.kind]
-
-
-ROOT = Source("root")
-
-
-class SourceSpan(NamedTuple):
-    """A source that crosses the cuts before the sublayers `maker` + 1 to `last`, and no others.
-
-    Args:
-        source: The source.
-        maker: The sublayer after which it is there; 0 for the root, which is made beside the first sublayer.
-        last: The sublayer that begins at the last cut.
-    """
-
-    source: Source
-    maker: int
-    last: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +35,7 @@ class DepthSchedule:
 
     @property
     def num_blocks(self) -> int:
+        """How many blocks the stream has."""
         return len(self.starts)
 
     @cached_property
@@ -91,22 +45,62 @@ class DepthSchedule:
         return tuple(range(a, b) for a, b in zip(self.starts, stops, strict=True))
 
     def block_of(self, sublayer: int) -> int:
-        """Index of the block that `sublayer` is in."""
+        """Index of the block that `sublayer` is in.
+
+        Args:
+            sublayer: From 0 to L - 1.
+
+        Returns:
+            From 0 to `num_blocks - 1`.
+
+        Raises:
+            ScheduleError: There is no such sublayer.
+        """
         if not 0 <= sublayer < self.num_sublayers:
             raise ScheduleError(f"sublayer {sublayer} does not exist: there are {self.num_sublayers}.")
         return bisect_right(self.starts, sublayer) - 1
 
     def group_of(self, sublayer: int) -> Source:
-        """The group of sources that a sublayer's output belongs to: its block's sum, or itself."""
+        """The group of sources that a sublayer's output belongs to: its block's sum, or itself.
+
+        Args:
+            sublayer: From 0 to L - 1.
+
+        Returns:
+            The block as a source in the variant `block`, else the sublayer.
+
+        Raises:
+            ScheduleError: There is no such sublayer.
+        """
         block = self.block_of(sublayer)
         return Source("block", block) if self.variant == "block" else Source("sublayer", block, sublayer, sublayer + 1)
 
     def block_of_read(self, position: int) -> int:
-        """Block that the read at `position` belongs to: the one whose outputs it is the last to see."""
+        """Block that the read at `position` belongs to: the one whose outputs it is the last to see.
+
+        Args:
+            position: Sublayers written before the read, 0 to L.
+
+        Returns:
+            Index of the block.
+
+        Raises:
+            ScheduleError: There is no such position.
+        """
         return self.block_of(max(position - 1, 0) if position >= 0 else position)
 
     def sources(self, position: int) -> tuple[Source, ...]:
-        """Sources of the read at `position` (that many sublayers written), oldest first."""
+        """Sources of the read at `position`, oldest first.
+
+        Args:
+            position: Sublayers written before the read, 0 to L.
+
+        Returns:
+            The S sources; the root alone at position 0.
+
+        Raises:
+            ScheduleError: There is no such position.
+        """
         if not 0 <= position <= self.num_sublayers:
             raise ScheduleError(
                 f"read position {position} does not exist: {self.num_sublayers} sublayers have "
@@ -125,8 +119,26 @@ class DepthSchedule:
         current = () if self._finishes_block(position) else (Source("partial", block, start, position),)
         return (ROOT, *done, *current)
 
+    def sees_whole_state(self, position: int) -> bool:
+        """Whether the sources of a post-norm stream's read add up to the state that it stands at.
+
+        They do where one sublayer was added to a source that is there by itself: the root, or a summary.
+
+        Args:
+            position: Sublayers written before the read, 1 to L.
+        """
+        begins = self.starts[self.block_of_read(position)] if self.variant == "local" else 0
+        return position - begins == 1
+
     def num_sources(self, position: int) -> int:
-        """`len(sources(position))`, without making them."""
+        """`len(sources(position))`, without making them.
+
+        Args:
+            position: Sublayers written before the read, 0 to L.
+
+        Returns:
+            S, at least 1.
+        """
         if position == 0:
             return 1
         block = self.block_of_read(position)
@@ -135,13 +147,27 @@ class DepthSchedule:
         return position - self.starts[block] + 1 if self.variant == "local" else block + 2
 
     def summary_at(self, position: int) -> Source | None:
-        """The summary that the read at `position` makes for the next block; None where no block of `local` ends."""
+        """The summary that the read at `position` makes for the next block.
+
+        Args:
+            position: Sublayers written before the read, 0 to L.
+
+        Returns:
+            The summary as a source; None where no block of `local` ends.
+        """
         if self.variant == "local" and 0 < position < self.num_sublayers and self._finishes_block(position):
             return Source("summary", self.block_of(position))
         return None
 
     def ends_block(self, position: int) -> bool:
-        """Whether the read at `position` makes the summary that the next block receives (in `local` alone)."""
+        """Whether the read at `position` makes the summary that the next block receives.
+
+        Args:
+            position: Sublayers written before the read, 0 to L.
+
+        Returns:
+            True at the end of every block of `local` but the last; False everywhere else.
+        """
         return self.summary_at(position) is not None
 
     def reader_of(self, position: int) -> int:
@@ -149,6 +175,12 @@ class DepthSchedule:
 
         It is the sublayer that the read opens, or, for the last read and for those that end a block of `local`, the
         one before it.
+
+        Args:
+            position: Sublayers written before the read, 1 to L.
+
+        Returns:
+            Index of the sublayer.
         """
         return position - 1 if position == self.num_sublayers or self.ends_block(position) else position
 
@@ -156,6 +188,15 @@ class DepthSchedule:
         """What must cross a cut at `position`: enough for every later read, and no more.
 
         In `local` the read at a block's end belongs to the earlier side, so one summary crosses there.
+
+        Args:
+            position: Sublayers before the cut, 0 to L.
+
+        Returns:
+            The sources that cross, oldest first.
+
+        Raises:
+            ScheduleError: There is no such position.
         """
         summary = self.summary_at(position)
         return self.sources(position) if summary is None else (summary,)
@@ -178,7 +219,14 @@ class DepthSchedule:
         return tuple(span for span in found if span.last > span.maker)
 
     def maker_of(self, source: Source) -> int:
-        """The sublayer after which a source is there; the root counts as made beside the first."""
+        """The sublayer after which a source is there; the root counts as made beside the first.
+
+        Args:
+            source: A source of this schedule.
+
+        Returns:
+            Index of the sublayer.
+        """
         return self.starts[source.block] - 1 if source.kind == "summary" else max(source.stop - 1, 0)
 
     def _finishes_block(self, position: int) -> bool:

@@ -48,7 +48,7 @@ def test_kernels_times_what_is_right_and_names_what_is_not_here(tmp_path, capsys
     assert "forward of copy" in printed
 
 
-def test_bytes_are_those_of_the_issue_for_the_usual_case():
+def test_bytes_of_the_usual_case_are_those_counted_by_hand():
     rows, width = 8192, 7168
     assert _measure.forward_bytes(9, rows, width, 2) == 10 * rows * width * 2
     assert _measure.backward_bytes(9, rows, width, 2) == 19 * rows * width * 2

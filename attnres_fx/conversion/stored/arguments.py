@@ -89,7 +89,7 @@ class ArgumentReader:
         """What `to_data` was given.
 
         Raises:
-            SaveError: It is no such data.
+            SaveError: The data has another form.
         """
         if depth > _DEEPEST:
             raise SaveError("an argument is nested too deeply")

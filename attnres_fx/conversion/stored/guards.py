@@ -53,7 +53,7 @@ def guards_from_data(data: Any, count: int) -> SizeGuards | None:
     """What `guards_to_data` was given; `count` is the number of the graph's inputs.
 
     Raises:
-        SaveError: It is no such data.
+        SaveError: The data has another form.
     """
     match data:
         case None:

@@ -111,9 +111,9 @@ def _taken(prefix: str, home: Any, names: Iterable[str]) -> dict[str, Any]:
     return {f"{prefix}.{n}": getattr(home, n) for n in names if hasattr(home, n)}
 
 
-def _named(home: Any, found: Iterable[Any]) -> dict[str, Any]:
+def _named(home: Any, members: Iterable[Any]) -> dict[str, Any]:
     names = {id(value): name for name, value in vars(home).items() if callable(value)}
-    return {f"{home.__name__}.{names[id(f)]}": f for f in found if id(f) in names}
+    return {f"{home.__name__}.{names[id(f)]}": f for f in members if id(f) in names}
 
 
 def _in_place_or_renamed(home: types.ModuleType) -> list[str]:

@@ -122,7 +122,7 @@ def program_of(data: Any, root: nn.Module, reader: ProgramReader, device: Device
         device: Where what the file has on a device is now.
 
     Raises:
-        SaveError: It is no such data; the first thing that does not fit is named.
+        SaveError: The data has another form; the first thing that does not fit is named.
     """
     plain = ArgumentReader({}, device)
     structures = StructureReader(plain)

@@ -70,7 +70,7 @@ class StructureReader:
         """The spec that `structure_to_data` was given, with plain structures for classes that are not known.
 
         Raises:
-            SaveError: It is no such data.
+            SaveError: The data has another form.
         """
         if data is None:
             return None

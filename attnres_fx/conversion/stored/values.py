@@ -96,7 +96,7 @@ class ValueReader:
         """The value that `ValueWriter.write` was given.
 
         Raises:
-            SaveError: It is no such data.
+            SaveError: The data has another form.
         """
         if depth > _DEEPEST:
             raise SaveError("a value is nested too deeply")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 def usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
@@ -46,8 +46,8 @@ def takes(tensors: ReadTensors[Tensor]) -> bool:
 
 
 def _say(reason: str) -> None:
-    if reason not in _said:
-        _said.add(reason)
+    if reason not in _logged:
+        _logged.add(reason)
         log.warning("depth attention runs as its definition, not on the Triton kernels: %s", reason)
 
 

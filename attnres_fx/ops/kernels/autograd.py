@@ -111,12 +111,12 @@ def as_rows(value: Tensor) -> Tensor:
     return rows
 
 
-_said: set[tuple[Any, ...]] = set()
+_logged: set[tuple[Any, ...]] = set()
 
 
 def _say_copied(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    if (shape, strides) not in _said:
-        _said.add((shape, strides))
+    if (shape, strides) not in _logged:
+        _logged.add((shape, strides))
         log.warning(
             "a depth-attention source %s with strides %s is copied: the kernels need whole rows", shape, strides
         )

@@ -114,17 +114,19 @@ def _kept_bytes(body: Body, forward: GraphModule, num_outputs: int) -> int:
 
 def _own_outputs(body: Body, returned: Sequence[Any]) -> Sequence[Any]:
     """The body's outputs among those of its forward half, which also returns inputs written to and bases of views."""
-    wanted = [tensor_value(n) for n in body.outputs]
-    for start in range(len(returned) - len(wanted) + 1):
-        found = returned[start : start + len(wanted)]
-        if all(map(_is_alike, found, wanted)):
-            return found
+    expected = [tensor_value(n) for n in body.outputs]
+    for start in range(len(returned) - len(expected) + 1):
+        outputs = returned[start : start + len(expected)]
+        if all(map(_is_alike, outputs, expected)):
+            return outputs
     raise ValueError("the forward half does not return the outputs")
 
 
-def _is_alike(found: Any, wanted: Tensor) -> bool:
-    value = tensor_of(found) if isinstance(found, Node) else None
-    return value is not None and value.dtype == wanted.dtype and tuple(value.shape) == tuple(map(hint, wanted.shape))
+def _is_alike(output: Any, expected: Tensor) -> bool:
+    value = tensor_of(output) if isinstance(output, Node) else None
+    return (
+        value is not None and value.dtype == expected.dtype and tuple(value.shape) == tuple(map(hint, expected.shape))
+    )
 
 
 def _storage(value: Tensor) -> int:

@@ -188,7 +188,7 @@ def _as_heads(value: Tensor) -> tuple[int, int, int, int]:
 
 
 def _regions(node: Node, differentiable: frozenset[Node], memo: dict[Any, Flops]) -> Flops:
-    """Bodies of a region, each once; of two branches the dearer one."""
+    """The bodies that a region runs, each once; of the two branches of a condition, the one that costs more."""
     bodies = [v for n in node.all_input_nodes if isinstance(v := held_value(n), GraphModule)]
     trained = bool(_trained_inputs(node, differentiable))
     counts = []

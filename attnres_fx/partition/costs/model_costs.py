@@ -87,7 +87,7 @@ class CarriedValue:
         differentiable: Whether a gradient of the same size travels back.
 
     Raises:
-        PlanError: A field is of another kind, or the places do not ascend; the error names the field and the value.
+        PlanError: A field has the wrong type, or the places do not ascend; the error names the field and the value.
     """
 
     name: str
@@ -128,7 +128,7 @@ class ModelCosts:
             "after" or the index of a sublayer as text. `parameter_bytes` counts it at the first place of a group only.
 
     Raises:
-        PlanError: A field is of another kind, streams leave a gap, or a place does not exist; the error names it.
+        PlanError: A field has the wrong type, streams leave a gap, or a place does not exist; the error names it.
     """
 
     sublayers: tuple[SublayerCost, ...]

@@ -32,7 +32,7 @@ class StageCosts:
         hop_forward_bytes: Of the message to the next stage.
         hop_backward_bytes: Of the gradients that come back.
         saved_bytes: Activations kept for backward.
-        made_bytes: Sources and carried values made here.
+        produced_bytes: Sources and carried values made here.
         sent_bytes: Those of them that other stages take.
         received_bytes: What arrives over the hop to it.
         parameter_bytes: Of its parameters; one that several places share counts once on each rank that has it.
@@ -47,7 +47,7 @@ class StageCosts:
     hop_forward_bytes: tuple[int, ...]
     hop_backward_bytes: tuple[int, ...]
     saved_bytes: tuple[int, ...]
-    made_bytes: tuple[int, ...]
+    produced_bytes: tuple[int, ...]
     sent_bytes: tuple[int, ...]
     received_bytes: tuple[int, ...]
     parameter_bytes: tuple[int, ...]
@@ -68,7 +68,7 @@ class StageCosts:
 
         moments: per rank, the microbatches its stages keep at its fullest moments (`in_flight`).
         """
-        parts = zip(self.saved_bytes, self.made_bytes, self.received_bytes, strict=True)
+        parts = zip(self.saved_bytes, self.produced_bytes, self.received_bytes, strict=True)
         per_microbatch = [sum(part) for part in parts]
         memory = []
         for rank, fullest in enumerate(moments):
@@ -106,47 +106,48 @@ def stage_costs(
         return tuple(sums)
 
     before, after = units.before, units.after
-    sent, there, back = _moved_bytes(costs, starts, units.crossing, num_stages, cache)
+    sent, forward, backward = _moved_bytes(costs, starts, units.crossing_sources, num_stages, cache)
     return StageCosts(
         forward=summed(units.forward, before.forward, after.forward),
         backward=summed(units.backward, before.backward, after.backward),
         sublayer_backward=summed(units.sublayer_backward, before.backward, after.backward),
-        hop_forward=(*(hop_picoseconds(b, num_stages, device) for b in there), 0),
-        hop_backward=(*(hop_picoseconds(b, num_stages, device) for b in back), 0),
-        hop_forward_bytes=(*there, 0),
-        hop_backward_bytes=(*back, 0),
+        hop_forward=(*(hop_picoseconds(b, num_stages, device) for b in forward), 0),
+        hop_backward=(*(hop_picoseconds(b, num_stages, device) for b in backward), 0),
+        hop_forward_bytes=(*forward, 0),
+        hop_backward_bytes=(*backward, 0),
         saved_bytes=summed(units.saved, before.saved, after.saved),
-        made_bytes=summed(units.made),
+        produced_bytes=summed(units.produced),
         sent_bytes=tuple(sent),
-        received_bytes=(0, *there),
+        received_bytes=(0, *forward),
         parameter_bytes=stage_parameters(costs, starts, num_stages),
         recomputed_bytes=tuple(max(units.recomputed[stage.start : stage.stop]) for stage in stages),
     )
 
 
 def _moved_bytes(
-    costs: ModelCosts, starts: Sequence[int], crossing: Tensor, num_stages: int, cache: bool
+    costs: ModelCosts, starts: Sequence[int], sources: Tensor, num_stages: int, cache: bool
 ) -> tuple[list[int], list[int], list[int]]:
     """Bytes of what every stage makes for later ones, then over every hop: to the next stage, and of the gradients
     that come back. On one rank nothing travels.
 
-    What `traffic` counts value by value, for all sources at once: every stage from the one that makes a source to the
-    last that takes it takes it, so it walks there, or, where ranks keep values, until all have seen it.
+    This is what `traffic` counts value by value, here for all sources at once. Every stage between the one that makes a
+    source and the last one that takes it takes it too. So it walks all of that way or, where ranks keep values, until
+    every rank has seen it.
     """
     count = len(starts)
-    made, last, size = crossing
-    made, last = torch.bucketize(torch.stack([made, last]), torch.tensor(starts), right=True) - 1
-    leaving = torch.zeros(count + 1, dtype=torch.long).index_add_(0, made, size * (last > made))
-    walked = (last - made).clamp(max=num_stages - 1) if cache or num_stages == 1 else last - made
-    steps = torch.zeros(count + 1, dtype=torch.long).index_add_(0, made, size).index_add_(0, made + walked, -size)
-    sent, there = leaving[:count].tolist(), steps.cumsum(0)[: count - 1].tolist()
-    back = list(there)
+    maker, last, size = sources
+    maker, last = torch.bucketize(torch.stack([maker, last]), torch.tensor(starts), right=True) - 1
+    outputs = torch.zeros(count + 1, dtype=torch.long).index_add_(0, maker, size * (last > maker))
+    hops = (last - maker).clamp(max=num_stages - 1) if cache or num_stages == 1 else last - maker
+    steps = torch.zeros(count + 1, dtype=torch.long).index_add_(0, maker, size).index_add_(0, maker + hops, -size)
+    sent, forward = outputs[:count].tolist(), steps.cumsum(0)[: count - 1].tolist()
+    backward = list(forward)
     for value in carried_values(costs.carried, starts):
         sent[value.produced] += value.bytes
         for hop in hops_of(value, num_stages, cache=cache) if num_stages > 1 else ():
-            there[hop] += value.bytes
-            back[hop] += value.bytes * value.differentiable
-    return sent, there, back
+            forward[hop] += value.bytes
+            backward[hop] += value.bytes * value.differentiable
+    return sent, forward, backward
 
 
 def hop_picoseconds(count: int, num_stages: int, device: DeviceSpeed) -> int:

@@ -20,7 +20,7 @@ from attnres_fx.errors import PlanError
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import CarriedValue, StreamCost
 from attnres_fx.partition.split.routes import StageValue, hops_of
-from attnres_fx.passes.schedule import Source
+from attnres_fx.passes.depth_source import Source
 
 LABELS_SHOWN = 6
 
@@ -74,8 +74,17 @@ class Traffic:
     cache_bytes: tuple[int, ...]
 
     def receive_buffer_bytes(self, num_microbatches: int, *, cache: bool = True) -> tuple[int, ...]:
-        """What PyTorch's stages set aside on each rank to receive into, as long as they live: room for the outputs and
-        the gradients of every microbatch, whenever they arrive."""
+        """What PyTorch's stages set aside on each rank to receive into, as long as they live.
+
+        That is room for the outputs and the gradients of every microbatch, whenever they arrive.
+
+        Args:
+            num_microbatches: Of one step.
+            cache: Whether hops carry the exact count; else the naive one.
+
+        Returns:
+            Bytes, per rank.
+        """
         hops, held = self.exact if cache else self.naive, [0] * self.num_stages
         for hop, (forward, backward) in enumerate(zip(hops.forward, hops.backward, strict=True)):
             held[(hop + 1) % self.num_stages] += num_microbatches * forward
@@ -83,7 +92,11 @@ class Traffic:
         return tuple(held)
 
     def table(self) -> str:
-        """Every hop with what travels over it, then totals and peaks."""
+        """Every hop with what travels over it, then totals and peaks.
+
+        Returns:
+            Lines to print; bytes are per microbatch.
+        """
         labels = {v.name: v.label or v.name for v in self.values}
         ranks = self.num_stages
         rows: list[list[str]] = [

@@ -47,22 +47,22 @@ class UnitCosts:
         backward: Picoseconds, with the recomputation.
         sublayer_backward: Picoseconds of the sublayer's own backward, without reads and recomputation.
         saved: Bytes of activations kept for backward.
-        made: Bytes of the sources it makes.
+        produced: Bytes of the sources it makes.
         recomputed: Bytes of activations that exist while it is run again, 0 where it is not.
         before: Of what precedes the chain, which is never run again.
         after: Of what follows the chain, which is never run again.
-        crossing: Of every source that crosses a cut, the sublayer that makes it, the last cut and the bytes: [3, N].
+        crossing_sources: [3, N]. Of each source that crosses a cut, the sublayer that makes it, the last cut, bytes.
     """
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
     sublayer_backward: tuple[int, ...]
     saved: tuple[int, ...]
-    made: tuple[int, ...]
+    produced: tuple[int, ...]
     recomputed: tuple[int, ...]
     before: EndCosts
     after: EndCosts
-    crossing: Tensor
+    crossing_sources: Tensor
 
 
 def unit_costs(
@@ -80,34 +80,34 @@ def unit_costs(
     forward = [picoseconds(s.forward_flops, device.flops) for s in costs.sublayers]
     backward = [_backward_with_recompute(s, device) for s in costs.sublayers] if recompute else list(own)
     saved = [s.activation_bytes for s in costs.sublayers]
-    made = [0] * len(saved)
+    produced = [0] * len(saved)
     for stream in costs.streams:
         # One number a value, so that times are linear in the number of sources.
         value = picoseconds(stream.value_bytes, device.memory_bandwidth)
-        made[stream.first] += stream.value_bytes  # the root
+        produced[stream.first] += stream.value_bytes  # the root
         for sublayer in range(stream.first, stream.first + stream.count):
             # Every sublayer makes one source: its output, or the sum of its block so far.
-            made[sublayer] += stream.value_bytes
+            produced[sublayer] += stream.value_bytes
             if recompute:
                 saved[sublayer] = stream.value_bytes
         for reader, sources, ends_block in _reads(stream, block_layouts):
             forward[reader] += forward_passes(sources) * value
             backward[reader] += backward_passes(sources) * value
             if ends_block:
-                made[reader] += stream.value_bytes  # the summary
+                produced[reader] += stream.value_bytes  # the summary
     for carried in costs.carried:
-        made[max(carried.produced, 0)] += carried.bytes
+        produced[max(carried.produced, 0)] += carried.bytes
     spans = [(v.maker, v.last, v.bytes) for v in crossing_sources(costs.streams, block_layouts)]
     return UnitCosts(
         forward=tuple(forward),
         backward=tuple(backward),
         sublayer_backward=tuple(own),
         saved=tuple(saved),
-        made=tuple(made),
+        produced=tuple(produced),
         recomputed=tuple(s.activation_bytes if recompute else 0 for s in costs.sublayers),
         before=_end_costs(costs.before, device),
         after=_end_costs(costs.after, device),
-        crossing=torch.tensor(spans, dtype=torch.long).reshape(-1, 3).T,
+        crossing_sources=torch.tensor(spans, dtype=torch.long).reshape(-1, 3).T,
     )
 
 

@@ -5,7 +5,7 @@ depth reads, whose outputs are inputs of the body, as are parameters and what ot
 """
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -149,12 +149,10 @@ class GraphFacts:
         differentiable: Nodes whose gradient a backward pass needs, since they depend on a trained parameter through
             differentiable steps.
         frozen: Nodes that run where gradients are off.
-        order: Place of each node.
     """
 
     differentiable: frozenset[Node]
     frozen: frozenset[Node]
-    order: Mapping[Node, int]
 
 
 def graph_facts(gm: GraphModule) -> GraphFacts:
@@ -167,7 +165,7 @@ def graph_facts(gm: GraphModule) -> GraphFacts:
                 found.add(node)
         elif node not in frozen and found.intersection(node.all_input_nodes) and _carries_gradient(node):
             found.update((node, *_written_to(node)))
-    return GraphFacts(frozenset(found), frozen, {n: i for i, n in enumerate(gm.graph.nodes)})
+    return GraphFacts(frozenset(found), frozen)
 
 
 def _carries_gradient(node: Node) -> bool:
@@ -204,7 +202,7 @@ class _Extraction:
         computed = frozenset(n for n in nodes if computes(n))
         # Of a tuple that another unit made, its parts are taken in.
         self.members = frozenset(n for n in computed if n.target is not operator.getitem or n.args[0] in computed)
-        self.own = sorted(self.members, key=facts.order.__getitem__)
+        self.own = sorted(self.members)
         self.graph = Graph()
         self.copies: dict[Node, Any] = {}
         self.inputs: list[BodyInput] = []

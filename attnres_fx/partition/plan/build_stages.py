@@ -45,7 +45,7 @@ def build_stages(
         `stages[c]` is a GraphModule that holds its own parameters alone, under the names they have in the model.
 
     Raises:
-        PlanError: The model is another than the planned one.
+        PlanError: The model is not the one that was planned.
         AttnResError: Whatever `attnres_fx.convert` raises.
     """
     if not isinstance(plan, Plan):

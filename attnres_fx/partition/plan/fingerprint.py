@@ -1,4 +1,4 @@
-"""By what a plan knows its model again: names, counts and digests of parameters, no weights."""
+"""How a plan recognises its model: names, counts and digests of parameters, no weights."""
 
 import hashlib
 from collections.abc import Iterable
@@ -71,11 +71,11 @@ def check_same_model(planned: ModelFingerprint, actual: ModelFingerprint) -> Non
     """Check that a model is the one that was planned for.
 
     Args:
-        planned: The plan's.
-        actual: The model's.
+        planned: The fingerprint in the plan.
+        actual: The fingerprint of the model.
 
     Raises:
-        PlanError: It is another; the error names the first difference.
+        PlanError: The models differ; the error names the first difference.
     """
     if planned == actual:
         return

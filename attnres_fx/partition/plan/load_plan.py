@@ -26,7 +26,7 @@ def load_plan(path: str | Path) -> Plan:
         The plan.
 
     Raises:
-        PlanError: The file is cut short, edited or of another format, or what it holds makes no sense together.
+        PlanError: The file is cut short, edited or of another format, or its parts contradict each other.
     """
     return _plan_of(read_content(path))
 

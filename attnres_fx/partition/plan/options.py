@@ -43,7 +43,7 @@ class PlanOptions:
         memory_limit: Bytes a rank, or None.
 
     Raises:
-        PlanError: An option is of another kind, or the schedule cannot run these numbers; the error names the option.
+        PlanError: An option has the wrong type, or the schedule cannot run these numbers; the error names the option.
     """
 
     num_stages: int

@@ -67,6 +67,7 @@ class Plan:
 
     @property
     def num_microbatches(self) -> int:
+        """Microbatches of one step."""
         return self.options.num_microbatches
 
     @property
@@ -80,11 +81,25 @@ class Plan:
         return dict(self.partition.block_layouts)
 
     def rank_of(self, stage: int) -> int:
-        """The rank that runs a virtual stage."""
+        """The rank that runs a virtual stage.
+
+        Args:
+            stage: Index of the virtual stage, 0 to P * V - 1.
+
+        Returns:
+            The rank, 0 to P - 1.
+        """
         return stage % self.num_stages
 
     def stages_of(self, rank: int) -> range:
-        """The virtual stages of a rank."""
+        """The virtual stages of a rank.
+
+        Args:
+            rank: 0 to P - 1.
+
+        Returns:
+            Indices of V virtual stages, ascending.
+        """
         return range(rank, len(self.starts), self.num_stages)
 
     @cached_property
@@ -127,7 +142,7 @@ class Plan:
             model: What `fingerprint` returns for it.
 
         Raises:
-            PlanError: It is another; the error names the first difference.
+            PlanError: The models differ; the error names the first difference.
         """
         check_same_model(self.model, model)
 
@@ -135,7 +150,7 @@ class Plan:
         """Check that a converted model reads its depth as planned.
 
         Args:
-            config: With which it was converted.
+            config: The config that it was converted with.
 
         Raises:
             PlanError: The variant, the output or eps differs.
@@ -169,7 +184,11 @@ class Plan:
         return self.table()
 
     def table(self) -> str:
-        """Stages with their blocks, times and bytes, then ranks and totals."""
+        """Stages with their blocks, times and bytes, then ranks and totals.
+
+        Returns:
+            The lines that `print(plan)` shows.
+        """
         part, options = self.partition, self.options
         head = (
             f"{self.model.model}, variant {self.config.variant}: {len(self.costs.sublayers)} sublayers on "
@@ -227,10 +246,10 @@ class Plan:
         """Draw stages, blocks and the simulated step.
 
         Args:
-            path: Of the picture; its ending says the format, as matplotlib knows it.
+            path: Of the file; its suffix chooses one of matplotlib's formats.
 
         Raises:
-            PlanError: matplotlib is not installed, or the picture cannot be written.
+            PlanError: matplotlib is not installed, or the file cannot be written.
         """
         from attnres_fx.partition.plan.plot_stage_map import StageMap
         from attnres_fx.partition.plan.plots import draw_plan

@@ -47,7 +47,7 @@ class OriginalModel:
         name_as_the_model_does(gm, self.captured.root)
         streams = analyze_(gm)
         selected = select_streams(streams, self.config, self.name)
-        plan = plan_depth_reads(streams, selected, self.config, schedules=layouts)
+        plan = plan_depth_reads(streams, selected, self.config, block_layouts=layouts)
         parameters = make_parameters(gm.graph, self.captured.root, plan, self.config)
         replacements = rewrite_(gm, streams, plan, parameters)
         return chain_graph(gm, selected, replacements), {s.stream.name: s.schedule for s in plan.streams}

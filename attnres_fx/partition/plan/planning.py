@@ -66,22 +66,22 @@ def plan(
         num_blocks: How many blocks, a number or (fewest, most); by default about eight.
         starts: First sublayer of every virtual stage, to choose only the blocks.
         align: "require" cuts at the ends of blocks alone; "prefer" lets a block span stages where that is better.
-        memory_limit: Bytes a rank.
-        link_bandwidth: Bytes a second, in place of the device's.
+        memory_limit: The most bytes a rank may need.
+        link_bandwidth: Bytes a second, instead of the device's.
         device: Speeds of every rank.
         recompute: Whether sublayers keep only their inputs for backward.
         optimizer_factor: Bytes of gradient and optimizer state per byte of parameter.
         cache: Whether ranks keep the values they have seen.
-        costs: In place of those measured.
+        costs: The costs to plan with, instead of measured ones.
 
     Returns:
         The plan: print it, save it, plot it, hand it to `build_stages`.
 
     Raises:
-        PlanError: An option is of another kind, or nothing fits; the error says what to change.
+        PlanError: An option has the wrong type, or nothing fits; the error says what to change.
         AttnResError: Whatever `convert` raises.
     """
-    _check_given(num_blocks, optimizer_factor)
+    _check_numbers(num_blocks, optimizer_factor)
     pinned_starts = _checked_starts(starts)
     _check_types(config=(config, AttnResConfig), device=(device, DeviceSpeed), costs=(costs, ModelCosts))
     options = options_with_defaults(
@@ -140,8 +140,8 @@ def plan(
     )
 
 
-def _check_given(num_blocks: Any, optimizer_factor: Any) -> None:
-    """Raises PlanError for options of another kind than they must be."""
+def _check_numbers(num_blocks: Any, optimizer_factor: Any) -> None:
+    """Raises PlanError where one of these options is not the kind of number it must be."""
     checked_amount("optimizer_factor", optimizer_factor)
     pair = isinstance(num_blocks, tuple | list) and len(num_blocks) == 2 and all(map(_is_whole, num_blocks))
     if num_blocks is not None and not pair and not _is_whole(num_blocks):

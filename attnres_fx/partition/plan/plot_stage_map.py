@@ -1,4 +1,4 @@
-"""Which stage runs which sublayers of which block, as a picture."""
+"""Which stage runs which sublayers of which block, as a plot."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

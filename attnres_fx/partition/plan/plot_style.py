@@ -1,4 +1,4 @@
-"""What the pictures of a plan share: colours, sizes, legends."""
+"""What the plots of a plan share: colours, sizes, legends."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""One training step as a picture: ranks by time."""
+"""One training step as a plot: ranks by time."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any

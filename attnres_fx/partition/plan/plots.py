@@ -1,4 +1,4 @@
-"""The picture of a plan: which stage runs which sublayers of which block, above its timeline.
+"""The plot of a plan: which stage runs which sublayers of which block, above its timeline.
 
 matplotlib (extra `plot`) is imported when something is drawn, never through pyplot: no window, no global state.
 """
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def draw_plan(timeline: Timeline, stage_map: StageMap, path: str | Path) -> None:
-    """Write one picture of both, the map above the timeline.
+    """Write one plot of both, the map above the timeline.
 
     Args:
         timeline: Of one step.
         stage_map: The chain, its blocks and its cuts.
-        path: Of the picture; its ending says the format.
+        path: Of the file; its suffix chooses the format.
 
     Raises:
         PlanError: matplotlib is not installed.

@@ -55,7 +55,7 @@ def count_blocks(count: int, blocks: int, enough: int) -> int:
 def latest_blocks(
     count: int, blocks: int, at_most: Mapping[int, int], at_least: Mapping[int, int]
 ) -> tuple[int, ...] | None:
-    """The allowed starts that are, each and all, as late as can be; None where none are allowed.
+    """The allowed starts of which each is as late as it can be; None where none are allowed.
 
     at_most, at_least: bounds on the starts of some blocks, by index. (Bounds on differences have a largest solution.)
     """

@@ -4,7 +4,7 @@ With V = 1 that is every plan: what any later stage needs crosses each cut on it
 known by its two ends, and its time and memory are differences of sums.
 
 Costs of a stage come as a band: a row for each place where it may begin, column d for the end d + 1 places further on.
-Stages wider than the band are longer than the plan found, or the band is widened until they are.
+A stage wider than the band must take longer than the plan found; where one does not, the band is widened.
 """
 
 from collections.abc import Callable, Sequence
@@ -133,8 +133,8 @@ class CutSearch:
         self.work = torch.where(allowed, self.work, NEVER)
         self.parameters = self.between([s.parameter_bytes for s in costs.sublayers])
         # Per microbatch: activations and the sources made here.
-        self.kept = self.between([s + m for s, m in zip(units.saved, units.made, strict=True)])
-        self.again = self._recomputed() if self.request.recompute else torch.zeros_like(self.kept)
+        self.per_microbatch = self.between([s + m for s, m in zip(units.saved, units.produced, strict=True)])
+        self.recomputed = self._recomputed() if self.request.recompute else torch.zeros_like(self.per_microbatch)
         self._fixed: dict[tuple[bool, bool], Tensor] = {}
 
     def _holds_begin(self) -> Tensor:
@@ -185,7 +185,7 @@ class CutSearch:
     def _recomputed(self) -> Tensor:
         """The largest activations of a stage's sublayers."""
         sizes = torch.tensor([s.activation_bytes for s in self.request.costs.sublayers])
-        found, largest = torch.zeros_like(self.kept), sizes
+        found, largest = torch.zeros_like(self.per_microbatch), sizes
         span = torch.where(self.inside, at_ends(self.places, self.width) - self.places[:, None], 0)
         for length in range(1, int(span.max()) + 1):
             here = span == length
@@ -211,15 +211,15 @@ class CutSearch:
     def _memory(self, stage: int, in_flight: int) -> Tensor:
         which = stage == 0, stage == self.count - 1
         if which not in self._fixed:
-            self._fixed[which] = self.resident(self._parameters(stage)) + self.again
-        kept = self.kept + self.ends(stage, self.units.before.saved, self.units.after.saved)
-        return self._fixed[which] + in_flight * (kept + self._arriving(stage))
+            self._fixed[which] = self.resident(self._parameters(stage)) + self.recomputed
+        activations = self.per_microbatch + self.ends(stage, self.units.before.saved, self.units.after.saved)
+        return self._fixed[which] + in_flight * (activations + self._arriving(stage))
 
     def _arriving(self, stage: int) -> Tensor:
         """What a stage receives of one microbatch, by where it begins."""
         if self.request.num_stages == 1 or stage == 0:
-            return torch.zeros_like(self.kept)
-        return self.hop(stage - 1).forward[:, None].expand_as(self.kept)
+            return torch.zeros_like(self.per_microbatch)
+        return self.hop(stage - 1).forward[:, None].expand_as(self.per_microbatch)
 
     def _parameters(self, stage: int) -> Tensor:
         costs = self.request.costs
@@ -258,7 +258,7 @@ class CutSearch:
 
         while True:
             found = least_maximum(memory, self.count, len(self.places))
-            if self.holds(found, torch.where(self.inside, self.resident(self.parameters) + self.kept, NEVER)):
+            if self.holds(found, torch.where(self.inside, self.resident(self.parameters) + self.per_microbatch, NEVER)):
                 return found
 
     def cuts(self, slowest: int, limit: int | None) -> tuple[tuple[int, int], tuple[int, ...]]:

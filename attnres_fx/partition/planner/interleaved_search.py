@@ -1,7 +1,7 @@
 """Stages for given blocks with several virtual stages a rank (V > 1): good ones, and how far from the best at most.
 
 What a hop carries then depends on what its rank has seen P stages before, and a rank's memory on all its stages, so
-stages no longer stand for themselves. The search is (1) a fixed-point iteration: it plans with what each hop would
+a stage cannot be judged by itself. The search is (1) a fixed-point iteration: it plans with what each hop would
 carry if the other stages stayed where they are, until nothing changes; (2) where ranks do not fit the memory limit, the
 same with a limit on what one stage may take, lowered until they do, and at last with the least memory alone; (3) a
 local search that moves single cuts while that helps.
@@ -209,15 +209,15 @@ class _PlanSearch:
 
     def search_locally(self) -> None:
         """Local search: move single cuts by one place while the plan gets better, or nearer to fitting."""
-        crossing = sum(v.last - v.maker for v in self.search.values) * self.search.count // self.search.length
-        left = MOVES // (self.search.length + crossing)
+        values_per_cut = sum(v.last - v.maker for v in self.search.values) * self.search.count // self.search.length
+        budget = MOVES // (self.search.length + values_per_cut)
         found = min(self.plans.values(), key=self._key, default=None)
         while found is not None:
             for candidate in self._neighbours(found):
                 known = candidate in self.plans
-                if not known and left == 0:
+                if not known and budget == 0:
                     return
-                left -= not known
+                budget -= not known
                 moved = self.evaluated(candidate)
                 if self._key(moved) < self._key(found):
                     found = moved

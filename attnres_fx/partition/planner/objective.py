@@ -108,7 +108,7 @@ def evaluate(
         device=request.device,
         cache=request.cache,
     )
-    activations = zip(stages.saved_bytes, stages.made_bytes, stages.sent_bytes, strict=True)
+    activations = zip(stages.saved_bytes, stages.produced_bytes, stages.sent_bytes, strict=True)
     return Partition(
         starts=tuple(starts),
         block_layouts=tuple((s.name, block_layouts[s.name]) for s in costs.streams),

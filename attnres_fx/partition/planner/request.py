@@ -132,18 +132,18 @@ def _check_sizes(request: PlanRequest) -> None:
             f"stages, more than the model's {request.num_sublayers} sublayers: {_fewer_stages(request)}."
         )
     parts = (*costs.sublayers, costs.before, costs.after)
-    crossing = 2 * (sum(s.value_bytes * (s.count + 1) for s in costs.streams) + sum(v.bytes for v in costs.carried))
+    cut_bytes = 2 * (sum(s.value_bytes * (s.count + 1) for s in costs.streams) + sum(v.bytes for v in costs.carried))
     seconds = sum(2 * p.forward_flops + p.backward_flops for p in parts) / device.flops
     seconds += sum(4 * s.value_bytes * (s.count + 1) ** 2 for s in costs.streams) / device.memory_bandwidth
-    seconds += crossing / device.link_bandwidth + 2 * device.link_latency
+    seconds += cut_bytes / device.link_bandwidth + 2 * device.link_latency
     if seconds * 10**12 > _LARGEST:
         raise PlanError(
             f"one microbatch might take {seconds:.3g} s: give DeviceSpeed in operations a second, bytes a second and "
             f"seconds a message."
         )
-    kept = float(sum(p.activation_bytes for p in parts) * request.num_microbatches)
-    kept += sum(p.parameter_bytes for p in parts) * (2 + request.optimizer_factor) * 1024
-    if kept + crossing * request.num_microbatches + crossing * (request.num_virtual + 1) ** 2 > _LARGEST:
+    memory = float(sum(p.activation_bytes for p in parts) * request.num_microbatches)
+    memory += sum(p.parameter_bytes for p in parts) * (2 + request.optimizer_factor) * 1024
+    if memory + cut_bytes * request.num_microbatches + cut_bytes * (request.num_virtual + 1) ** 2 > _LARGEST:
         raise PlanError(
             "the bytes of the model are too many to be added up: give costs in bytes, and "
             "optimizer_factor in bytes per byte of parameter."

@@ -81,7 +81,7 @@ def build_pipeline(
         The pipeline of this rank.
 
     Raises:
-        PipelineError: torch is too old, the process groups are not the plan's, or options do not go together.
+        PipelineError: torch is too old, the process groups are not the plan's, or options exclude each other.
     """
     check_torch()
     groups = select_process_groups(plan, mesh, group, data_parallel)

@@ -42,10 +42,18 @@ class Pipeline:
         modules: This rank's stages by index, with their parameters.
         stages: The same as PyTorch's schedules drive them.
         runner: Runs one batch.
+        schedule: PyTorch's schedule over these stages.
     """
 
     def __init__(self, plan: Plan, schedule: PipelineSchedule, runner: StepRunner, tied: TiedGradients) -> None:
-        """Used by `build_pipeline`, which is what to call."""
+        """Used by `build_pipeline`, which is what to call.
+
+        Args:
+            plan: The plan that the stages were built from.
+            schedule: The plan's schedule.
+            runner: Runs one batch through this rank's stages.
+            tied: Keeps tied parameters equal.
+        """
         from attnres_fx.partition.runtime.torch_schedule import build_schedule
 
         self.plan, self.runner = plan, runner
@@ -176,7 +184,11 @@ class Pipeline:
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters under their names in the model, each once."""
+        """This rank's parameters under their names in the model, each once.
+
+        Yields:
+            Name and parameter, stage by stage.
+        """
         seen: set[int] = set()
         for module in self.modules.values():
             for name, parameter in module.named_parameters():
@@ -185,7 +197,11 @@ class Pipeline:
                     yield name, parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """This rank's parameters, for an optimizer."""
+        """This rank's parameters, for an optimizer.
+
+        Returns:
+            An iterator over them, each once.
+        """
         return (parameter for _, parameter in self.named_parameters())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -228,7 +244,11 @@ class Pipeline:
     # Checkpoints
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's parameters and buffers under their names in the model."""
+        """This rank's parameters and buffers under their names in the model.
+
+        Returns:
+            The tensors by name; they share memory with the stages.
+        """
         return checkpoint.merged_state(list(self.modules.values()))
 
     def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -251,7 +271,7 @@ class Pipeline:
             optimizer: This rank's, whose state is read too.
 
         Raises:
-            PipelineError: The folder is no whole checkpoint, or one of another model.
+            PipelineError: The folder holds no complete checkpoint, or that of another model.
         """
         checkpoint.load_modules(path, self._checkpoint_parts(), optimizer)
 

@@ -29,7 +29,13 @@ from attnres_fx.partition.simulate.action_order import Action, action_orders
 
 @dataclass(frozen=True)
 class TimedAction:
-    """A computation with its start and end, in seconds from the start of the step."""
+    """A computation in time.
+
+    Args:
+        action: What is computed.
+        start: Seconds from the start of the step.
+        end: The same.
+    """
 
     action: Action
     start: float
@@ -38,7 +44,15 @@ class TimedAction:
 
 @dataclass(frozen=True)
 class TimedHop:
-    """A message on its link. action: what it follows, `F` for an output and `B` or `I` for a gradient."""
+    """A message on its link.
+
+    Args:
+        action: What it follows: `F` for an output, `B` or `I` for a gradient.
+        source_rank: The rank that sends it.
+        target_rank: The rank that receives it.
+        start: Seconds from the start of the step to when it leaves.
+        end: Seconds from the start of the step to when it is there.
+    """
 
     action: Action
     source_rank: int
@@ -87,7 +101,14 @@ class Timeline:
         return sum(self.idle) / (self.num_stages * self.step_seconds) if self.step_seconds else 0.0
 
     def order(self, rank: int) -> tuple[str, ...]:
-        """What a rank computes, as PyTorch spells it: `("0F0", "0F1", "0B0", …)`."""
+        """What a rank computes.
+
+        Args:
+            rank: 0 to P - 1.
+
+        Returns:
+            The computations in order, as PyTorch spells them: `("0F0", "0F1", "0B0", …)`.
+        """
         return tuple(str(timed.action) for timed in self.ranks[rank])
 
 
@@ -112,7 +133,7 @@ def simulate(
         Every computation and message with its start and end in seconds, and the peaks in bytes.
 
     Raises:
-        PlanError: The schedule cannot run these numbers, or the number of loads is another than P times V.
+        PlanError: The schedule cannot run these numbers, or the number of loads is not P times V.
     """
     if len(loads) != num_stages * virtual_stages:
         raise PlanError(
@@ -154,7 +175,7 @@ def _run(
     num_stages, last = len(orders), len(loads) - 1
     done: list[list[TimedAction]] = [[] for _ in orders]
     hops: list[TimedHop] = []
-    arrived: dict[tuple[int, bool, int], float] = {}
+    available: dict[tuple[int, bool, int], float] = {}
     link_free: dict[tuple[int, int], float] = {}
     moved = True
     while moved:
@@ -162,12 +183,12 @@ def _run(
         for rank, order in enumerate(orders):
             while len(done[rank]) < len(order):
                 action = order[len(done[rank])]
-                awaited = _awaited(action, last)
-                if awaited is not None and awaited not in arrived:
+                required = _awaited(action, last)
+                if required is not None and required not in available:
                     break
                 moved = True
                 free = done[rank][-1].end if done[rank] else 0.0
-                start = max(free, arrived[awaited]) if awaited is not None else free
+                start = max(free, available[required]) if required is not None else free
                 end = start + seconds_of(action, loads[action.stage])
                 done[rank].append(TimedAction(action, start, end))
                 target = _target(action, last)
@@ -180,7 +201,7 @@ def _run(
                     end = leaves + (load.send_forward if forward else load.send_backward)
                     link_free[rank, to] = end
                     hops.append(TimedHop(action, rank, to, leaves, end))
-                arrived[target, forward, action.microbatch] = end
+                available[target, forward, action.microbatch] = end
     stuck = [str(order[len(d)]) for order, d in zip(orders, done, strict=True) if len(d) < len(order)]
     if stuck:
         raise PlanError(
@@ -230,11 +251,11 @@ def _peak_cache(rank: int, timed: Sequence[TimedAction], hops: Sequence[TimedHop
     }
     changes = [(end, loads[stage].received_bytes) for (stage, _), end in arrivals.items()]
     for t in timed:
-        load, arrived = loads[t.action.stage], (t.action.stage, t.action.microbatch) in arrivals
+        load, received = loads[t.action.stage], (t.action.stage, t.action.microbatch) in arrivals
         if t.action.kind == "F":
             changes.append((t.end, load.produced_bytes))
         elif t.action.kind in "BW":
-            changes.append((t.end, -load.produced_bytes - (load.received_bytes if arrived else 0)))
+            changes.append((t.end, -load.produced_bytes - (load.received_bytes if received else 0)))
     held = peak = 0
     # At one time what is freed goes before what comes.
     for _, change in sorted(changes):

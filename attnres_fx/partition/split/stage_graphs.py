@@ -19,7 +19,8 @@ from attnres_fx.partition.split.chain import is_mode_switch
 from attnres_fx.partition.split.routes import StageRoute, route_values
 from attnres_fx.partition.split.split_chain import Split, split_chain, viewed_value
 from attnres_fx.passes.graph.mutation_order import Writes
-from attnres_fx.passes.graph.operations import op_name
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, op_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +51,8 @@ def _stage_graph(split: Split, route: StageRoute) -> StageGraph:
     is_last = route.stage == split.num_stages - 1
     output = next(n for n in source.nodes if n.op == "output")
     produced = [split.nodes[name] for name in route.produced]
-    wanted = list(output.all_input_nodes) if is_last else produced
-    needed = _needed(split, route, wanted)
+    results = list(output.all_input_nodes) if is_last else produced
+    needed = _needed(split, route, results)
     graph = Graph()
     copies, inputs = _copied_inputs(graph, split, route, needed)
     for node in source.nodes:
@@ -66,14 +67,14 @@ def _stage_graph(split: Split, route: StageRoute) -> StageGraph:
     return StageGraph(graph, route, inputs)
 
 
-def _needed(split: Split, route: StageRoute, wanted: Iterable[Node]) -> set[Node]:
+def _needed(split: Split, route: StageRoute, results: Iterable[Node]) -> set[Node]:
     """What a stage computes: its results and its writes, back to the values it takes."""
     writes = split.chain.writes
     own = {n for n, s in split.stage.items() if s == route.stage} | split.repeated.get(route.stage, frozenset())
     taken = {split.nodes[name] for name in route.takes}
     # What another stage has written is in what was received from it.
     done = {w for w in writes.targets if w not in own and w not in split.chain.floating}
-    return _closure(writes, [*wanted, *(n for n in own if n in writes.targets)], stop=taken | done)
+    return _closure(writes, [*results, *(n for n in own if n in writes.targets)], stop=taken | done)
 
 
 def _copied_inputs(
@@ -147,7 +148,7 @@ def _drop_empty_regions(graph: Graph) -> None:
     while any(_drop_switch(graph, first, second) for first, second in itertools.pairwise(graph.nodes)):
         pass
     for node in reversed(graph.nodes):
-        if is_mode_switch(node) and not node.users and node.target is torch.is_grad_enabled:
+        if is_mode_switch(node) and not node.users and has_trait(node, Trait.ASKS_MODE):
             graph.erase_node(node)
 
 
@@ -159,7 +160,7 @@ def _drop_switch(graph: Graph, first: Node, second: Node) -> bool:
         return True
     if first in second.all_input_nodes:  # entered and left, or asked and put back
         graph.erase_node(second)
-        if first.target is not torch.is_grad_enabled:
+        if not has_trait(first, Trait.ASKS_MODE):
             graph.erase_node(first)
         return True
     return False

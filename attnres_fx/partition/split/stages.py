@@ -89,26 +89,47 @@ class Stages(Sequence[Stage]):
         """A call's arguments as the model's flat inputs.
 
         Args:
-            args: by position.
-            kwargs: by keyword.
+            args: By position.
+            kwargs: By keyword.
+
+        Returns:
+            One value per input of the current mode's graph, in order.
 
         Raises:
-            ArgumentError: they do not fit what was captured.
+            ArgumentError: They do not fit what was captured.
         """
         return self._flatten(self.mode, args, kwargs)
 
     def unflatten(self, outputs: Any) -> Any:
-        """The last stage's outputs as the model returns them."""
+        """The last stage's outputs as the model returns them.
+
+        Args:
+            outputs: What the last stage returned: flat, in the order of the model's own outputs.
+
+        Returns:
+            The same values in the structure that the model returns.
+        """
         return self._unflatten(self.mode, outputs)
 
     def train(self, mode: bool = True) -> Self:
-        """Choose the train graphs of all stages, or the eval ones."""
+        """Choose the train graphs of all stages, or the eval ones.
+
+        Args:
+            mode: True for train mode, False for eval mode.
+
+        Returns:
+            The stages themselves.
+        """
         for stage in self._stages:
             stage.train(mode)
         return self
 
     def eval(self) -> Self:
-        """Choose the eval graphs of all stages."""
+        """Choose the eval graphs of all stages.
+
+        Returns:
+            The stages themselves.
+        """
         return self.train(False)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,7 @@ def sizes_agree(x: Any, y: Any) -> bool:
     return bool(statically_known_true(x == y))
 
 
-def numel_of_row_is_kept(before: Node, after: Node) -> bool:
+def same_row_sizes(before: Node, after: Node) -> bool:
     """Whether the last dimensions of two tensors are known to be equal."""
     x, y = shape_of(before), shape_of(after)
     return bool(x) and bool(y) and sizes_agree(x[-1], y[-1])

@@ -23,7 +23,15 @@ _LIGHT = _MOVES | Trait.LIGHT | Trait.METADATA
 
 
 def op_name(node: Node) -> str:
-    """Canonical name of what a node calls; `""` for placeholders, attributes and the output."""
+    """Canonical name of what a node calls, the same in every dialect.
+
+    Args:
+        node: Any node of a graph.
+
+    Returns:
+        Aten's name where there is one (`"add"`, `"add_"` in place); `"library::name"` for operators of others,
+        `"module"` for a module the table does not know, `""` for placeholders, attributes and the output.
+    """
     if node.op == "call_method":
         return ALIASES.get(str(node.target), str(node.target))
     if node.op == "call_module":

@@ -50,7 +50,7 @@ def run_pass(function: Callable[..., PassResult], gm: GraphModule, **options: An
         Its result, with the pass's name and the difference in operations.
 
     Raises:
-        RewriteError: The pass failed in a way that it does not know of.
+        RewriteError: The pass raised an error that is not one of the library's; it is the cause.
     """
     before = _operations(gm)
     with defects_named(function.__name__):

@@ -6,7 +6,7 @@ from typing import Any
 from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import added_zero_operand, adds_zero, is_zero
-from attnres_fx.passes.graph.nodes import argument_of, is_floating, numel_of_row_is_kept, same_shape, shape_of
+from attnres_fx.passes.graph.nodes import argument_of, is_floating, same_row_sizes, same_shape, shape_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import (
     dropout_probability,
@@ -72,7 +72,7 @@ def _kind_of_map(node: Node, name: str, first: Node) -> str | None:
     if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
         return "factor" if same_shape(node, first) else None
     if has_trait(node, Trait.RESHAPE):
-        return "reshape" if numel_of_row_is_kept(first, node) else None
+        return "reshape" if same_row_sizes(first, node) else None
     if has_trait(node, Trait.TOKEN_MOVE) and _moves_whole_rows(node, name, first):
         return "token"
     return None
@@ -97,7 +97,7 @@ def _products(node: Node, name: str) -> tuple[RowMap, ...]:
 
 def _moves_whole_rows(node: Node, name: str, first: Node) -> bool:
     before, after = shape_of(first), shape_of(node)
-    if not after or not numel_of_row_is_kept(first, node):
+    if not after or not same_row_sizes(first, node):
         return False
     rank = len(before)
     if name == "getitem":

@@ -21,7 +21,7 @@ class BlockReads:
         folded: How many of those also take in the addition that builds it.
         alone: How many reads see the completed sources only.
         folded_alone: How many of those take in an addition, which they can only outside of two phases.
-        kept: U that the block's sublayers keep for backward, whatever the reads do.
+        saved: U that the block's sublayers keep for backward, whatever the reads do.
         batched: Whether phase 1 runs on the kernels, which read a source for all queries at once; the inner compiler
             makes a loop over the sources for each query.
     """
@@ -31,7 +31,7 @@ class BlockReads:
     folded: int = 0
     alone: int = 0
     folded_alone: int = 0
-    kept: float = 0.0
+    saved: float = 0.0
     batched: bool = True
 
     @property
@@ -102,7 +102,14 @@ class PhaseChoice:
     why: str
 
     def to_text(self, bytes_a_token: int) -> str:
-        """What the log says, U being so many bytes a token."""
+        """What the log says.
+
+        Args:
+            bytes_a_token: Bytes of one U, divided by the N tokens.
+
+        Returns:
+            One line: the form, the reason, and the counts in U and in bytes a token.
+        """
         form = "two-phase" if self.two_phase else "read by read"
         each, phased = self.per_read * bytes_a_token, self.phased * bytes_a_token
         return (
@@ -129,7 +136,7 @@ def choose_phases(block: BlockReads, *, training: bool, memory_share: float = ME
         return PhaseChoice(False, block, *costs, phased.live, "nothing is shared")
     if costs[1] >= costs[0]:
         return PhaseChoice(False, block, *costs, phased.live, "fewer bytes")
-    if training and phased.live > memory_share * block.kept:
-        why = f"live outputs above {memory_share:.0%} of the {block.kept:.1f} U kept anyway"
+    if training and phased.live > memory_share * block.saved:
+        why = f"live outputs above {memory_share:.0%} of the {block.saved:.1f} U kept anyway"
         return PhaseChoice(False, block, *costs, phased.live, why)
     return PhaseChoice(True, block, *costs, phased.live, "fewer bytes")

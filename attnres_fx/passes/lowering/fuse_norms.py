@@ -21,14 +21,14 @@ from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes.graph.nodes import insert_attribute, nodes_without_gradients
 from attnres_fx.passes.graph.operations import has_side_effects, is_aten, op_name
 from attnres_fx.passes.graph.result import PassResult
-from attnres_fx.passes.lowering.norm_match import NormMatch, Number, asks_of, settled
+from attnres_fx.passes.lowering.norm_match import NormMatch, Number, as_number, asks_of
 from attnres_fx.passes.lowering.norms import match_norm
 from attnres_fx.passes.lowering.read_calls import (
     DepthReadCall,
     as_depth_read,
     available,
     have_values,
-    known,
+    known_tensor,
     may_become_one,
     move_before,
 )
@@ -74,7 +74,14 @@ def fuse_norms_pass(gm: GraphModule) -> PassResult:
 
 
 def plan_norm_fusions(gm: GraphModule) -> tuple[NormFusion, ...]:
-    """What `fuse_norms_pass` would do, as data."""
+    """What `fuse_norms_pass` would do, as data.
+
+    Args:
+        gm: A module with values on the nodes of its graph; it is left as it is.
+
+    Returns:
+        A NormFusion for each norm that can be folded into a read, in graph order.
+    """
     return tuple(fusion for fusion, _, _ in _find(gm))
 
 
@@ -109,7 +116,7 @@ def _weights_of(match: NormMatch) -> list[Node]:
 
 
 def _planned(call: DepthReadCall, match: NormMatch) -> NormFusion:
-    dtype: torch.dtype | None = known(match.out).dtype
+    dtype: torch.dtype | None = known_tensor(match.out).dtype
     # A graph of torch functions has no dtypes of its own: its model may be cast later, and the result follows.
     if not is_aten(match.out) and dtype == call.source_dtype:
         dtype = None
@@ -133,7 +140,7 @@ def _stands_alone(call: DepthReadCall, read: Node, match: NormMatch) -> bool:
 
 def _stand_in(call: DepthReadCall, read: Node) -> Node | None:
     """A source with the dtype of the read: shape, device and dtype may be asked of it instead."""
-    return next((s for s in call.sources if known(s).dtype == known(read).dtype), None)
+    return next((s for s in call.sources if known_tensor(s).dtype == known_tensor(read).dtype), None)
 
 
 def _rewrite(gm: GraphModule, fusion: NormFusion, call: DepthReadCall, match: NormMatch) -> None:
@@ -148,7 +155,7 @@ def _rewrite(gm: GraphModule, fusion: NormFusion, call: DepthReadCall, match: No
             with graph.inserting_before(call.node):
                 given = insert_attribute(graph, given, like=match.out, value=attrgetter(given)(gm))
         weights.append(given)
-    eps = settled(fusion.eps)
+    eps = as_number(fusion.eps)
     epilogue: Epilogue[Node] = Epilogue(call.epilogue.delta, fusion.kind, weights[0], weights[1], eps, fusion.dtype)
     fused = replace(call, epilogue=epilogue)
     out, partial = fused.insert()

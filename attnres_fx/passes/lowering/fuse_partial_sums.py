@@ -57,7 +57,14 @@ def fuse_partial_sums_pass(gm: GraphModule) -> PassResult:
 
 
 def plan_sum_fusions(gm: GraphModule) -> tuple[SumFusion, ...]:
-    """What `fuse_partial_sums_pass` will do, as data."""
+    """What `fuse_partial_sums_pass` would do, as data.
+
+    Args:
+        gm: A module with values on the nodes of its graph; it is left as it is.
+
+    Returns:
+        A SumFusion for each sum that can be folded into a read, in graph order.
+    """
     frozen = nodes_without_gradients(gm.graph)
     barriers = [n for n in gm.graph.nodes if has_side_effects(n)]
     plan = []

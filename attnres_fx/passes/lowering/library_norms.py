@@ -35,7 +35,7 @@ def match_library_norm(casts: frozenset[Node], users: set[Node], arithmetic: tor
         arithmetic: The dtype that the norm must compute in.
 
     Returns:
-        The norm; None where the user is another operation, or a norm over more or less than the last dimension.
+        The norm; None where the user is no norm, or a norm over more or less than the last dimension.
     """
     if len(users) != 1:
         return None

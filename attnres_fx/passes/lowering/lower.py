@@ -44,23 +44,26 @@ class Lowering:
                 raise ConfigError(f"Lowering: {name} is {value!r}; it must be True, False or 'auto'.")
 
 
-def checked_lowering(given: Any) -> Lowering:
+def checked_lowering(lowering: Any) -> Lowering:
     """A `Lowering` from what a user wrote.
 
     Args:
-        given: a `Lowering`, a mapping of its fields, or None for the defaults.
+        lowering: a `Lowering`, a mapping of its fields, or None for the defaults.
+
+    Returns:
+        The options, all of them valid.
 
     Raises:
         ConfigError: it is anything else, or a field is unknown or has a value it cannot have.
     """
-    if given is None or isinstance(given, Lowering):
-        return given or Lowering()
+    if lowering is None or isinstance(lowering, Lowering):
+        return lowering or Lowering()
     names = [f.name for f in fields(Lowering)]
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"lowering is a {type(given).__name__}; it must be a Lowering, or a dict of its fields.")
-    if unknown := sorted(set(given) - set(names), key=str):
+    if not isinstance(lowering, Mapping):
+        raise ConfigError(f"lowering is a {type(lowering).__name__}; it must be a Lowering, or a dict of its fields.")
+    if unknown := sorted(set(lowering) - set(names), key=str):
         raise ConfigError(f"lowering has no {', '.join(map(repr, unknown))}; it has {', '.join(names)}.")
-    return Lowering(**given)
+    return Lowering(**lowering)
 
 
 @dataclass(frozen=True, kw_only=True)

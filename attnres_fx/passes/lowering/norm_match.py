@@ -22,7 +22,7 @@ class NormMatch:
     Args:
         kind: Which norm it is.
         weight, bias: Nodes [D], or the paths of attributes; None where it has none.
-        eps: A number, or the symbol that Dynamo has for a number of the model's; `settled` makes a number of it.
+        eps: A number, or the symbol that Dynamo has for a number of the model's; `as_number` makes a number of it.
         out: The node that holds the result.
         nodes: Everything between the value and `out`, both ends of it included, in no order.
     """
@@ -81,6 +81,6 @@ def number_of(value: Any) -> Number | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def settled(number: Number) -> float:
+def as_number(number: Number) -> float:
     """The number; where it is a symbol, a guard says that the graph holds for this one alone."""
     return float(number)

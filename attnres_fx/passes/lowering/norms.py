@@ -27,7 +27,7 @@ def match_norm(value: Node, arithmetic: torch.dtype) -> NormMatch | None:
         arithmetic: The dtype that the norm must compute in.
 
     Returns:
-        The norm, with what belongs to it; None where anything else sees the value or the norm is another.
+        The norm, with what belongs to it; None where anything else sees the value, or where it is no norm of this kind.
     """
     casts = _casts(value)
     users = {u for c in casts for u in value_users(c)} - casts

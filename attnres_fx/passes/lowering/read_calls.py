@@ -78,7 +78,7 @@ class DepthReadCall:
     def source_dtype(self) -> torch.dtype:
         """The dtype that its sources, the delta among them, promote to."""
         nodes = [*self.sources, *([self.epilogue.delta] if self.epilogue.delta is not None else [])]
-        return reduce(torch.promote_types, (known(n).dtype for n in nodes))
+        return reduce(torch.promote_types, (known_tensor(n).dtype for n in nodes))
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -87,11 +87,11 @@ class DepthReadCall:
 
     def values(self) -> list[torch.Tensor]:
         """What its outputs are like: the read, and the partial sum with a delta."""
-        values = [fake_like(known(self.sources[0]), self.epilogue.dtype or self.source_dtype)]
+        values = [fake_like(known_tensor(self.sources[0]), self.epilogue.dtype or self.source_dtype)]
         delta = self.epilogue.delta
         if delta is not None:
-            last = known(self.sources[-1])
-            values.append(fake_like(last, torch.promote_types(last.dtype, known(delta).dtype)))
+            last = known_tensor(self.sources[-1])
+            values.append(fake_like(last, torch.promote_types(last.dtype, known_tensor(delta).dtype)))
         return values
 
     def insert(self) -> tuple[Node, Node | None]:
@@ -131,7 +131,7 @@ def as_depth_read(node: Node) -> DepthReadCall | None:
     return DepthReadCall(node, merge, tuple(node.args[:length]), Epilogue.from_arguments(*node.args[length:]))
 
 
-def known(node: Node) -> torch.Tensor:
+def known_tensor(node: Node) -> torch.Tensor:
     """The tensor of a node that is known to have one."""
     value = tensor_of(node)
     assert value is not None
@@ -141,7 +141,7 @@ def known(node: Node) -> torch.Tensor:
 def kernels_of(gm: GraphModule) -> set[str]:
     """What the reads of a graph run on, in words."""
     calls = [c for n in gm.graph.nodes if (c := as_depth_read(n)) is not None and have_values(c.sources)]
-    return {described([known(s) for s in c.sources]) for c in calls}
+    return {described([known_tensor(s) for s in c.sources]) for c in calls}
 
 
 def have_values(nodes: Sequence[Any]) -> bool:

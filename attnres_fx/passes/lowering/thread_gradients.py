@@ -28,7 +28,7 @@ from attnres_fx.passes.lowering.read_calls import (
     as_depth_read,
     have_values,
     insert_outputs,
-    known,
+    known_tensor,
 )
 
 #: Under `"auto"` only reads on such a device are threaded: its kernels add the gradients.
@@ -95,7 +95,7 @@ def _may_return_sources(call: DepthReadCall, sources: Sequence[Node], choose: bo
     # Under recomputation a view handed out of the region would run the read twice.
     if "recompute" in call.node.meta or call.output is None:
         return False
-    return choose != "auto" or known(sources[0]).device.type == AUTO_DEVICE
+    return choose != "auto" or known_tensor(sources[0]).device.type == AUTO_DEVICE
 
 
 def _returned(call: DepthReadCall, sources: Sequence[Node]) -> Sequence[Node]:
@@ -136,13 +136,15 @@ def _thread(node: Node, sources: Sequence[Node], views: Sequence[Node], handed_o
             DEPTH_ATTENTION_THREADED,
             threaded_call.arguments,
             like=node,
-            values=[*outputs, *(known(s) for s in returned)],
+            values=[*outputs, *(known_tensor(s) for s in returned)],
             taken=len(outputs),
         )
         (threaded_read,) = first.all_input_nodes
         for i, source in enumerate(returned, len(outputs)):
             if source.name in handed_on:
-                view = insert_call(node.graph, operator.getitem, (threaded_read, i), like=node, value=known(source))
+                view = insert_call(
+                    node.graph, operator.getitem, (threaded_read, i), like=node, value=known_tensor(source)
+                )
                 latest[source] = view
     _replace_outputs(call, [first, *partial])
     return latest

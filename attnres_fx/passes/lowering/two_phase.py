@@ -42,7 +42,7 @@ from attnres_fx.passes.lowering.read_calls import (
     available,
     have_values,
     insert_outputs,
-    known,
+    known_tensor,
     move_before,
 )
 from attnres_fx.passes.lowering.saved_estimate import saved_activations_between
@@ -86,7 +86,7 @@ def two_phase_pass(
     nodes = {n.name: n for n in gm.graph.nodes}
     removed: list[str] = []
     for plan in plans:
-        row = known(nodes[plan.completed[0]])
+        row = known_tensor(nodes[plan.completed[0]])
         size = int(row.shape[-1]) * row.element_size()
         log.info("two_phase_pass: block of %s with %s", plan.reads[0], plan.choice.to_text(size))
         if plan.choice.two_phase:
@@ -102,7 +102,17 @@ def plan_phases(
     training: bool = True,
     memory_share: float = MEMORY_SHARE,
 ) -> tuple[PhasePlan, ...]:
-    """What `two_phase_pass` will do, as data: a plan for each block whose reads share sources."""
+    """What `two_phase_pass` would do, as data.
+
+    Args:
+        gm: A module with values on the nodes of its graph; it is left as it is.
+        choose: As for `two_phase_pass`, and so are `training` and `memory_share`.
+        training: Whether backward counts too.
+        memory_share: How much phase-1 outputs may keep, as a share of what the block keeps anyway.
+
+    Returns:
+        A PhasePlan for each block whose reads share sources; none where the graph holds fused reads already.
+    """
     if any(n.target in OPERATORS - {DEPTH_ATTENTION} for n in gm.graph.nodes):
         return ()
     plans = []
@@ -187,8 +197,8 @@ def _counted(completed: tuple[Node, ...], reads: list[Node]) -> BlockReads:
         folded=sum(_folds(r) for r in merged),
         alone=len(alone),
         folded_alone=sum(_folds(r) for r in alone),
-        kept=saved_activations_between(reads[0], reads[-1]) * len(reads) / max(len(reads) - 1, 1),
-        batched=batches([known(s) for s in completed]),
+        saved=saved_activations_between(reads[0], reads[-1]) * len(reads) / max(len(reads) - 1, 1),
+        batched=batches([known_tensor(s) for s in completed]),
     )
 
 
@@ -206,7 +216,7 @@ def _rewrite(gm: GraphModule, reads: list[Node], count: int) -> None:
     for parameter in (p for r in reads for p in r.args[1:3]):
         assert isinstance(parameter, Node)
         move_before(parameter, first)
-    value = known(shared[0])
+    value = known_tensor(shared[0])
     out = fake_like(value, _promoted(shared))
     held = torch.float64 if out.dtype == torch.float64 else torch.float32
     row = fake_like(value, held)[..., 0]
@@ -227,9 +237,9 @@ def _rewrite(gm: GraphModule, reads: list[Node], count: int) -> None:
 
 
 def _promoted(nodes: list[Node]) -> torch.dtype:
-    dtype = known(nodes[0]).dtype
+    dtype = known_tensor(nodes[0]).dtype
     for node in nodes[1:]:
-        dtype = torch.promote_types(dtype, known(node).dtype)
+        dtype = torch.promote_types(dtype, known_tensor(node).dtype)
     return dtype
 
 
@@ -238,11 +248,11 @@ def _scaled(read: Node, mixed: Node) -> Node:
     if gain == 1.0:
         return mixed
     with read.graph.inserting_before(read):
-        return emit(read.graph, "mul", (mixed, gain), like=read, value=tensor_of(mixed), dialect=_speaks(read))
+        return emit(read.graph, "mul", (mixed, gain), like=read, value=tensor_of(mixed), dialect=_dialect_node(read))
 
 
-def _speaks(read: Node) -> Node:
-    """A neighbour in the graph's own spelling; the read itself is an operator in all of them."""
+def _dialect_node(read: Node) -> Node:
+    """A node that shows which dialect the graph is written in; a read does not, since it is one operator in all."""
     own = (n for n in read.graph.nodes if n.op == "call_function" and n.target not in OPERATORS)
     return next((n for n in own if op_name(n) not in ("getitem", "getattr")), read)
 
@@ -250,7 +260,7 @@ def _speaks(read: Node) -> Node:
 def _merged(read: Node, mixed: Node, lse: Node) -> Node:
     _, query, key_weight, eps, gain = read.args
     partial = _sources(read)[-1]
-    value = fake_like(known(mixed), _promoted([mixed, partial]))
+    value = fake_like(known_tensor(mixed), _promoted([mixed, partial]))
     args = (mixed, lse, partial, query, key_weight, eps, gain, *Epilogue().to_arguments())
     with read.graph.inserting_before(read):
         return insert_outputs(read.graph, DEPTH_ATTENTION_MERGE, args, like=read, values=[value])[0]

@@ -18,13 +18,13 @@ class AttributeWrites:
 
     Attributes:
         first: A node that gets a parameter or a buffer that is written to, and the first one that gets the same.
-        kept: One of these or an input, and how often it was written to: what it holds then is needed after it is
+        snapshots: One of these or an input, and how often it was written to: what it holds then is needed after it is
             written again. A sum, or what a row is multiplied by, is read anew where the stream is read.
         elsewhere: Whether anything else than parameters and buffers is written to.
     """
 
     first: dict[Node, Node]
-    kept: frozenset[tuple[Node, int]]
+    snapshots: frozenset[tuple[Node, int]]
     elsewhere: bool
 
 
@@ -35,17 +35,21 @@ def find_attribute_writes(graph: Graph) -> AttributeWrites:
         graph: A graph with values on its nodes. It is left as it is.
 
     Returns:
-        What is written to, and what of it must be kept.
+        What is written to, and what it held before is still needed.
     """
     targets = find_writes(graph).targets
     written = {owner for owners in targets.values() for owner in owners}
     attributes = {owner for owner in written if owner.op == "get_attr"}
     held = attributes | {owner for owner in written if owner.op == "placeholder"}
     first = {n: f for n, f in first_of_each_attribute(graph).items() if f in attributes}
-    return AttributeWrites(first, _find_kept(graph, targets, held) if held else frozenset(), bool(written - attributes))
+    return AttributeWrites(
+        first, _find_snapshots(graph, targets, held) if held else frozenset(), bool(written - attributes)
+    )
 
 
-def _find_kept(graph: Graph, targets: Mapping[Node, tuple[Node, ...]], held: set[Node]) -> frozenset[tuple[Node, int]]:
+def _find_snapshots(
+    graph: Graph, targets: Mapping[Node, tuple[Node, ...]], held: set[Node]
+) -> frozenset[tuple[Node, int]]:
     times: Counter[Node] = Counter()
     needed: set[tuple[Node, int]] = set()
     owners = first_of_each_attribute(graph)

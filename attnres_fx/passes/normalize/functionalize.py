@@ -79,7 +79,7 @@ class _Functionalizer:
         version: How often a storage was written to.
         current: A node, the version it was last seen at, and the node that holds its value there.
         epoch: How often an attribute was written to.
-        kept: A view of an attribute or the attribute, at an epoch, and the node that stands for what it holds then.
+        snapshots: An attribute or a view of one, at an epoch, and the node that stands for what it holds then.
         inputs: The inputs of the graph that are written to, and whether a gradient may see a write, in their order.
     """
 
@@ -95,7 +95,7 @@ class _Functionalizer:
         self.version: dict[Node, int] = {}
         self.current: dict[Node, tuple[int, Node]] = {}
         self.epoch: Counter[Node] = Counter()
-        self.kept: dict[tuple[Node, int], Node] = {}
+        self.snapshots: dict[tuple[Node, int], Node] = {}
         self.inputs: dict[Node, bool] = {}
 
     def run(self) -> list[str]:
@@ -144,8 +144,9 @@ class _Functionalizer:
         def seen(argument: Node) -> Node:
             tensor = self._tensor(argument)
             base = self._base(tensor)
-            kept = self.epoch[base] > 0 or ((base, 0) in self.attributes.kept and base not in self.version)
-            return self._kept(tensor) if kept and parent is None and tensor not in written else self._value(tensor)
+            overwritten = self.epoch[base] > 0 or ((base, 0) in self.attributes.snapshots and base not in self.version)
+            reads_snapshot = overwritten and parent is None and tensor not in written
+            return self._snapshot(tensor) if reads_snapshot else self._value(tensor)
 
         with self.graph.inserting_before(node):
             node.args = map_arg(node.args, seen)
@@ -178,20 +179,20 @@ class _Functionalizer:
         self.current[node] = (version, value)
         return value
 
-    def _kept(self, node: Node) -> Node:
+    def _snapshot(self, node: Node) -> Node:
         """What an attribute, or a view of it, holds until it is written to again, as a node of its own."""
         key = (node, self.epoch[self._base(node)])
-        if key in self.kept:
-            return self.kept[key]
+        if key in self.snapshots:
+            return self.snapshots[key]
         if node in self.parent:
-            argument = self._kept(self.parent[node])
+            argument = self._snapshot(self.parent[node])
             with self._gradients(node not in self.frozen):
-                self.kept[key] = copy_call(node, {self.argument[node]: argument})
-        elif key in self.attributes.kept:
-            self.kept[key] = self._cloned(node, node)
+                self.snapshots[key] = copy_call(node, {self.argument[node]: argument})
+        elif key in self.attributes.snapshots:
+            self.snapshots[key] = self._cloned(node, node)
         else:
-            self.kept[key] = insert_attribute(self.graph, str(node.target), like=node, value=value_of(node))
-        return self.kept[key]
+            self.snapshots[key] = insert_attribute(self.graph, str(node.target), like=node, value=value_of(node))
+        return self.snapshots[key]
 
     @contextmanager
     def _gradients(self, wanted: bool) -> Iterator[None]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from attnres_fx.config import AttnResConfig, Output
+from attnres_fx.passes.depth_source import ROOT, Source
 from attnres_fx.passes.graph.result import defects_named
-from attnres_fx.passes.schedule import ROOT, DepthSchedule, Source, plan_schedule
+from attnres_fx.passes.schedule import DepthSchedule, plan_schedule
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged
 from attnres_fx.passes.streams.stream import Read, Stream, StreamSet
 
@@ -34,7 +35,8 @@ class DepthReadPlan:
         extras: Terms outside the chain that it sees as well, by the addition that writes each.
         block: Index of the block it belongs to.
         gain: What the mixture is multiplied by: S for output `"sum"`, 1 for `"mean"` (arXiv 2603.15031, section 3).
-        gated: Whether it moves a post-norm state through a gate.
+        gated: Whether it moves a post-norm state through a gate. Where its sources add up to the state it needs none:
+            there neither gate nor query would get a gradient from a fresh start.
         width: D, the elements of its query and of its key gain.
         summary: What the next block receives, where the read stands at the end of a block of `local`.
         makes_summary: Whether the next block receives this read; of several at one end, only the first makes it.
@@ -149,7 +151,7 @@ def plan_depth_reads(
     selected: tuple[Stream, ...],
     config: AttnResConfig,
     *,
-    schedules: Mapping[str, DepthSchedule] | None = None,
+    block_layouts: Mapping[str, DepthSchedule] | None = None,
 ) -> ReadPlan:
     """Decide what the rewrite does to a graph.
 
@@ -157,24 +159,26 @@ def plan_depth_reads(
         streams: All streams of the graph.
         selected: Those to rewrite.
         config: Variant, blocks and output mode.
-        schedules: Blocks to take instead of the config's, by stream name.
+        block_layouts: Blocks to take instead of the config's, by stream name.
 
     Returns:
         The plan that `insert_depth_attention_pass` executes. It names nodes of this graph and of no other.
 
     Raises:
         ScheduleError: The blocks of the config do not fit a stream.
-        RewriteError: The plan failed in a way that it does not know of.
+        RewriteError: Planning raised an error that is not one of the library's; it is the cause.
     """
     with defects_named("planning the depth reads"):
-        return _plan(streams, selected, config, schedules or {})
+        return _plan(streams, selected, config, block_layouts or {})
 
 
 def _plan(
-    streams: StreamSet, selected: tuple[Stream, ...], config: AttnResConfig, schedules: Mapping[str, DepthSchedule]
+    streams: StreamSet, selected: tuple[Stream, ...], config: AttnResConfig, block_layouts: Mapping[str, DepthSchedule]
 ) -> ReadPlan:
     plans = tuple(
-        _plan_stream(s, schedules.get(s.name) or plan_schedule(s.num_sublayers, config), config.output, streams.sums)
+        _plan_stream(
+            s, block_layouts.get(s.name) or plan_schedule(s.num_sublayers, config), config.output, streams.sums
+        )
         for s in selected
     )
     order = {node.name: i for i, node in enumerate(streams.sums.nodes)}
@@ -201,6 +205,7 @@ def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Outp
     # A read that sees more than the chain goes on with cannot stand for the chain.
     summary = None if read.extras else schedule.summary_at(read.position)
     summed = output == "sum"
+    gated = summed and stream.post_norm and (bool(read.extras) or not schedule.sees_whole_state(read.position))
     return DepthReadPlan(
         stream=stream.name,
         read=read.name,
@@ -212,8 +217,8 @@ def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Outp
         seen=seen,
         extras=read.extras,
         block=schedule.block_of_read(read.position),
-        gain=float(len(seen) + len(read.extras)) if summed and not stream.post_norm else 1.0,
-        gated=summed and stream.post_norm,
+        gain=float(len(seen) + len(read.extras)) if summed and not gated else 1.0,
+        gated=gated,
         width=stream.width,
         summary=summary,
     )

@@ -55,7 +55,7 @@ class Table:
     def through(self, *steps: Step) -> "Table":
         return Table(self.entries, self.steps + steps)
 
-    def settled(self) -> dict[Group, Entry]:
+    def resolved(self) -> dict[Group, Entry]:
         return {g: e.through(self.steps) for g, e in self.entries.items()} if self.steps else dict(self.entries)
 
 
@@ -97,7 +97,7 @@ class SourceBuilder:
 
     def close_block(self, node: Node, summary: Group) -> None:
         """Let the chain go on from the plain sum of a state's sources: no read stands where the block ends."""
-        first, *rest = self.tables[node].settled().values()
+        first, *rest = self.tables[node].resolved().values()
         total = reduce(lambda left, right: Entry(PendingSum(left, right, node)), rest, first)
         self.whole[node] = self.tables[node]
         self.tables[node] = Table({summary: total})
@@ -113,8 +113,8 @@ class SourceBuilder:
             case Extended() as add:
                 return self._extended(add)
             case Merged() as add:
-                left = self.tables[add.left].through(*_scaled(add.left_scale)).settled()
-                right = self.tables[add.right].through(*_scaled(add.right_scale)).settled()
+                left = self.tables[add.left].through(*_scaled(add.left_scale)).resolved()
+                right = self.tables[add.right].through(*_scaled(add.right_scale)).resolved()
                 for group, entry in right.items():
                     left[group] = Entry(PendingSum(left[group], entry, node)) if group in left else entry
                 return Table(left)
@@ -126,7 +126,7 @@ class SourceBuilder:
         before = (self.whole if beside else self.tables)[add.state].through(*_scaled(add.state_scale))
         if not same_shape(add.state, add.node):
             before = before.through(SpreadLike(add.addend))
-        entries = before.settled()
+        entries = before.resolved()
         written = self.moved.get((add.node, add.addend), add.addend)
         addend = Entry(written, _scaled(add.addend_scale))
         if not same_shape(add.addend, add.node):
@@ -136,14 +136,14 @@ class SourceBuilder:
 
     def stand_in(self, table: Table) -> Node:
         """A node of the shape that the entries of a table have: a part of one, that was written before them."""
-        entry = next(iter(table.settled().values()))
+        entry = next(iter(table.resolved().values()))
         while isinstance(entry.base, PendingSum):
             entry = entry.base.left.through(entry.steps)
         return self.build(entry)
 
     def nodes(self, table: Table) -> dict[Group, Node]:
         """Nodes for all entries of a table, inserted at the graph's insertion point where new."""
-        return {group: self.build(entry) for group, entry in table.settled().items()}
+        return {group: self.build(entry) for group, entry in table.resolved().items()}
 
     def build(self, entry: Entry) -> Node:
         node = entry.base if isinstance(entry.base, Node) else self._build_sum(entry.base)

@@ -26,7 +26,7 @@ def analyze_(gm: GraphModule) -> StreamSet:
 
     Raises:
         AlreadyConvertedError: The graph reads through depth attention already.
-        RewriteError: The analysis failed in a way that it does not know of.
+        RewriteError: The analysis raised an error that is not one of the library's; it is the cause.
     """
     for node in gm.graph.nodes:
         if op_name(node).startswith("attnres_fx::"):

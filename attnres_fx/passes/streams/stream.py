@@ -116,25 +116,28 @@ class StreamSet:
     refusals: tuple[Refusal, ...]
     sums: FormalSums = field(compare=False, repr=False)
 
-    def select(self, wanted: str | Sequence[str]) -> tuple[Stream, ...]:
+    def select(self, selection: str | Sequence[str]) -> tuple[Stream, ...]:
         """Streams by name.
 
         Args:
-            wanted: One name or several, `"all"`, or `"main"` for those inside no other stream that go around none.
+            selection: One name or several, `"all"`, or `"main"` for those inside no other stream that go around none.
+
+        Returns:
+            The streams asked for, in graph order.
 
         Raises:
             StreamNameError: There is no stream of that name.
         """
-        if wanted == "all":
+        if selection == "all":
             return self.streams
-        if wanted == "main":
+        if selection == "main":
             return tuple(s for s in self.streams if s.is_main)
-        names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+        names = (selection,) if isinstance(selection, str) else tuple(selection)
         known = [s.name for s in self.streams]
         for name in names:
             if name not in known:
                 raise StreamNameError(
-                    f"streams={wanted!r}: there is no stream {name!r}. This model has "
+                    f"streams={selection!r}: there is no stream {name!r}. This model has "
                     f"{', '.join(map(repr, known)) or 'none'}; 'main' and 'all' also work."
                 )
         return tuple(s for s in self.streams if s.name in names)

@@ -182,7 +182,7 @@ def test_costs_are_those_of_the_passes_over_memory():
 
 def test_more_reads_and_more_sources_make_two_phases_cheaper():
     def chosen(completed, merged, **options):
-        return choose_phases(BlockReads(completed=completed, merged=merged, kept=1e9), training=True, **options)
+        return choose_phases(BlockReads(completed=completed, merged=merged, saved=1e9), training=True, **options)
 
     assert not chosen(1, 6).two_phase
     assert chosen(4, 6).two_phase
@@ -194,7 +194,7 @@ def test_more_reads_and_more_sources_make_two_phases_cheaper():
 def test_without_the_kernels_two_phases_never_pay():
     for completed in range(1, 12):
         for merged in range(1, 12):
-            block = BlockReads(completed=completed, merged=merged, alone=1, kept=1e9, batched=False)
+            block = BlockReads(completed=completed, merged=merged, alone=1, saved=1e9, batched=False)
             assert not any(choose_phases(block, training=training).two_phase for training in (True, False))
 
 
@@ -202,7 +202,7 @@ def test_the_choice_is_the_smaller_count():
     for completed in range(1, 12):
         for merged in range(1, 9):
             for training in (True, False):
-                block = BlockReads(completed=completed, merged=merged, alone=1, folded=merged, kept=1e9)
+                block = BlockReads(completed=completed, merged=merged, alone=1, folded=merged, saved=1e9)
                 choice = choose_phases(block, training=training)
                 assert choice.two_phase == (choice.phased < choice.per_read)
                 assert choice.per_read == cost_read_by_read(block).moved(training)
@@ -211,7 +211,7 @@ def test_the_choice_is_the_smaller_count():
 
 def test_live_outputs_must_stay_a_share_of_what_is_kept():
     def chosen(kept, training=True, **options):
-        block = BlockReads(completed=8, merged=5, alone=1, kept=kept)
+        block = BlockReads(completed=8, merged=5, alone=1, saved=kept)
         return choose_phases(block, training=training, **options)
 
     assert not chosen(20).two_phase and "20%" in chosen(20).why
