@@ -106,6 +106,7 @@ def test_what_a_capture_bound_stays_bound_in_the_later_mode_and_in_a_pickle(monk
                 assert converted.train(mode)(example())[1] is None
 
 
+@pytest.mark.slow
 def test_what_needs_both_modes_captures_the_other(tmp_path):
     for need in (
         lambda c: c.save(tmp_path / "model"),
