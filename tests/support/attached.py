@@ -12,7 +12,7 @@ VARIANTS = {
     "block": ax.AttnResConfig(variant="block", num_blocks=2),
     "local": ax.AttnResConfig(variant="local", num_blocks=2),
 }
-#: One layer of each is as much as a slow compiler needs to see.
+#: One layer is as much as a slow compiler, or a question about a model's Python, needs to see.
 MODELS = {
     **FAMILIES,
     "llama, one layer": lambda: family("llama", TEXT, 2, **{**GROUPED, "num_hidden_layers": 1}),
@@ -34,6 +34,14 @@ def with_random_queries(model, seed=0):
             if read.gate is not None:
                 read.gate.fill_(0.7)
     return model
+
+
+def attached_net(seed=0, config=VARIANTS["full"], inner="eager", **options):
+    """A compiled net with random queries and an input, where the question is not about a model's own code."""
+    torch.manual_seed(0)
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.compile(model, (x,), config=config, inner=inner, **options)
+    return with_random_queries(model, seed), x
 
 
 def attached(name="llama", *, inner="eager", seed=0, config=VARIANTS["block"], **options):
