@@ -5,22 +5,40 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import attnres_fx as ax
-from tests.support.families import FAMILIES, GROUPED, SMALL, TEXT, family
+from tests.support.families import FAMILIES, GROUPED, IDS, SMALL, TEXT, family, widened
 
 VARIANTS = {
     "full": ax.AttnResConfig(variant="full"),
     "block": ax.AttnResConfig(variant="block", num_blocks=2),
     "local": ax.AttnResConfig(variant="local", num_blocks=2),
 }
+
+
+class PostNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(96, 8)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            h = norm(h + layer(h))
+        return h
+
+
 #: One layer is as much as a slow compiler, or a question about a model's Python, needs to see.
 MODELS = {
     **FAMILIES,
+    "post-norm net": lambda: (widened(PostNorm()), {"ids": IDS}, 2),
     "llama, one layer": lambda: family("llama", TEXT, 2, **{**GROUPED, "num_hidden_layers": 1}),
     "bert, one layer": lambda: family("bert", TEXT, 2, "AutoModel", **{**SMALL, "num_hidden_layers": 1}),
 }
 
 
 def built(name="llama"):
+    torch.manual_seed(0)
     model, kwargs, _ = MODELS[name]()
     return model, kwargs
 
