@@ -4,6 +4,7 @@ import functools
 import logging
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -151,6 +152,7 @@ def _pickled(call: ConversionCall, model: ConvertedModel) -> tuple[Any, ...]:
     """What a pickle calls to make the model again; a file's content where the original cannot be pickled."""
     original = model.original()
     call = call.for_model(model)
+    call = replace(call, kwargs={n: v for n, v in call.kwargs.items() if n not in model.signature.bound})
     try:
         pickle.dumps((without_tensors(original), call))
     except Exception:  # whatever an object raises that refuses to be pickled

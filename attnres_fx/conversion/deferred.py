@@ -69,7 +69,8 @@ class DeferredMode:
             reads = rewrite_(graph.gm, streams, plan, model.attnres)
             _put_back(graph.gm, stand_ins)
             training = self.mode == "train"
-            program = model.captured_program(self.mode, graph, reads, captured.signature, captured.in_spec, training)
+            # The example repeats what the first capture bound: only its signature says that a call may leave that out.
+            program = model.captured_program(self.mode, graph, reads, model.signature, captured.in_spec, training)
             if plain:
                 progress.step(f"comparing the {self.mode} program with the original")
                 check_program(source, model, self.mode, program, captured, self.call.check)

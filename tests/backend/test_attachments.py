@@ -16,41 +16,41 @@ from tests.support.attached import (
     VARIANTS,
     Broken,
     attached,
+    attached_net,
     built,
     with_random_queries,
 )
 
 
-@pytest.mark.slow
 def test_two_instances_side_by_side_each_use_their_own_queries():
-    one, kwargs = attached(seed=1)
-    other, _ = attached(seed=2)
-    first, second = one(**kwargs).logits, other(**kwargs).logits
+    one, x = attached_net(seed=1)
+    other, _ = attached_net(seed=2)
+    first, second = one(x), other(x)
     assert not torch.allclose(first, second)
     other.load_state_dict(one.state_dict())
-    torch.testing.assert_close(other(**kwargs).logits, first, rtol=0, atol=0)
+    torch.testing.assert_close(other(x), first, rtol=0, atol=0)
 
 
 def test_a_deepcopy_has_its_own_queries_and_must_be_compiled_itself():
-    model, kwargs = attached(seed=1)
-    wanted = model(**kwargs).logits
+    model, x = attached_net(seed=1)
+    wanted = model(x)
     copied = copy.deepcopy(model)
     with pytest.raises(EagerCallError):
-        copied(**kwargs)
+        copied(x)
     copied.compile(backend="attnres", fullgraph=True, dynamic=True, options={"inner": "eager"})
-    torch.testing.assert_close(copied(**kwargs).logits, wanted)
+    torch.testing.assert_close(copied(x), wanted)
     with_random_queries(copied, seed=5)
-    assert not torch.allclose(copied(**kwargs).logits, wanted)
-    torch.testing.assert_close(model(**kwargs).logits, wanted)
+    assert not torch.allclose(copied(x), wanted)
+    torch.testing.assert_close(model(x), wanted)
 
 
 @pytest.mark.slow
 def test_a_model_saved_and_attached_afresh_computes_the_same(tmp_path):
     from safetensors.torch import load_file
 
-    model, kwargs = attached(seed=3)
+    model, kwargs = attached("llama, one layer", seed=3)
     model.save_pretrained(tmp_path)
-    fresh, _ = built()
+    fresh, _ = built("llama, one layer")
     ax.compile(fresh, kwargs=kwargs, config=VARIANTS["block"], inner="eager")
     fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     assert fresh.attnres.config == model.attnres.config == VARIANTS["block"]
@@ -58,15 +58,15 @@ def test_a_model_saved_and_attached_afresh_computes_the_same(tmp_path):
 
 
 def test_the_checkpoint_of_the_original_lacks_nothing_but_the_queries():
-    original, _ = built()
-    model, _ = attached()
+    original = Broken()
+    model, _ = attached_net()
     missing, unexpected = model.load_state_dict(original.state_dict(), strict=False)
     assert not unexpected and missing and all(n.startswith("attnres.") for n in missing)
 
 
 def test_detach_gives_the_original_back():
-    original, kwargs = built()
-    model, _ = attached()
+    original, kwargs = built("llama, one layer")
+    model, _ = attached("llama, one layer")
     ax.detach(model)
     assert list(model.state_dict()) == list(original.state_dict())
     torch.testing.assert_close(model(**kwargs).logits, original(**kwargs).logits)
@@ -92,9 +92,8 @@ def test_a_model_that_is_gone_releases_the_log_of_its_graphs():
     assert log() is None
 
 
-@pytest.mark.slow
 def test_an_attachment_survives_its_text():
-    model, _ = attached()
+    model, _ = attached_net()
     about = model.attnres.abouts[""]
     assert Attachment.from_text(about).to_text() == about
     assert [k.name for k in Attachment.from_text(about).reads] == list(model.attnres.reads.names)

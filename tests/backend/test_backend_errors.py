@@ -11,29 +11,27 @@ from attnres_fx.errors import AttachError, BackendError, EagerCallError, NoStrea
 from tests.support.attached import (
     VARIANTS,
     Broken,
-    attached,
-    built,
+    attached_net,
 )
-from tests.support.families import IDS
 
 
 def test_an_eager_call_of_an_attached_model_raises_and_plain_runs_the_original():
-    original, kwargs = built()
-    model, _ = built()
-    ax.attach(model, kwargs=kwargs)
+    model, x = Broken(), torch.randn(2, 4, 8)
+    expected = model(x)
+    ax.attach(model, (x,))
     with pytest.raises(EagerCallError, match=r"model\.compile\(backend='attnres'"):
-        model(**kwargs)
+        model(x)
     with ax.plain(model):
-        torch.testing.assert_close(model(**kwargs).logits, original(**kwargs).logits)
+        torch.testing.assert_close(model(x), expected)
     with pytest.raises(EagerCallError):
-        model(**kwargs)
+        model(x)
 
 
 def test_running_out_of_recompilations_raises():
-    model, _ = attached(fullgraph=False, dynamic=False)
+    model, _ = attached_net(fullgraph=False, dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(EagerCallError, match="recompiles"):
         for length in range(3, 9):
-            model(input_ids=IDS[:, :length], use_cache=False)
+            model(torch.randn(2, length, 8))
 
 
 def test_a_graph_break_inside_the_stream_is_an_error_that_shows_the_line():
@@ -46,10 +44,10 @@ def test_a_graph_break_inside_the_stream_is_an_error_that_shows_the_line():
 
 
 def test_a_model_changed_after_attach_names_the_reads_that_no_longer_match():
-    model, kwargs = attached()
-    model.model.layers = model.model.layers[:1]
-    with pytest.raises(BackendError, match=r"1 of the 4 reads.*model\.layers\.1\.post_attention_layernorm"):
-        model(**kwargs)
+    model, x = attached_net()
+    model.layers = model.layers[:2]
+    with pytest.raises(BackendError, match=r"1 of the 3 reads.*norms\.2"):
+        model(x)
 
 
 BAD = {
@@ -65,26 +63,26 @@ BAD = {
 @pytest.mark.slow_after(1)
 def test_options_that_mean_nothing(name):
     options, words = BAD[name]
-    model, kwargs = built()
-    ax.attach(model, kwargs=kwargs)
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.attach(model, (x,))
     model.compile(backend="attnres", fullgraph=True, options=options)
     with pytest.raises(BackendError, match=words):
-        model(**kwargs)
+        model(x)
 
 
 def test_compile_refuses_bad_options_before_it_touches_the_model():
-    model, kwargs = built()
+    model = Broken()
     with pytest.raises(BackendError, match="no backend here"):
-        ax.compile(model, kwargs=kwargs, inner="nothing")
+        ax.compile(model, (torch.randn(2, 4, 8),), inner="nothing")
     assert not hasattr(model, "attnres")
 
 
 def test_attaching_and_compiling_twice_are_errors():
-    model, kwargs = attached()
+    model, x = attached_net()
     with pytest.raises(AttachError, match="attached already"):
-        ax.attach(model, kwargs=kwargs)
+        ax.attach(model, (x,))
     with pytest.raises(BackendError, match="compiled already"):
-        ax.compile(model, kwargs=kwargs)
+        ax.compile(model, (x,))
 
 
 def test_a_model_without_a_stream_is_left_as_it_is():
@@ -95,10 +93,10 @@ def test_a_model_without_a_stream_is_left_as_it_is():
 
 
 def test_queries_on_another_device_or_of_another_dtype_are_refused():
-    model, kwargs = attached()
+    model, x = attached_net()
     model.attnres.to(torch.bfloat16)
     with pytest.raises(BackendError, match=r"float32 and its query torch\.bfloat16"):
-        model(**kwargs)
+        model(x)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

@@ -95,5 +95,5 @@ def test_a_model_has_the_same_keys_whichever_way_it_comes(kind, way):
     else:
         given = {"convert": lambda: model, "symbolic": lambda: torch.fx.symbolic_trace(model)}
         given["export"] = lambda: torch.export.export(model, (x,))
-        reads = ax.convert(given[way](), (x,), config=VARIANTS["full"]).attnres.reads
+        reads = ax.convert(given[way](), (x,), config=VARIANTS["full"], check=False).attnres.reads
     assert sorted(reads.names) == sorted(NAMES[kind])

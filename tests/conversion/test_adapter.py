@@ -1,6 +1,7 @@
 """The adapter folder: the added parameters of converted and attached models, and what does not fit."""
 
 import copy
+import functools
 import json
 import random
 import signal
@@ -229,12 +230,21 @@ OTHERS = [
 ]
 
 
+@functools.cache
+def state_of(config):
+    return trained(converted(config=config)).state_dict()
+
+
+@functools.cache
+def unchanged(make):
+    return make()
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("make", [converted, attached])
 @pytest.mark.parametrize("config", OTHERS, ids=str)
 def test_a_state_of_another_config_is_refused_and_leaves_the_model_as_it_was(config, make, strict):
-    state = trained(converted(config=config)).state_dict()
-    model = make()
+    state, model = state_of(config), unchanged(make)
     before, about = parameters(model), getattr(model.attnres, "abouts", None)
     with pytest.raises(ConfigError) as caught:
         model.load_state_dict(state, strict=strict)
@@ -251,6 +261,6 @@ def test_a_state_of_the_same_config_loads_also_where_the_model_is_a_part(make):
     state = {f"model.{n}": t for n, t in one.state_dict().items()}
     assert set(whole.load_state_dict(state, strict=False).missing_keys) == {"first.weight", "first.bias"}
     torch.testing.assert_close(parameters(two), parameters(one), rtol=0, atol=0)
-    other = {f"model.{n}": t for n, t in converted(config=OTHERS[0]).state_dict().items()}
+    other = {f"model.{n}": t for n, t in state_of(OTHERS[0]).items()}
     with pytest.raises(ConfigError, match="variant='full'"):
         whole.load_state_dict(other, strict=False)

@@ -5,149 +5,40 @@ import pickle
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 import attnres_fx as ax
-
-IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0))
-
-
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-    ).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 64,
-        "n_embd": 32,
-        "n_layer": 3,
-        "n_head": 4,
-        "n_positions": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
-
-
-def gpt_neox():
-    torch.manual_seed(0)
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-        )
-    ).eval()
-
-
-def llama_sublayers(model):
-    inner = model.model
-    positions = torch.arange(IDS.shape[1])[None]
-    mask = torch.full((IDS.shape[1], IDS.shape[1]), float("-inf")).triu(1)[None, None]
-
-    def attention(layer):
-        def run(h):
-            rotary = inner.rotary_emb(h, positions)
-            return layer.self_attn(layer.input_layernorm(h), position_embeddings=rotary, attention_mask=mask)[0]
-
-        return run
-
-    layers = [f for y in inner.layers for f in (attention(y), lambda h, y=y: y.mlp(y.post_attention_layernorm(h)))]
-    return inner.embed_tokens(IDS), layers, lambda h: model.lm_head(inner.norm(h))
-
-
-def gpt2_sublayers(model):
-    inner = model.transformer
-    mask = torch.full((IDS.shape[1], IDS.shape[1]), float("-inf")).triu(1)[None, None]
-    layers = []
-    for y in inner.h:
-        layers.append(lambda h, y=y: y.attn(y.ln_1(h), attention_mask=mask)[0])
-        layers.append(lambda h, y=y: y.mlp(y.ln_2(h)))
-    root = inner.wte(IDS) + inner.wpe(torch.arange(IDS.shape[1]))[None]
-    return root, layers, lambda h: model.lm_head(inner.ln_f(h))
-
-
-def gpt_neox_sublayers(model):
-    inner = model.gpt_neox
-    positions = torch.arange(IDS.shape[1])[None]
-    mask = torch.full((IDS.shape[1], IDS.shape[1]), float("-inf")).triu(1)[None, None]
-
-    def parallel(layer):
-        def run(h):
-            rotary = inner.rotary_emb(h, positions)
-            mixed = layer.attention(layer.input_layernorm(h), mask, position_embeddings=rotary)[0]
-            return mixed + layer.mlp(layer.post_attention_layernorm(h))
-
-        return run
-
-    return inner.embed_in(IDS), list(map(parallel, inner.layers)), lambda h: model.lm_head(inner.final_layer_norm(h))
-
-
-def attend(sources, read, gain):
-    stacked = torch.stack(sources)
-    keys = stacked / (stacked.square().mean(-1, keepdim=True) + 1e-6).sqrt() * read.key_weight
-    weights = torch.einsum("d,s...d->s...", read.query, keys).softmax(0)
-    return gain(len(sources)) * torch.einsum("s...,s...d->...d", weights, stacked)
-
-
-def by_hand(parts, reads, variant, output, size):
-    """The paper's forward, sublayer by sublayer, on the model's own submodules."""
-    root, sublayers, head = parts
-    gain = (lambda s: s) if output == "sum" else (lambda s: 1)
-    reads = iter(reads)
-    done, summary, block = [], root, []
-    state = root
-    for i, sublayer in enumerate(sublayers):
-        block.append(sublayer(state))
-        if variant == "full":
-            sources = [root, *block]
-        elif variant == "block":
-            sources = [root, *done, sum(block[1:], block[0])]
-        else:
-            sources = [summary, *block]
-        state = attend(sources, next(reads), gain)
-        if variant != "full" and len(block) == size and i + 1 < len(sublayers):
-            done.append(sum(block[1:], block[0]))
-            summary, block = state, []
-    return head(state)
-
-
-@pytest.mark.parametrize("output", ["sum", "mean"])
-@pytest.mark.parametrize("variant", ["full", "block", "local"])
-@pytest.mark.parametrize(
-    "family",
-    [(llama, llama_sublayers), (gpt2, gpt2_sublayers), (gpt_neox, gpt_neox_sublayers)],
-    ids=["llama", "gpt2", "gpt_neox"],
+from tests.support.papers_forward import (
+    IDS,
+    by_hand,
+    gpt2,
+    gpt2_sublayers,
+    gpt_neox,
+    gpt_neox_sublayers,
+    llama,
+    llama_sublayers,
 )
+
+VARIANTS = ("full", "block", "local")
+
+#: By name, how the model is built with six sublayers, and its parts.
+PARTS = {
+    "llama": (lambda: llama(3), llama_sublayers),
+    "gpt2": (lambda: gpt2(3), gpt2_sublayers),
+    "gpt_neox": (lambda: gpt_neox(6), gpt_neox_sublayers),
+}
+#: A mean is a sum with another gain, whatever the sublayers are.
+BY_HAND = [*((f, v, "sum") for f in PARTS for v in VARIANTS), *(("gpt2", v, "mean") for v in VARIANTS)]
+
+
+@pytest.mark.parametrize(("family", "variant", "output"), BY_HAND)
 @pytest.mark.slow_after(1)
 def test_a_conversion_is_the_papers_forward_written_by_hand(family, variant, output):
-    build, parts = family
+    build, parts = PARTS[family]
     model = build().double()
     blocks = {} if variant == "full" else {"block_size": 4}
     config = ax.AttnResConfig(variant=variant, output=output, **blocks)
-    converted = ax.convert(model, kwargs={"input_ids": IDS}, config=config)
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, config=config, check=False)
     torch.manual_seed(1)
     for read in converted.attnres.reads:
         torch.nn.init.normal_(read.query, std=0.5)
@@ -209,7 +100,7 @@ def test_an_example_of_one_row_leaves_the_batch_free():
 
 
 def test_train_and_eval_are_different_programs_over_one_set_of_weights():
-    converted = ax.convert(gpt2(), kwargs={"input_ids": IDS})
+    converted = ax.convert(gpt2(), kwargs={"input_ids": IDS}, check=False)
     assert torch.equal(converted(IDS).logits, converted(IDS).logits)
     converted.train()
     assert not torch.equal(converted(IDS).logits, converted(IDS).logits)
@@ -219,7 +110,7 @@ def test_train_and_eval_are_different_programs_over_one_set_of_weights():
 
 
 def test_a_pickle_holds_the_original_and_converts_it_again():
-    converted = ax.convert(llama(), kwargs={"input_ids": IDS})
+    converted = ax.convert(llama(), kwargs={"input_ids": IDS}, check=False)
     for read in converted.attnres.reads:
         torch.nn.init.normal_(read.query)
     copied = pickle.loads(pickle.dumps(converted))
@@ -230,11 +121,12 @@ def test_a_pickle_holds_the_original_and_converts_it_again():
     assert copied(IDS).logits.abs().max() == 0 < converted(IDS).logits.abs().max()
 
 
+@pytest.mark.slow
 def test_a_model_whose_class_cannot_be_pickled_is_pickled_as_it_is_saved():
     class Local(type(llama())):
         pass
 
-    converted = ax.convert(Local(llama().config).eval(), kwargs={"input_ids": IDS})
+    converted = ax.convert(Local(llama().config).eval(), kwargs={"input_ids": IDS}, check=False)
     copied = pickle.loads(pickle.dumps(converted))
     assert torch.equal(copied(IDS).logits, converted(IDS).logits)
     assert not isinstance(copied, Local)
@@ -242,7 +134,7 @@ def test_a_model_whose_class_cannot_be_pickled_is_pickled_as_it_is_saved():
 
 @pytest.mark.slow
 def test_other_sizes_compile_with_fullgraph():
-    converted = ax.convert(llama(), kwargs={"input_ids": IDS})
+    converted = ax.convert(llama(), kwargs={"input_ids": IDS}, check=False)
     torch._dynamo.reset()
     compiled = torch.compile(converted, backend="eager", fullgraph=True)
     for shape in ((2, 7), (4, 11), (3, 5)):
@@ -251,9 +143,10 @@ def test_other_sizes_compile_with_fullgraph():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.slow
 def test_a_cast_model_computes_what_the_cast_original_does(dtype):
     model = llama()
-    converted = ax.convert(model, kwargs={"input_ids": IDS}).to(dtype)
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, check=False).to(dtype)
     expected = model.to(dtype)(IDS).logits
     assert converted(IDS).logits.dtype == dtype
     off = (converted(IDS).logits - expected).abs().max() / expected.abs().max()
@@ -262,7 +155,7 @@ def test_a_cast_model_computes_what_the_cast_original_does(dtype):
 
 def test_under_autocast_a_converted_model_computes_what_the_original_does():
     model = llama()
-    converted = ax.convert(model, kwargs={"input_ids": IDS})
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, check=False)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(converted(IDS).logits, model(IDS).logits)
     torch.testing.assert_close(converted(IDS).logits, model(IDS).logits)

@@ -6,8 +6,21 @@ from torch.utils import _pytree as pytree
 
 import attnres_fx as ax
 from attnres_fx.capture.restore import A_CHECKPOINT, what_backward_holds
+from attnres_fx.partition.split.chained_model import chains_of
 from tests.support.cutting import assert_same, cut, evenly, spread
 from tests.support.families import FAMILIES
+
+
+def of_its_own(converted, mode):
+    """What the graph holds of a backward of its own, which stages would lose."""
+    return set(what_backward_holds(converted.graph_module(mode))) - {A_CHECKPOINT}
+
+
+def assert_same_output(found, expected):
+    assert type(found) is type(expected)
+    for x, y in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            assert (x - y).abs().max() <= 1e-5 * x.abs().max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -17,25 +30,38 @@ def test_a_family_converts_with_all_its_reads_and_computes_the_same_whole_and_in
     converted = ax.convert(model, kwargs=kwargs)
     assert len(converted.attnres.reads) == reads
     with torch.no_grad():
-        expected = model(**{**converted.signature.bound_values, **kwargs})
-        found = converted(**kwargs)
-    assert type(found) is type(expected)
-    for x, y in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True):
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
-            assert (x - y).abs().max() <= 1e-5 * x.abs().max()
+        assert_same_output(converted(**kwargs), model(**{**converted.signature.bound_values, **kwargs}))
     names = set(converted.state_dict())
     assert set(model.state_dict()) <= names
     assert all(n.startswith("attnres.") for n in names - set(model.state_dict()))
-    held = {w for mode in converted.every_program() for w in what_backward_holds(converted.graph_module(mode))}
-    if held - {A_CHECKPOINT}:  # a backward of its own, which stages would lose
+    spread(converted)
+    if of_its_own(converted, "eval"):
         with pytest.raises(ax.AttnResError, match=r"custom autograd\.Function.*stages would lose its gradients"):
-            cut(spread(converted).eval(), evenly(converted, 3))
+            cut(converted, evenly(converted, 3))
         return
-    spread(converted).eval()
-    stages = cut(converted, evenly(converted, 3)).eval()
+    stages = cut(converted, evenly(converted, 3), chains=chains_of(converted, ("eval",))).eval()
     assert_same(converted, stages, kwargs)
     held = set().union(*(dict(s.named_parameters()) for s in stages))
     assert held <= set(dict(converted.named_parameters(remove_duplicate=False)))
+
+
+#: Families whose graphs differ by mode, one a kind: dropout by module and by function, on attention weights and inside
+#: them; a dropped path; a layer that may be dropped; a router with a loss; a backward of its own. The train graphs of
+#: the others are their eval graphs, but for the switch of a dropout.
+TRAINED = ["encoder, norm first", "gpt2", "bert", "opt", "swin", "whisper", "mixtral", "bloom"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.slow_after(1)
+def test_a_family_that_is_in_train_mode_drops_what_it_dropped(name):
+    model, kwargs, reads = FAMILIES[name]()
+    converted = ax.convert(model.train(), kwargs=kwargs)
+    assert (converted.training, converted.report.deferred, len(converted.attnres.reads)) == (True, ("eval",), reads)
+    torch.manual_seed(2)
+    expected = model(**{**converted.signature.bound_values, **kwargs})
+    torch.manual_seed(2)
+    assert_same_output(converted(**kwargs), expected)
+    assert bool(of_its_own(converted, "train")) == (name == "bloom")
 
 
 @pytest.mark.parametrize("variant", ["full", "local"])
@@ -43,6 +69,6 @@ def test_a_family_converts_with_all_its_reads_and_computes_the_same_whole_and_in
 @pytest.mark.slow_after(1)
 def test_other_variants_keep_the_function_too(name, variant):
     model, kwargs, reads = FAMILIES[name]()
-    converted = ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(variant=variant))
+    converted = ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(variant=variant), check=False)
     assert len(converted.attnres.reads) == reads
     assert ax.verify(model, converted, kwargs=kwargs).passed

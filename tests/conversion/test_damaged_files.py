@@ -58,6 +58,7 @@ def test_a_file_cut_anywhere_is_a_save_error(file):
     assert outcome(file + b"more") == "SaveError"
 
 
+@pytest.mark.slow
 def test_a_changed_description_with_a_right_checksum_is_a_save_error_or_a_model(file):
     draw = random.Random(0)
     about = described(file)
@@ -127,6 +128,7 @@ def test_a_write_goes_to_tensors_of_the_model_alone(file):
         assert outcome(with_description(file, about)) == "SaveError", change
 
 
+@pytest.mark.slow
 def test_modules_and_pickles_beside_a_file_are_left_alone(file, tmp_path):
     (tmp_path / "modeling_extras.py").write_text("import os\nos.mkdir('mark')\n")
     about = described(file)

@@ -1,6 +1,7 @@
 """A conversion captures the mode the model is in; the other when it is first needed, checked like the first."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import attnres_fx as ax
+from attnres_fx.capture import dynamo_module
 from attnres_fx.errors import CheckError, EditedError, ModeError
 
 WIDTH = 8
@@ -76,8 +78,6 @@ def test_a_switch_that_sets_the_root_s_flag_first_gets_the_whole_mode(how):
 
 def test_a_model_that_is_used_in_one_mode_is_traced_once(monkeypatch):
     traced = []
-    from attnres_fx.capture import dynamo_module
-
     record = dynamo_module.record
     monkeypatch.setattr(dynamo_module, "record", lambda *a: traced.append(1) or record(*a))
     converted = ax.convert(tower(), (example(),))
@@ -89,6 +89,24 @@ def test_a_model_that_is_used_in_one_mode_is_traced_once(monkeypatch):
     assert len(traced) == 2
 
 
+class Cached(Tower):
+    """Like models of transformers: unless it is told not to, it returns what no graph can."""
+
+    def forward(self, x, use_cache=True):
+        return super().forward(x), object() if use_cache else None
+
+
+def test_what_a_capture_bound_stays_bound_in_the_later_mode_and_in_a_pickle(monkeypatch):
+    model = tower(Cached)
+    for converted in (ax.convert(model, (example(),)), pickle.loads(pickle.dumps(ax.convert(model, (example(),))))):
+        converted.eval()
+        with monkeypatch.context() as patch:
+            patch.setattr(dynamo_module, "record", lambda *_: pytest.fail("captured once more"))
+            for mode in (True, False):
+                assert converted.train(mode)(example())[1] is None
+
+
+@pytest.mark.slow
 def test_what_needs_both_modes_captures_the_other(tmp_path):
     for need in (
         lambda c: c.save(tmp_path / "model"),

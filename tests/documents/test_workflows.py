@@ -17,6 +17,7 @@ def scripts(section):
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.split()[-1])
+@pytest.mark.slow
 def test_three_lines_are_new_and_the_saved_model_computes_what_the_script_s_does(section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     converted, compiled = scripts(SECTIONS[section])
@@ -40,6 +41,8 @@ def test_three_lines_are_new_and_the_saved_model_computes_what_the_script_s_does
     for a, b in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(wanted), strict=True):
         assert a is b is None or torch.equal(a, b)
     assert any(read.query.abs().max() > 0 for read in model.attnres.reads)  # trained
-    exec(compile(compiled, section, "exec"), names)
+    # AOTAutograd costs ten times what the rest of a script does: one section shows that the page's compiler does it.
+    quick = compiled if section == "A hand-written GPT" else compiled.replace('inner="aot_eager"', 'inner="eager"')
+    exec(compile(quick, section, "exec"), names)
     (adapter,) = tmp_path.glob("*-adapter")
     assert sorted(f.name for f in adapter.iterdir()) == ["attnres.safetensors", "attnres_config.json"]

@@ -60,14 +60,13 @@ def check_against_oracle(leaves: list[Tensor], function=read, definition=oracle,
     ("shape", "sources", "weights"),
     [
         ((2, 5, 40), [f32] * 2, f32),
-        ((33, 100), [f32] * 9, f32),
-        ((7, 64), [f32] * 18, f32),
-        ((33,), [f32] * 3, f32),
-        ((0, 32), [f32] * 3, f32),
-        ((9, 50), [f64] * 3, f64),
-        ((33, 100), [bf16] * 5, f32),
-        ((33, 100), [f16] * 5, f16),
-        ((33, 64), [f32, bf16, bf16, f16], bf16),
+        ((7, 100), [f32] * 18, f32),
+        ((33,), [f32] * 2, f32),
+        ((0, 32), [f32] * 2, f32),
+        ((9, 50), [f64] * 2, f64),
+        ((33, 100), [bf16] * 2, f32),
+        ((33, 100), [f16] * 2, f16),
+        ((33, 64), [f32, bf16, f16], bf16),
     ],
     ids=str,
 )
@@ -78,18 +77,19 @@ def test_forward_and_every_gradient_match_the_definition(shape, sources, weights
 
 @pytest.mark.slow
 def test_sizes_may_be_dynamic():
-    check_against_oracle(random_inputs((3, 5, 40), [f32] * 4), dynamic=True)
+    check_against_oracle(random_inputs((3, 5, 40), [f32] * 2), dynamic=True)
 
 
-@pytest.mark.parametrize("wanted", range(5), ids=["v_0", "v_1", "v_2", "query", "key_weight"])
+@pytest.mark.parametrize("wanted", range(1, 4), ids=["v_1", "query", "key_weight"])
 @pytest.mark.slow
 def test_frozen_inputs_get_no_gradient_and_do_not_disturb_the_others(wanted):
-    leaves = random_inputs((6, 32), [f32] * 3)
+    leaves = random_inputs((6, 32), [f32] * 2)
     for i, leaf in enumerate(leaves):
         leaf.requires_grad_(i == wanted)
     check_against_oracle(leaves)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_tensor_given_twice_add():
     def twice(a, b, query, key_weight):
         return depth_attention([a, b, a, a], query, key_weight, gain=GAIN)
@@ -101,6 +101,7 @@ def test_gradients_of_a_tensor_given_twice_add():
     check_against_oracle(random_inputs((6, 32), [f32] * 2), twice, expected)
 
 
+@pytest.mark.slow
 def test_one_source_is_only_scaled_and_its_query_gets_a_gradient_of_exactly_zero():
     leaves = random_inputs((6, 32), [f32])
     (out, _, query_grad, key_grad), _ = compiled_step(leaves)
@@ -108,7 +109,7 @@ def test_one_source_is_only_scaled_and_its_query_gets_a_gradient_of_exactly_zero
     assert not query_grad.any() and not key_grad.any()
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("dtype", "huge"), [(f16, 6e4), (bf16, 1e15)], ids=str)
 @pytest.mark.slow_after(1)
 def test_logits_beyond_half_precision_stay_finite(dtype, huge, compiled):
@@ -137,7 +138,7 @@ def loops(code: str) -> tuple[int, int]:
     return along_rows, len(nests) - along_rows
 
 
-@pytest.mark.parametrize("count", [2, 5, 8])
+@pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.slow_after(1)
 def test_few_loops_over_the_sources_forward_and_backward(count):
     _, (forward, backward) = compiled_step(random_inputs((256, WIDTH), [f32] * count), dynamic=False)

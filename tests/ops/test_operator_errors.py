@@ -1,10 +1,12 @@
 """What depth attention refuses, and that each refusal names the source or argument to look at."""
 
+import re
+
 import pytest
 import torch
 
 from attnres_fx.errors import AttnResError, OperatorError
-from attnres_fx.ops import depth_attention
+from attnres_fx.ops import depth_attention, depth_attention_batch, depth_attention_fused, depth_attention_merge
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 
 x, w = torch.randn(4, 8), torch.randn(8)
@@ -64,3 +66,46 @@ def test_eps_and_gain_are_given_by_name():
 def test_an_eps_that_means_nothing_is_refused(eps):
     with pytest.raises(OperatorError, match="eps is"):
         depth_attention([x, x], w, w, eps=eps)
+
+
+# -- fused and two-phase forms
+
+
+def bad(**changes):
+    given = {"sources": [torch.ones(3, 8)] * 2, "query": torch.ones(8), "key_weight": torch.ones(8), **changes}
+    return lambda: depth_attention_fused(**given)
+
+
+def bad_merge(**changes):
+    x, d = torch.ones(3, 8), torch.ones(8)
+    given = {"mixed": x, "lse": torch.ones(3), "partial": x, "query": d, "key_weight": d, **changes}
+    return lambda: depth_attention_merge(**given)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (bad(sources=[]), "empty list"),
+        (bad(sources=torch.ones(2, 3, 8)), "one tensor"),
+        (bad(delta=torch.ones(3, 7)), "delta is torch.float32 (3, 7)"),
+        (bad(delta=torch.ones(3, 8, dtype=torch.int64)), "delta is torch.int64"),
+        (bad(delta=torch.ones(3, 8, device="meta")), "delta is on meta"),
+        (bad(norm=3), "norm is 3"),
+        (bad(norm=1, norm_weight=torch.ones(1, 8)), "norm_weight is torch.float32 (1, 8)"),
+        (bad(norm=2, norm_bias=torch.ones(7)), "norm_bias is torch.float32 (7,)"),
+        (bad(norm_weight=torch.ones(8)), "norm is 0"),
+        (bad(norm=1, norm_eps=float("nan")), "norm_eps is nan"),
+        (bad(norm=1, norm_eps=-1.0), "norm_eps is -1.0"),
+        (bad(dtype=torch.int32), "dtype is torch.int32"),
+        (bad_merge(lse=torch.ones(4)), "lse is torch.float32 (4,)"),
+        (bad_merge(partial=torch.ones(3, 9)), "source 1 has shape (3, 9)"),
+        (bad_merge(delta=torch.ones(8)), "delta is torch.float32 (8,)"),
+        (lambda: depth_attention_batch([torch.ones(3, 8)], [], []), "0 queries"),
+        (lambda: depth_attention_batch([torch.ones(3, 8)], [torch.ones(8)], []), "0 key_weights"),
+        (lambda: depth_attention_batch(torch.ones(3, 8), [torch.ones(8)], [torch.ones(8)]), "lists of tensors"),
+    ],
+    ids=range(18),
+)
+def test_what_the_fused_forms_cannot_take_is_refused(call, message):
+    with pytest.raises(OperatorError, match=re.escape(message)):
+        call()

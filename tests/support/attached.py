@@ -5,22 +5,40 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import attnres_fx as ax
-from tests.support.families import FAMILIES, GROUPED, SMALL, TEXT, family
+from tests.support.families import FAMILIES, GROUPED, IDS, SMALL, TEXT, family, widened
 
 VARIANTS = {
     "full": ax.AttnResConfig(variant="full"),
     "block": ax.AttnResConfig(variant="block", num_blocks=2),
     "local": ax.AttnResConfig(variant="local", num_blocks=2),
 }
-#: One layer of each is as much as a slow compiler needs to see.
+
+
+class PostNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(96, 8)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            h = norm(h + layer(h))
+        return h
+
+
+#: One layer is as much as a slow compiler, or a question about a model's Python, needs to see.
 MODELS = {
     **FAMILIES,
+    "post-norm net": lambda: (widened(PostNorm()), {"ids": IDS}, 2),
     "llama, one layer": lambda: family("llama", TEXT, 2, **{**GROUPED, "num_hidden_layers": 1}),
     "bert, one layer": lambda: family("bert", TEXT, 2, "AutoModel", **{**SMALL, "num_hidden_layers": 1}),
 }
 
 
 def built(name="llama"):
+    torch.manual_seed(0)
     model, kwargs, _ = MODELS[name]()
     return model, kwargs
 
@@ -34,6 +52,14 @@ def with_random_queries(model, seed=0):
             if read.gate is not None:
                 read.gate.fill_(0.7)
     return model
+
+
+def attached_net(seed=0, config=VARIANTS["full"], inner="eager", **options):
+    """A compiled net with random queries and an input, where the question is not about a model's own code."""
+    torch.manual_seed(0)
+    model, x = Broken(), torch.randn(2, 4, 8)
+    ax.compile(model, (x,), config=config, inner=inner, **options)
+    return with_random_queries(model, seed), x
 
 
 def attached(name="llama", *, inner="eager", seed=0, config=VARIANTS["block"], **options):

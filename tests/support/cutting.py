@@ -3,7 +3,7 @@
 import torch
 from torch.utils import _pytree as pytree
 
-from attnres_fx.partition.split.chained_model import chains_of, stages_of
+from attnres_fx.partition.split.chained_model import stages_of
 
 
 def spread(converted):
@@ -18,7 +18,7 @@ def spread(converted):
 
 
 def evenly(converted, count):
-    total = next(iter(chains_of(converted).values())).chain.num_sublayers
+    total = sum(s.stream.num_sublayers for s in converted.report.streams if s.stream.nested_in is None)
     count = min(count, total)
     return tuple(total * c // count for c in range(count))
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 L = 2
-ZAMBA_LAYERS = ["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"]
+ZAMBA_LAYERS = ["linear_attention", "hybrid", "hybrid"]
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 TEXT = {"input_ids": IDS}
-SHORT = {"input_ids": IDS[:, :5]}  # where one step a token is unrolled
+SHORT = {"input_ids": IDS[:, :3]}  # where one step a token is unrolled
 PAIR = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
 SMALL = {
     "vocab_size": 96,

@@ -8,7 +8,9 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import itertools
 import logging
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -126,32 +128,30 @@ def sources_of(count: int, *shape: int, dtype: torch.dtype = torch.float32) -> l
 
 @check
 def shapes() -> None:
-    for count, tokens, width in [(1, 1, 1), (33, 7, 2047), (9, 3, 2049), (37, 8, 200), (3, 4, 1000), (2, 3, 7186)]:
+    for count, tokens, width in [(1, 1, 1), (33, 2, 2047), (9, 2, 2049), (37, 8, 200), (3, 4, 1000), (2, 2, 7186)]:
         compare(sources_of(count, tokens, width))
 
 
 @check
 def wide_and_deep() -> None:
     compare(sources_of(9, 2, 7168, dtype=torch.bfloat16))
-    compare(sources_of(129, 2, 8192), tolerance=(1e-5, 2e-4))
+    compare(sources_of(129, 1, 8192), tolerance=(1e-5, 2e-4))
 
 
 @check
 def fusions() -> None:
-    for norm in (0, 1, 2):
-        for with_delta in (False, True):
-            for count in (1, 5, 17):
-                delta = torch.randn(6, 72) if with_delta else None
-                compare(sources_of(count, 6, 72), norm=norm, delta=delta)
-    compare(sources_of(4, 6, 72), norm=1, weighted=False)
-    compare(sources_of(4, 6, 72), norm=2, weighted=False)
+    cases = list(itertools.product((5,), (0, 1, 2), (False, True)))
+    cases += [(1, 0, True), (1, 1, True), (1, 2, False), (17, 0, False), (17, 1, False), (17, 2, True)]
+    for count, norm, with_delta in cases:
+        compare(sources_of(count, 4, 72), norm=norm, delta=torch.randn(4, 72) if with_delta else None)
+    compare(sources_of(4, 4, 72), norm=1, weighted=False)
+    compare(sources_of(4, 4, 72), norm=2, weighted=False)
 
 
 @check
 def dtypes() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for norm in (0, 1, 2):
-            compare(sources_of(5, 7, 300, dtype=dtype), norm=norm, delta=torch.randn(7, 300).to(dtype))
+    for dtype, norm in [(torch.float32, 2), *itertools.product((torch.bfloat16, torch.float16), (0, 1, 2))]:
+        compare(sources_of(5, 4, 300, dtype=dtype), norm=norm, delta=torch.randn(4, 300).to(dtype))
 
 
 @check
@@ -329,7 +329,7 @@ def poisoned_memory() -> None:
 def same_bits_in_two_runs() -> None:
     def once() -> list[Tensor]:
         torch.manual_seed(1)
-        return compare(sources_of(9, 40, 130, dtype=torch.bfloat16), norm=1, delta=torch.randn(40, 130).bfloat16())
+        return compare(sources_of(9, 11, 130, dtype=torch.bfloat16), norm=1, delta=torch.randn(11, 130).bfloat16())
 
     for a, b in zip(once(), once(), strict=True):
         assert torch.equal(a, b)
@@ -442,7 +442,7 @@ def compiled_without_recompiling() -> None:
 
 @check
 def many_kernels_many_launches_same_bits() -> None:
-    sources = sources_of(5, 30, 96)
+    sources = sources_of(5, 10, 96)
     query, weight = torch.randn(96), torch.ones(96)
     usual = depth_attention(sources, query, weight)
     for launch in kernels.tuning.candidates("forward", 5, 96, torch.float32):
@@ -513,8 +513,21 @@ def what_kernels_do_not_take() -> None:
     assert len(heard) == 1 and "17 sources" in heard[0], heard
 
 
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    for name in sys.argv[1:] or list(CHECKS):
+def passes(name: str) -> bool:
+    """Whether a check passes in a child of this process: some leave switches set, and imports cost more than most."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    try:
+        torch.manual_seed(0)
         CHECKS[name]()
         print(f"{name}: ok", flush=True)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    depth_attention([torch.ones(1, 8)], torch.ones(8), torch.ones(8))  # every child has what the first call imports
+    sys.exit(not all(passes(name) for name in sys.argv[1:] or list(CHECKS)))

@@ -61,15 +61,15 @@ def transformers_model(name, **options):
     return getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")(config).eval()
 
 
-def fresh_gpt():
+def fresh_gpt(layers):
     torch.manual_seed(0)
-    return SmallGPT(GPTConfig(vocabulary=96, layers=4, heads=2, width=32, context=16)).eval()
+    return SmallGPT(GPTConfig(vocabulary=96, layers=layers, heads=2, width=32, context=16)).eval()
 
 
 MODELS = {
-    "llama": lambda: (transformers_model("Llama", **{**GROUPED, "num_hidden_layers": 4}), TEXT),
-    "gpt2": lambda: (transformers_model("GPT2", **{**GPT, "n_layer": 4}), TEXT),
-    "example": lambda: (fresh_gpt(), {"ids": IDS}),
+    "llama": lambda layers=4: (transformers_model("Llama", **{**GROUPED, "num_hidden_layers": layers}), TEXT),
+    "gpt2": lambda layers=4: (transformers_model("GPT2", **{**GPT, "n_layer": layers}), TEXT),
+    "example": lambda layers=4: (fresh_gpt(layers), {"ids": IDS}),
 }
 
 
