@@ -19,7 +19,7 @@ def reads_of(stream):
 
 
 def main_reads(report):
-    return [reads_of(s) for s in report.streams if s.nested_in is None]
+    return [reads_of(s) for s in report.streams if s.is_main]
 
 
 def inspected(name, *, train=False, **options):
@@ -43,7 +43,7 @@ def check(streams, refusals, case):
 
 
 def check_report(report, case):
-    check([s for s in report.streams if s.nested_in is None], report.refusals, case)
+    check([s for s in report.streams if s.is_main], report.refusals, case)
 
 
 def check_converted(report, case):

@@ -1,7 +1,8 @@
 """Which stream is computed inside another's sublayer, added into it, or cut off from it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from torch.fx import Node
 
@@ -28,50 +29,61 @@ def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Strea
     Returns:
         The streams with `nested_in` and `around`, in their order.
     """
-    inside = {i: [o for o, outer in enumerate(chains) if _encloses(outer, inner)] for i, inner in enumerate(chains)}
-    outers = {o for around in inside.values() for o in around}
-    work = {i: chain.work() for i, chain in enumerate(chains) if i in outers or inside[i]}
-    around: dict[int, int] = {}
-    for outer in outers:
-        inner = [i for i in inside if outer in inside[i]]
-        within = {node: count for i in inner for node, count in work[i].items()}
-        if sum(count for node, count in work[outer].items() if node not in within) < sum(within.values()):
-            around[outer] = max(inner, key=lambda i: sum(work[i].values()))
-    nested = {i: next((o for o in found if o not in around), None) for i, found in inside.items()}
+    numbers = range(len(chains))
+    inside = {(o, i): how for i in numbers for o in numbers if (how := _inside(chains[o], chains[i]))}
+    around = _skips_around(chains, [pair for pair, how in inside.items() if how == "one sublayer"])
+    nested: dict[int, int] = {}
+    for outer, inner in inside:
+        if outer not in around:
+            nested.setdefault(inner, outer)
     return [
         replace(
             stream,
-            nested_in=None if (outer := nested[i]) is None else streams[outer].name,
+            nested_in=streams[nested[i]].name if i in nested else None,
             around=streams[around[i]].name if i in around else None,
         )
         for i, stream in enumerate(streams)
     ]
 
 
-def _encloses(outer: StreamChain, inner: StreamChain) -> bool:
-    """Whether one stream is computed inside one sublayer of another.
+def _skips_around(chains: list[StreamChain], inside: list[tuple[int, int]]) -> dict[int, int]:
+    """The streams that do less by themselves than those in their sublayers, each with the largest of those."""
+    work = {i: chains[i].work() for pair in inside for i in pair}
+    found: dict[int, int] = {}
+    for outer in {o for o, _ in inside}:
+        inner = [i for o, i in inside if o == outer]
+        within = {node: count for i in inner for node, count in work[i].items()}
+        if sum(count for node, count in work[outer].items() if node not in within) < sum(within.values()):
+            found[outer] = max(inner, key=lambda i: sum(work[i].values()))
+    return found
 
-    Its sublayers depend on the other stream, and one term of that depends on it, on which it does not depend in turn:
-    lanes that read each other layer by layer stand side by side. What begins beside the other stream, with an input
-    or a weight, may only go on through that term.
+
+def _inside(outer: StreamChain, inner: StreamChain) -> Literal["", "one sublayer", "sublayers"]:
+    """Whether one stream is computed inside a sublayer of another, or of several.
+
+    Its sublayers depend on the other stream, and a term of that depends on it. If nothing of it depends on that term it
+    is inside one sublayer. Lanes that read each other layer by layer stand side by side; but one value that is made in
+    a sublayer and added to once in each later one is no lane, unless a result is made of the sum.
     """
     depends, root = inner.sums.dependence, inner.parts[0].root
     if outer is inner:
-        return False
+        return ""
     addends = [a for p in inner.parts for t in p.terms if (a := inner.sums.addend(t)) is not None]
     if not any(depends.at_all(a, outer.parts[0].root) for a in addends):
-        return False
-    for term in (t for p in outer.parts for t in p.terms):
-        addend = outer.sums.addend(term)
-        if addend is not None and (addend is root or depends.at_all(addend, root)):
-            own = not any(a is term or depends.at_all(a, term) for a in addends)
-            return own and (depends.at_all(root, outer.parts[0].root) or not _goes_past(inner, term))
-    return False
+        return ""
+    terms = [t for p in outer.parts for t in p.terms]
+    first = next((t for t in terms if (a := outer.sums.addend(t)) and (a is root or depends.at_all(a, root))), None)
+    if first is None:
+        return ""
+    begins_inside = depends.at_all(root, outer.parts[0].root)
+    if any(a is first or depends.at_all(a, first) for a in addends):
+        return "sublayers" if begins_inside and inner.num_sublayers == 1 and not _goes_past(inner, terms) else ""
+    return "one sublayer" if begins_inside or not _goes_past(inner, [first]) else ""
 
 
-def _goes_past(inner: StreamChain, term: Node) -> bool:
-    """Whether a stream reaches the results of a graph by another way than through a term."""
-    seen, stack = {term}, [n for p in inner.parts for n in p.nodes]
+def _goes_past(inner: StreamChain, terms: Collection[Node]) -> bool:
+    """Whether a stream reaches the results of a graph by another way than through these terms."""
+    seen, stack = set(terms), [n for p in inner.parts for n in p.nodes]
     while stack:
         node = stack.pop()
         if node.op == "output":

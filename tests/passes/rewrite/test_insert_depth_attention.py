@@ -79,15 +79,16 @@ def test_reads_go_in_and_orphaned_additions_go_out():
     """)
 
 
-def test_a_local_block_ends_in_a_summary_and_a_post_norm_read_is_gated():
+def test_a_local_block_ends_in_a_summary_and_a_post_norm_read_is_gated_where_its_sources_are_not_the_state():
     gm = captured(toy(two_layers), (rows(),), "symbolic")
     inserting("local")(gm)
     assert "depth_attention_default_1 = depth_attention([depth_attention_default, mlp_1], query_2" in graph_text(gm)
     gm = captured(toy(post_norm), (rows(),), "symbolic")
     inserting()(gm)
     text = graph_text(gm)
-    assert "depth_attention([x, attn_1], query_1, key_1, 1e-06, 1.0)" in text
-    assert "sub = sub(depth_attention_default, add)\nmul = mul(sub, gate_1)\nadd_2 = add(add, mul)" in text
+    assert "depth_attention([x, attn_1], query_1, key_1, 1e-06, 2.0)" in text
+    assert "sub = sub(depth_attention_default_1, add_1)\nmul = mul(sub, gate_2)\nadd_2 = add(add_1, mul)" in text
+    assert "gate_1" not in text
 
 
 @pytest.mark.parametrize("variant", ["full", "block", "local"])
