@@ -8,10 +8,10 @@ from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.formal_sum import FormalSums, Root
 from attnres_fx.passes.streams.interpretation import find_formal_sums
+from attnres_fx.passes.streams.interruptions import find_interruptions
 from attnres_fx.passes.streams.names import name_streams
 from attnres_fx.passes.streams.nesting import (
     allow_inside_sublayers,
-    find_interruptions,
     injected_into,
     nest_streams,
     refuse_injected,
