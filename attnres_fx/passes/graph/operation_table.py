@@ -206,11 +206,14 @@ OPERATIONS = (
     Operation("broadcast_to", MOVE | SAME),
     *(Operation(n, MOVE) for n in ("select", "index_select", "roll", "flip")),
     # Tensors joined, split, repeated
-    Operation("cat", LIGHT | Trait.WIDENS),
+    Operation("cat", LIGHT | Trait.WIDENS, aten="cat.default", function=torch.cat),
     Operation("concat", LIGHT | Trait.WIDENS),
     Operation("concatenate", Trait.WIDENS),
     Operation("pad", LIGHT | Trait.WIDENS),
-    *(Operation(n, LIGHT) for n in ("stack", "hstack", "vstack", "split", "chunk", "unbind")),
+    Operation("stack", LIGHT, aten="stack.default", function=torch.stack),
+    *(Operation(n, LIGHT) for n in ("hstack", "vstack", "split", "split_with_sizes", "tensor_split", "chunk", "unbind")),
+    Operation("slice_scatter", LIGHT, aten="slice_scatter.default", function=torch.slice_scatter),
+    Operation("select_scatter", LIGHT, aten="select_scatter.default", function=torch.select_scatter),
     *(Operation(n, LIGHT) for n in ("repeat", "repeat_interleave", "tile")),
     *(Operation(n, Trait.VIEW) for n in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")),
     # Shapes changed in place; underscores that write nothing
