@@ -211,9 +211,13 @@ OPERATIONS = (
     Operation("concatenate", Trait.WIDENS),
     Operation("pad", LIGHT | Trait.WIDENS),
     Operation("stack", LIGHT, aten="stack.default", function=torch.stack),
-    *(Operation(n, LIGHT) for n in ("hstack", "vstack", "split", "split_with_sizes", "tensor_split", "chunk", "unbind")),
+    *(
+        Operation(n, LIGHT)
+        for n in ("hstack", "vstack", "split", "split_with_sizes", "tensor_split", "chunk", "unbind")
+    ),
     Operation("slice_scatter", LIGHT, aten="slice_scatter.default", function=torch.slice_scatter),
     Operation("select_scatter", LIGHT, aten="select_scatter.default", function=torch.select_scatter),
+    Operation("index_put", aten="index_put.default", function=torch.index_put),
     *(Operation(n, LIGHT) for n in ("repeat", "repeat_interleave", "tile")),
     *(Operation(n, Trait.VIEW) for n in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")),
     # Shapes changed in place; underscores that write nothing

@@ -16,20 +16,15 @@ how rotary embeddings are written.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
-from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.emit import emit
-from attnres_fx.passes.graph.nodes import copy_call, same_shape, shape_of, tensor_of, value_of
-from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import has_trait, moves_data
-from attnres_fx.passes.graph.pieces import Join, Piece, join_of, lie_side_by_side, pieces_of
+from attnres_fx.passes.graph.nodes import same_shape, shape_of, tensor_of, value_of
+from attnres_fx.passes.graph.pieces import Join, Piece, join_of, lie_side_by_side
 from attnres_fx.passes.graph.result import PassResult
-from attnres_fx.passes.streams.dependence import Dependence
+from attnres_fx.passes.normalize.row_parts import Part, Parts, may_be_written, may_stand_before, piece_of_other
 
 
 def rejoin_rows_pass(gm: GraphModule) -> PassResult:
@@ -51,33 +46,6 @@ def rejoin_rows_pass(gm: GraphModule) -> PassResult:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A part of a join that is a piece of a tensor, perhaps with something added to it.
-
-    Args:
-        pieces: What it is a piece of, before anything was added.
-        below: The part that the addend was added to; None of a piece.
-        node: The node that holds it.
-        addend, scale: What was added.
-    """
-
-    pieces: tuple[Piece, ...]
-    node: Node
-    below: "_Part | None" = None
-    addend: Node | None = None
-    scale: float = 1
-
-    def sums(self) -> "list[_Part]":
-        """The additions that made it, the first one first."""
-        found = []
-        part: _Part | None = self
-        while part is not None and part.below is not None:
-            found.append(part)
-            part = part.below
-        return found[::-1]
-
-
-@dataclass(frozen=True)
 class _Match:
     """A join as pieces of one tensor, each with what was added to it; None for a part that is something else."""
 
@@ -85,7 +53,7 @@ class _Match:
     join: Join
     source: Node
     pieces: tuple[Piece | None, ...]
-    sums: tuple[list[_Part], ...]
+    sums: tuple[list[Part], ...]
 
     @property
     def is_identity(self) -> bool:
@@ -99,40 +67,25 @@ class _Match:
 
 
 class _Rejoiner:
-    """Two walks: what is put together unchanged is known first, and then what was added to on the way.
+    """Walks through the joins in the order of the graph.
 
     Attributes:
         parts: What nodes are known to be pieces of; nodes before the one that the walk has come to.
-        origin: The join that a sum stands for now.
-        same: A view, and the first node that takes the same view of the same tensor.
-        depends: Which nodes depend on what is joined again, as the graph was before the second walk.
     """
 
     def __init__(self, graph: Graph, joins: dict[Node, Join]) -> None:
         self.graph = graph
         self.joins = joins
-        self.parts: dict[Node, _Part | None] = {}
-        self.origin: dict[Node, Node] = {}
-        self.depends: Dependence | None = None
-        self.same = _equal_views(graph)
+        self.parts = Parts(graph)
 
     def run(self) -> list[str]:
-        removed = [n.name for n in list(self.joins) if self._replace(n, self._match(n))]
-        self.parts.clear()
-        partial = [m for n in self.joins if (m := self._match(n)) is not None]
-        if partial:
-            self.parts.clear()
-            self.depends = Dependence(self.graph, {n for m in partial for n in (m.source, m.node)})
-            removed += [m.node.name for m in partial if self._replace(m.node, self._match(m.node))]
-        return removed
+        return [name for n in self.joins if (name := n.name) and self._replace(n, self._match(n))]
 
     def _replace(self, node: Node, match: _Match | None) -> bool:
         total = None if match is None else self._rejoined(match)
         if total is None:
             return False
         node.replace_all_uses_with(total)
-        self.origin[total] = node
-        self.joins.pop(node)
         self.graph.erase_node(node)
         return True
 
@@ -140,7 +93,7 @@ class _Rejoiner:
         join = _flat(node)
         if join is None:
             return None
-        parts = [self._part(p) for p in join.parts]
+        parts = [self.parts.of(p) for p in join.parts]
         first = next((p for p in parts if p is not None), None)
         for source in [p.source for p in first.pieces] if first is not None else ():
             if not same_shape(source, node) or not _same_dtype(source, node):
@@ -153,46 +106,17 @@ class _Rejoiner:
                 return _Match(node, join, source, tuple(chosen), sums)
         return None
 
-    def _piece_of(self, part: _Part | None, source: Node, join: Join) -> Piece | None:
+    def _piece_of(self, part: Part | None, source: Node, join: Join) -> Piece | None:
         """What a part is of a tensor, or of what takes the same view of the same tensor."""
         pieces = part.pieces if part is not None else ()
-        same = self.same.get(source, source)
         fitting = (p for p in pieces if p.dim == join.dim and p.dropped == join.stacked)
-        return next((p for p in fitting if self.same.get(p.source, p.source) is same), None)
-
-    def _part(self, node: Node) -> _Part | None:
-        """A node as a piece with additions; a walk instead of recursion, since streams are long."""
-        path = [node]
-        while path:
-            current = path[-1]
-            if current in self.parts:
-                path.pop()
-                continue
-            pieces = tuple(pieces_of(current))
-            below = [] if pieces else _summands(current)
-            unknown = [n for n, _, _ in below if n not in self.parts]
-            if unknown:
-                path += unknown
-                continue
-            self.parts[current] = _Part(pieces, current) if pieces else self._added(current, below)
-        return self.parts[node]
-
-    def _added(self, node: Node, below: list[tuple[Node, Node | None, float]]) -> _Part | None:
-        for operand, addend, scale in below:
-            part = self.parts[operand]
-            if part is None:
-                continue
-            if addend is None:  # handed on as it is
-                return _Part(part.pieces, node, part.below, part.addend, part.scale)
-            if same_shape(operand, node):
-                return _Part(part.pieces, node, part, addend, scale)
-        return None
+        return next((p for p in fitting if self.parts.are_same(p.source, source)), None)
 
     def _rejoined(self, match: _Match) -> Node | None:
         if match.is_identity:
             with self.graph.inserting_before(match.node):
                 return self._copied(match)
-        if self.depends is None or not self._is_written_to(match, self.depends):
+        if not _is_written_to(match):
             return None
         with_sums = [i for i, sums in enumerate(match.sums) if sums]
         read_between = any(_outside_users(match, i, s) for i in with_sums for s in match.sums[i])
@@ -205,19 +129,6 @@ class _Rejoiner:
         copied = emit(self.graph, "clone", (match.source,), like=match.node, value=value_of(match.node))
         copied.kwargs = {"memory_format": torch.contiguous_format}  # a join lies in memory in its own order
         return copied
-
-    def _is_written_to(self, match: _Match, depends: Dependence) -> bool:
-        """Whether what is written into rows is a branch of the tensor, or has nothing to do with a running sum."""
-        source = self.origin.get(match.source, match.source)
-        replaced = None in match.pieces
-        if replaced and match.join.dim == len(shape_of(match.node)) - 1:
-            return False
-        written = [self.origin.get(n, n) for n in match.written]
-        if not all(map(depends.knows, (source, *written))):
-            return False
-        if any(depends.at_all(n, source) and not depends.is_branch(n, source) for n in written):
-            return False
-        return any(depends.is_branch(n, source) for n in written) or _is_running_sum(match.source)
 
     def _added_at_once(self, match: _Match) -> Node | None:
         """What is written to all rows as one addend, and a second one where a row is added to twice."""
@@ -239,7 +150,7 @@ class _Rejoiner:
             return emit(self.graph, "zeros_like", (part,), like=part, dialect=match.node)
         return self._scaled(sums[level], like=match.node)
 
-    def _scaled(self, part: _Part, *, like: Node) -> Node:
+    def _scaled(self, part: Part, *, like: Node) -> Node:
         """The addend of a part in the shape of the part."""
         addend = part.addend
         assert addend is not None and part.below is not None
@@ -274,33 +185,26 @@ class _Rejoiner:
         """One part is added to and read in between: each sum is one of the whole, and its readers take their rows."""
         piece, first = match.pieces[index], match.sums[index][0].node
         assert piece is not None
-        if match.source >= first or not all(p and _may_stand_before(p, first) for p in match.pieces):
+        if match.source >= first or not all(p and may_stand_before(p, first) for p in match.pieces):
             return None
         total = match.source
-        self.parts.clear()
+        self.parts.forget()
         for part in match.sums[index]:
             with self.graph.inserting_before(part.node):
                 rows = [self._total_row(match, i, part if i == index else None) for i in range(len(match.pieces))]
                 total = self._plus(match, total, rows, like=part.node)
-                seen = self._piece_of_total(piece, total)
+                seen = piece_of_other(piece, total)
             for user in _outside_users(match, index, part):
                 user.replace_input_with(part.node, seen)
         return total
 
-    def _total_row(self, match: _Match, index: int, part: _Part | None) -> Node:
+    def _total_row(self, match: _Match, index: int, part: Part | None) -> Node:
         piece = match.pieces[index]
         assert piece is not None
         if part is not None:
             return self._scaled(part, like=match.node)
-        rows = self._piece_of_total(piece, match.source)
+        rows = piece_of_other(piece, match.source)
         return emit(self.graph, "zeros_like", (rows,), like=rows, dialect=match.node)
-
-    def _piece_of_total(self, piece: Piece, total: Node) -> Node:
-        """A piece taken again, of a tensor in the place of another."""
-        copied = {piece.source: total}
-        for node in reversed(_path(piece)):
-            copied[node] = copy_call(node, dict(copied))
-        return copied[piece.node]
 
 
 def _flat(node: Node) -> Join | None:
@@ -316,55 +220,18 @@ def _flat(node: Node) -> Join | None:
     return Join(tuple(parts), join.dim, False)
 
 
-def _summands(node: Node) -> list[tuple[Node, Node | None, float]]:
-    """What a node may be a sum onto: the operand, what is added to it, and the scale of that."""
-    if has_trait(node, Trait.IDENTITY) and node.args and isinstance(node.args[0], Node):
-        return [(node.args[0], None, 1)]
-    a = match_addition(node)
-    if a is None:
-        return []
-    ways = ((a.left, a.left_scale, a.right, a.right_scale), (a.right, a.right_scale, a.left, a.left_scale))
-    return [(left, right, scale) for left, kept, right, scale in ways if kept == 1]
-
-
-def _outside_users(match: _Match, index: int, part: _Part) -> list[Node]:
+def _outside_users(match: _Match, index: int, part: Part) -> list[Node]:
     """Who takes in a sum of a part, the next sum and the join aside."""
     chain = {s.node for s in match.sums[index]} | {match.node}
     return [u for u in part.node.users if u not in chain]
 
 
-def _path(piece: Piece) -> list[Node]:
-    """The nodes from a piece down to what it is a piece of."""
-    path = [piece.node]
-    while path[-1].args[0] is not piece.source:
-        path.append(path[-1].args[0])  # type: ignore[arg-type]
-    return path
-
-
-def _may_stand_before(piece: Piece, place: Node) -> bool:
-    """Whether everything that a piece takes besides its source is there before a place."""
-    path = _path(piece)
-    inside = {*path, piece.source}
-    return all(n in inside or n < place for p in path for n in p.all_input_nodes)
-
-
-def _equal_views(graph: Graph) -> dict[Node, Node]:
-    """Nodes that take the same view of the same tensor as one before them: code often takes a view again."""
-    first: dict[Any, Node] = {}
-    same: dict[Node, Node] = {}
-    for node in graph.nodes:
-        if has_trait(node, Trait.RESHAPE | Trait.TOKEN_MOVE) and not node.kwargs:
-            args = map_arg(node.args, lambda n: same.get(n, n))
-            found = first.setdefault((node.op, node.target, repr(args)), node)
-            if found is not node:
-                same[node] = found
-    return same
-
-
-def _is_running_sum(node: Node) -> bool:
-    while moves_data(node) and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return match_addition(node) is not None
+def _is_written_to(match: _Match) -> bool:
+    """Whether what is written into rows may be part of a stream; features are never replaced."""
+    replaced = None in match.pieces
+    if replaced and match.join.dim == len(shape_of(match.node)) - 1:
+        return False
+    return may_be_written(match.written, match.source)
 
 
 def _same_dtype(a: Node, b: Node) -> bool:

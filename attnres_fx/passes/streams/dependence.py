@@ -44,10 +44,6 @@ class Dependence:
             self._any[seen] |= self._any[node]
             self._heavy[seen] |= self._heavy[node]
 
-    def knows(self, node: Node) -> bool:
-        """Whether a node was in the graph."""
-        return node in self._any
-
     def at_all(self, node: Node, anchor: Node) -> bool:
         """Whether `node` depends on `anchor`, however little is done on the way."""
         return bool(self._any[node] & self._bit.get(anchor, 0))
