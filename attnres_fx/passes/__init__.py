@@ -17,6 +17,7 @@ from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 from attnres_fx.passes.normalize.normalization import NORMALIZATION, normalize_, propagate_values_
 from attnres_fx.passes.normalize.rejoin_rows import rejoin_rows_pass
 from attnres_fx.passes.normalize.undo_reshapes import undo_reshapes_pass
+from attnres_fx.passes.normalize.unfold_row_writes import unfold_row_writes_pass
 from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
 from attnres_fx.passes.rewrite.depth_attention import Replacement, insert_depth_attention_pass
 from attnres_fx.passes.rewrite.insertion import ReadParameters
@@ -78,5 +79,6 @@ __all__ = [
     "run_pass",
     "two_phase_pass",
     "undo_reshapes_pass",
+    "unfold_row_writes_pass",
     "unfuse_additions_pass",
 ]

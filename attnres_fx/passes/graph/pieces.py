@@ -1,7 +1,7 @@
 """Which part of which tensor a node is, and what a node puts together from parts, in every spelling of the two."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
@@ -25,6 +25,7 @@ class Piece:
         start: Where it begins, a number or a symbol.
         size: How long it is.
         dropped: Whether the dimension is gone, in a piece of length 1.
+        bounds: Where a slice begins and ends, as its call says it.
     """
 
     node: Node
@@ -33,6 +34,7 @@ class Piece:
     start: Any
     size: Any
     dropped: bool = False
+    bounds: tuple[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _step(node: Node) -> Piece | None:
     last = node
     while (has_trait(node, Trait.IDENTITY) or _takes_all(node)) and isinstance(node.args[0], Node):
         node = node.args[0]
-    piece = _direct(node) or _with_dimension_again(node)
+    piece = piece_of(node) or _with_dimension_again(node)
     return None if piece is None else Piece(last, piece.source, piece.dim, piece.start, piece.size, piece.dropped)
 
 
@@ -98,7 +100,8 @@ def _takes_all(node: Node) -> bool:
     return named and isinstance(node.args[0], Node) and same_shape(node, node.args[0])
 
 
-def _direct(node: Node) -> Piece | None:
+def piece_of(node: Node) -> Piece | None:
+    """What a view of rows is a piece of; None of any other node."""
     name = op_name(node)
     if not node.args or not isinstance(node.args[0], Node) or not is_floating(node):
         return None
@@ -113,10 +116,11 @@ def _direct(node: Node) -> Piece | None:
     first = argument_of(node, 2, {"select": "index"}.get(name, "start"))
     if name == "slice" and argument_of(node, 4, "step") not in (None, 1):
         return None
-    return _piece(node, source, dim % rank, first, dropped=name == "select")
+    piece = _piece(node, source, dim % rank, first, dropped=name == "select")
+    return replace(piece, bounds=(first, argument_of(node, 3, "end"))) if name == "slice" else piece
 
 
-def _piece(node: Node, source: Node, dim: int, first: Any, *, dropped: bool) -> Piece | None:
+def _piece(node: Node, source: Node, dim: int, first: Any, *, dropped: bool) -> Piece:
     start = value_of(first) if isinstance(first, Node) else first
     whole = shape_of(source)[dim]
     start = 0 if start is None else start
@@ -142,7 +146,8 @@ def _indexed(node: Node, source: Node, index: Any) -> Piece | None:
         return None
     dim, pick = picks[0]
     if isinstance(pick, slice):
-        return _piece(node, source, dim, pick.start, dropped=False) if pick.step in (None, 1) else None
+        piece = _piece(node, source, dim, pick.start, dropped=False)
+        return replace(piece, bounds=(pick.start, pick.stop)) if pick.step in (None, 1) else None
     if isinstance(pick, int) and not isinstance(pick, bool):
         return _piece(node, source, dim, pick, dropped=True)
     return None
@@ -207,4 +212,4 @@ def lie_side_by_side(pieces: list[Piece | None], sizes: list[Any]) -> bool:
     return True
 
 
-__all__ = ["Join", "Piece", "join_of", "lie_side_by_side", "pieces_of"]
+__all__ = ["Join", "Piece", "join_of", "lie_side_by_side", "piece_of", "pieces_of"]

@@ -68,7 +68,7 @@ class Parts:
                 path.pop()
                 continue
             pieces = tuple(pieces_of(current))
-            below = [] if pieces else _summands(current)
+            below = [] if pieces else summands(current)
             unknown = [n for n, _, _ in below if n not in self._known]
             if unknown:
                 path += unknown
@@ -145,7 +145,7 @@ def _dependence(node: Node, bases: set[Node], earliest: Node) -> str:
     return reached
 
 
-def _summands(node: Node) -> list[tuple[Node, Node | None, float]]:
+def summands(node: Node) -> list[tuple[Node, Node | None, float]]:
     """What a node may be a sum onto: the operand, what is added to it, and the scale of that."""
     if has_trait(node, Trait.IDENTITY) and node.args and isinstance(node.args[0], Node):
         return [(node.args[0], None, 1)]
