@@ -343,5 +343,7 @@ class _Functionalizer:
         with self.graph.inserting_before(output):
             for node, seen in self.inputs.items():
                 value = self._value(node)
+                if value is node:  # written with what it held
+                    continue
                 with self._gradients(seen):
                     emit(self.graph, "copy_", (node, value), like=node, value=value_of(node), dialect=value)

@@ -212,7 +212,7 @@ def _is_rows_of(node: Node, write: _Write) -> bool:
     picked = list(picked) if isinstance(picked, list | tuple) else [picked]
     if name == "index_put":
         return picked == list(args[1]) if isinstance(args[1], list | tuple) else False
-    return args[1] == 0 and picked == [args[2]]
+    return bool(args[1] == 0 and picked == [args[2]])
 
 
 def _is_piece_written(node: Node, write: _Write) -> bool:

@@ -4,7 +4,7 @@ from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import Addition
 from attnres_fx.passes.graph.nodes import same_shape, tensor_of
-from attnres_fx.passes.graph.operations import called_module, is_light, op_name
+from attnres_fx.passes.graph.operations import called_module, is_light, moves_data, op_name
 from attnres_fx.passes.streams.dependence import Dependence
 
 _SPREADS = ("expand", "expand_as", "broadcast_to")
@@ -27,14 +27,20 @@ def centres(addition: Addition, root: Node, depends: Dependence) -> bool:
         node = node.all_input_nodes[0]
     if same_shape(node, addition.left):
         return False
-    reduced = False
-    while node is not root and (step := _step_of_statistic(node, root, depends)) is not None:
+    whole = _seen_as(addition.left)
+    while node not in whole and (step := _step_of_statistic(node, root, depends)) is not None:
         scale *= _sign(node)
-        reduced = reduced or not is_light(node)
         node = step
-        if reduced and same_shape(node, addition.left):
-            return scale < 0
-    return False
+    return node in whole and scale < 0
+
+
+def _seen_as(node: Node) -> set[Node]:
+    """A tensor, and what it is another form of."""
+    found = {node}
+    while moves_data(node) and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+        found.add(node)
+    return found
 
 
 def _step_of_statistic(node: Node, root: Node, depends: Dependence) -> Node | None:
