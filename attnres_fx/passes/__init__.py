@@ -17,6 +17,9 @@ from attnres_fx.passes.normalize.dead_code import remove_dead_code_pass
 from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pass
 from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
 from attnres_fx.passes.normalize.normalization import NORMALIZATION, normalize_, propagate_values_
+from attnres_fx.passes.normalize.rejoin_rows import rejoin_rows_pass
+from attnres_fx.passes.normalize.undo_reshapes import undo_reshapes_pass
+from attnres_fx.passes.normalize.unfold_row_writes import unfold_row_writes_pass
 from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
 from attnres_fx.passes.rewrite.depth_attention import Replacement, insert_depth_attention_pass
 from attnres_fx.passes.rewrite.insertion import ReadParameters
@@ -74,8 +77,11 @@ __all__ = [
     "plan_schedule",
     "plan_sum_fusions",
     "propagate_values_",
+    "rejoin_rows_pass",
     "remove_dead_code_pass",
     "run_pass",
     "two_phase_pass",
+    "undo_reshapes_pass",
+    "unfold_row_writes_pass",
     "unfuse_additions_pass",
 ]

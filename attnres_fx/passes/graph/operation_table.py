@@ -213,10 +213,15 @@ OPERATIONS = (
     Operation("broadcast_to", MOVE | SAME | Trait.REPEATS),
     *(Operation(n, MOVE) for n in ("select", "index_select", "roll", "flip")),
     # Tensors joined, split, repeated
-    *(Operation(n, LIGHT | Trait.WIDENS | Trait.JOINS) for n in ("cat", "concat", "concatenate")),
+    Operation("cat", LIGHT | Trait.WIDENS | Trait.JOINS, aten="cat.default", function=torch.cat),
+    *(Operation(n, LIGHT | Trait.WIDENS | Trait.JOINS) for n in ("concat", "concatenate")),
     Operation("pad", LIGHT | Trait.WIDENS),
-    *(Operation(n, LIGHT | Trait.JOINS) for n in ("stack", "hstack", "vstack")),
+    Operation("stack", LIGHT | Trait.JOINS, aten="stack.default", function=torch.stack),
+    *(Operation(n, LIGHT | Trait.JOINS) for n in ("hstack", "vstack")),
     *(Operation(n, LIGHT | Trait.SPLITS) for n in ("split", "chunk", "unbind", "split_with_sizes", "tensor_split")),
+    Operation("slice_scatter", LIGHT, aten="slice_scatter.default", function=torch.slice_scatter),
+    Operation("select_scatter", LIGHT, aten="select_scatter.default", function=torch.select_scatter),
+    Operation("index_put", aten="index_put.default", function=torch.index_put),
     *(Operation(n, LIGHT | Trait.REPEATS) for n in ("repeat", "repeat_interleave", "tile")),
     *(Operation(n, Trait.VIEW | Trait.SPLITS) for n in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")),
     # Shapes changed in place; underscores that write nothing

@@ -69,6 +69,8 @@ def _kind_of_map(node: Node, name: str, first: Node) -> str | None:
         return "identity"
     if has_trait(node, Trait.CAST):
         return "cast"
+    if name in _WRITES and _writes_zeros(node, *_WRITES[name]):
+        return "factor"
     if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
         return "factor" if same_shape(node, first) else None
     if has_trait(node, Trait.RESHAPE):
@@ -76,6 +78,22 @@ def _kind_of_map(node: Node, name: str, first: Node) -> str | None:
     if has_trait(node, Trait.TOKEN_MOVE) and _moves_whole_rows(node, name, first):
         return "token"
     return None
+
+
+#: Where an operation takes what it writes into some rows.
+_WRITES = {
+    "slice_scatter": (1, "src"),
+    "select_scatter": (1, "src"),
+    "index_copy": (3, "source"),
+    "index_put": (2, "values"),
+    "scatter": (3, "src"),
+}
+
+
+def _writes_zeros(node: Node, position: int, name: str) -> bool:
+    """Whether what is written into some rows of a tensor is zero: those rows are multiplied by it."""
+    written = argument_of(node, position, name)
+    return isinstance(written, Node) and op_name(written) == "zeros_like"
 
 
 def _is_identity(node: Node, name: str) -> bool:

@@ -14,6 +14,7 @@ rows, the storage is cloned first; so too where gradients do not see the write, 
 written to gets its final value copied back at the end, for the same reason.
 """
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ from attnres_fx.passes.normalize.functional_form import (
     in_dtype_of,
     shows_all,
 )
+from attnres_fx.passes.normalize.row_writes import is_same_view, may_put_back, picks_by_tensor, put_back
 
 
 def functionalize_mutations_pass(gm: GraphModule) -> PassResult:
@@ -220,7 +222,7 @@ class _Functionalizer:
             has_value = functional is not None or copied is not None
             if has_value and written_as_one(node) and self._covers(written[0]) and not self._hides(written[0]):
                 self._make_functional(node, functional, copied, written[0])
-            else:
+            elif not (written_as_one(node) and self._write_rows(node, functional, copied, written[0])):
                 self._write_to_clones(node, written)
         if returns_what_it_writes(node):
             self.same[node] = written[0]
@@ -231,14 +233,61 @@ class _Functionalizer:
         return self.here in self.frozen and base not in self.frozen and is_floating(base)
 
     def _make_functional(self, node: Node, functional: Any, copied: Node | None, written: Node) -> None:
-        base, target = self._base(written), self._value(written)
-        if copied is not None:
-            value = self._copy_of(self._now(copied), target)
-        else:
-            args, kwargs = not_in_place(node, map_arg(node.args, self._now), map_arg(node.kwargs, self._now))
-            value = in_dtype_of(self._called(node, functional, args, kwargs), target)
+        base, value = self._base(written), self._new_value(node, functional, copied, self._value(written))
         self._advance(base, value if written is base else self._shaped_like(value, self._value(base)))
         self.current[written] = (self.version[base], value)
+
+    def _new_value(self, node: Node, functional: Any, copied: Node | None, target: Node) -> Node:
+        if copied is not None:
+            return self._copy_of(self._now(copied), target)
+        args, kwargs = not_in_place(node, map_arg(node.args, self._now), map_arg(node.kwargs, self._now))
+        return in_dtype_of(self._called(node, functional, args, kwargs), target)
+
+    def _write_rows(self, node: Node, functional: Any, copied: Node | None, written: Node) -> bool:
+        """Write to some rows of a storage as a value of all of it; False where that is not known how."""
+        if self._hides(written) or written in self.frozen or not may_put_back(written, self.parent):
+            return False
+        if node.target is operator.setitem and copied is None:
+            value = self._assigned(node, written)
+        elif copied is not None and is_same_view(self._tensor(copied), written, self.parent):
+            return True  # Python writes back what it has just added to
+        elif functional is not None or copied is not None:
+            value = self._new_value(node, functional, copied, self._value(written))
+        else:
+            return False
+        if value is None:
+            return False
+        base, view, whole = self._base(written), written, value
+        while view is not base:
+            before = self._value(self.parent[view])
+            shown = shows_all(view, self.parent[view])
+            whole = self._shaped_like(whole, before) if shown else put_back(view, before, whole, self.here)
+            view = self.parent[view]
+        self._advance(base, whole)
+        self.current[written] = (self.version[base], value)
+        return True
+
+    def _assigned(self, node: Node, written: Node) -> Node | None:
+        """What `written[index] = value` makes of `written`."""
+        index, value = map_arg(node.args[1], self._now), node.args[2]
+        target = self._value(written)
+        if not isinstance(value, Node) or not is_floating(value):
+            return None
+        if picks_by_tensor(node) is not None:
+            return emit(
+                self.graph,
+                "index_put",
+                (target, [picks_by_tensor(node)], in_dtype_of(self._now(value), target)),
+                like=node,
+            )
+        rows = self._called(node, operator.getitem, (target, index), {})
+        if not may_put_back(rows, {rows: target}):
+            self.graph.erase_node(rows)
+            return None
+        held = self._tensor(value)
+        if self.parent.get(held) is written and held.target is operator.getitem and held.args[1] == index:
+            return target  # Python writes back what it has just added to
+        return put_back(rows, target, self._copy_of(self._now(value), rows), node)
 
     def _copy_of(self, value: Node, target: Node) -> Node:
         """A tensor of its own with a value, in the shape and dtype of what it is written to."""
@@ -295,5 +344,7 @@ class _Functionalizer:
         with self.graph.inserting_before(output):
             for node, seen in self.inputs.items():
                 value = self._value(node)
+                if value is node:  # written with what it held
+                    continue
                 with self._gradients(seen):
                     emit(self.graph, "copy_", (node, value), like=node, value=value_of(node), dialect=value)

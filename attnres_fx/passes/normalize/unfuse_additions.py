@@ -204,4 +204,23 @@ def _split_lerp(graph: Graph, node: Node) -> bool:
     return True
 
 
-_SPLITS = (_split_product, _split_sum_of_stack, _split_scatter, _split_lerp)
+def _split_list(graph: Graph, node: Node) -> bool:
+    """`torch._foreach_add([h, ...], [f, ...])[0]` is `h + f`."""
+    listed = node.args[0] if op_name(node) == "getitem" else None
+    if not isinstance(listed, Node) or op_name(listed) != "_foreach_add" or len(listed.args) != 2:
+        return False
+    index, alpha = node.args[1], listed.kwargs.get("alpha", 1)
+    if not isinstance(index, int) or not all(isinstance(a, list | tuple) for a in listed.args):
+        return False
+    left, right = (a[index] for a in listed.args)  # type: ignore[index]
+    if not isinstance(left, Node) or not isinstance(right, Node) or not isinstance(alpha, int | float):
+        return False
+    with graph.inserting_before(node):
+        total = emit(graph, "add", (left, right), like=node, dialect=listed)
+        if alpha != 1:
+            total.kwargs = {"alpha": alpha}
+    node.replace_all_uses_with(total)
+    return True
+
+
+_SPLITS = (_split_product, _split_sum_of_stack, _split_scatter, _split_lerp, _split_list)

@@ -113,11 +113,16 @@ class SourceBuilder:
             case Extended() as add:
                 return self._extended(add)
             case Merged() as add:
-                left = self.tables[add.left].through(*_scaled(add.left_scale)).resolved()
-                right = self.tables[add.right].through(*_scaled(add.right_scale)).resolved()
+                left = self._operand(add.left, add.left_scale, add.right, node).resolved()
+                right = self._operand(add.right, add.right_scale, add.left, node).resolved()
                 for group, entry in right.items():
                     left[group] = Entry(PendingSum(left[group], entry, node)) if group in left else entry
                 return Table(left)
+
+    def _operand(self, state: Node, scale: float, other: Node, total: Node) -> Table:
+        """The table of one of two states that are added, spread over the shape of the other where it is smaller."""
+        table = self.tables[state].through(*_scaled(scale))
+        return table if same_shape(state, total) else table.through(SpreadLike(other))
 
     def _extended(self, add: Extended) -> Table:
         # A sum that no read sees (only its shape is asked for) was planned as nothing.

@@ -9,9 +9,9 @@ from attnres_fx.passes.streams.beside import sums_beside
 from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.formal_sum import FormalSums, Root
 from attnres_fx.passes.streams.interpretation import find_formal_sums
+from attnres_fx.passes.streams.interruptions import find_interruptions
 from attnres_fx.passes.streams.names import name_streams
 from attnres_fx.passes.streams.nesting import (
-    find_interruptions,
     injected_into,
     nest_streams,
     refuse_injected,

@@ -14,6 +14,7 @@ from attnres_fx.passes.graph.nodes import same_shape, shape_of, sizes_agree
 from attnres_fx.passes.graph.operations import asks_only_metadata
 from attnres_fx.passes.graph.row_maps import RowMap, match_row_maps
 from attnres_fx.passes.normalize.dead_code import find_live
+from attnres_fx.passes.streams.centring import centres
 from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
 
@@ -139,7 +140,7 @@ class _Interpreter:
     def _merge(self, node: Node, a: Addition) -> None:
         sums = self.sums
         root = sums.root[a.left]
-        if not (same_shape(a.left, node) and same_shape(a.right, node)):
+        if not _fits(a.left, a.right, node):
             return
         lengths = self._length(a.left), self._length(a.right)
         if min(lengths) == 1 < max(lengths):
@@ -182,9 +183,11 @@ class _Interpreter:
     def _extends_by_branch(self, node: Node, reading: _Reading) -> bool:
         """`state + addend`, where the addend is a branch of the state's stream."""
         a, root = reading.addition, reading.root
-        if root is None or not same_shape(a.right, node) or not _broadcasts_rows(a.left, node):
+        if root is None or not _fits(a.left, a.right, node) or not _broadcasts_rows(a.left, node):
             return False
-        if (node, a.right) in self.beside or not self.depends.is_branch(a.right, root):
+        if (node, a.right) in self.beside or centres(a, root, self.depends):
+            return False
+        if not self.depends.is_branch(a.right, root):
             return False
         self._extend(node, a, root)
         return True
@@ -219,7 +222,7 @@ class _Interpreter:
     def _starts(self, node: Node, reading: _Reading) -> bool:
         """`left + right` begins a stream: right is a branch of left, or of what left is a map of."""
         a = reading.addition
-        if reading.root is not None or not same_shape(a.right, node) or not _broadcasts_rows(a.left, node):
+        if reading.root is not None or not _fits(a.left, a.right, node) or not _broadcasts_rows(a.left, node):
             return False
         if (node, a.right) in self.beside:
             return False
@@ -230,6 +233,8 @@ class _Interpreter:
                 return False
             path.append(below[0])
         root = path[-1]
+        if centres(a, root, self.depends):
+            return False
         self.sums.states.setdefault(root, Root(root))
         self.sums.root.setdefault(root, root)
         if self._state_of(a.left) is None:
@@ -243,6 +248,11 @@ class _Interpreter:
     def _extend(self, node: Node, a: Addition, root: Node) -> None:
         self.sums.states[node] = Extended(node, a.left, a.left_scale, a.right, a.right_scale)
         self.sums.root[node] = root
+
+
+def _fits(left: Node, right: Node, result: Node) -> bool:
+    """Whether one operand of an addition has the result's shape, so that the other is spread over it."""
+    return same_shape(left, result) or same_shape(right, result)
 
 
 def _broadcasts_rows(state: Node, result: Node) -> bool:

@@ -1,6 +1,6 @@
-"""Which stream is computed inside another's sublayer, added into it, or cut off from it."""
+"""Which stream is computed inside another's sublayer, or added into it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
 
@@ -8,8 +8,7 @@ from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import describe
-from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, moves_data, op_name
+from attnres_fx.passes.graph.operations import asks_only_metadata
 from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.refusals import Refusal, carried_on
 from attnres_fx.passes.streams.root_states import RootStates
@@ -163,39 +162,3 @@ def without_those_inside(refused: list[tuple[Node, Refusal]], chains: list["Stre
             if len(held) <= chain.num_sublayers:
                 inside |= set(held)
     return [refusal for node, refusal in refused if node not in inside]
-
-
-def _just_before(root: Node) -> list[Node]:
-    """What a root takes in, whatever was joined, split or cast in between."""
-    found = list(root.all_input_nodes)
-    for node in found:
-        if len(found) > 64:
-            break
-        if moves_data(node) or has_trait(node, Trait.WIDENS) or op_name(node) in ("chunk", "split", "stack"):
-            found += [n for n in node.all_input_nodes if n not in found]
-    return found
-
-
-def find_interruptions(streams: Sequence[Stream], chains: Sequence["StreamChain"]) -> list[Refusal]:
-    """Where one stream ends only because something is done to it that is neither sum, factor nor view.
-
-    Args:
-        streams: All streams of a graph, with `nested_in`.
-        chains: The nodes of each.
-
-    Returns:
-        A refusal for each stream that begins where another ends.
-    """
-    ending = {n: s for s, c in zip(streams, chains, strict=True) for p in c.parts for n in p.nodes}
-    refusals = []
-    for stream, chain in zip(streams, chains, strict=True):
-        root = chain.parts[0].root
-        before = next((ending[n] for n in _just_before(root) if n in ending), None)
-        if before is None or before is stream or stream.nested_in == before.name or before.around is not None:
-            continue
-        why = (
-            f"{before.name!r} ends here and {stream.name!r} begins, because {op_name(root)!r} is no sum, factor or "
-            f"view of rows: reads after it do not reach what was written before"
-        )
-        refusals.append(Refusal("interrupted", describe(root), why))
-    return refusals

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.fx import Graph, GraphModule
+from torch.utils._pytree import tree_leaves, tree_map
 
 from attnres_fx.passes.graph.emit import emit, emit_switch
 from attnres_fx.passes.graph.operation_table import ALIASES, BY_NAME, OPERATIONS, Trait
@@ -16,6 +17,11 @@ ARGUMENTS = {
     "zeros_like": (X,),
     "to": (X, torch.float64),
     "bmm": (X[None], X[None] + 1),
+    "cat": ([X, X + 1], 1),
+    "stack": ([X, X + 1], 1),
+    "slice_scatter": (X, X[:, 1:] + 1, 1, 1),
+    "select_scatter": (X, X[:, 1] + 1, 1, 1),
+    "index_put": (X, [torch.tensor([1])], X[1:2] + 1),
 }
 EMITTED = [o.name for o in OPERATIONS if o.aten]
 
@@ -24,11 +30,13 @@ def emitted(name, dialect):
     """A graph with one operation in a dialect, and the arguments it runs on."""
     args = ARGUMENTS.get(name, (X, X + 1))
     graph = Graph()
-    inputs = [graph.placeholder(f"x{i}") if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
-    like = graph.call_function(torch.ops.aten.neg.default if dialect == "aten" else torch.neg, (inputs[0],))
-    node = emit(graph, name, tuple(inputs), like=like, value=args[0])
+    tensors = [a for a in tree_leaves(args) if isinstance(a, torch.Tensor)]
+    inputs = {id(a): graph.placeholder(f"x{i}") for i, a in enumerate(tensors)}
+    first = next(iter(inputs.values()))
+    like = graph.call_function(torch.ops.aten.neg.default if dialect == "aten" else torch.neg, (first,))
+    node = emit(graph, name, tree_map(lambda a: inputs.get(id(a), a), args), like=like, value=tensors[0])
     graph.output(node)
-    return GraphModule({}, graph), node, [a.clone() for a in args if isinstance(a, torch.Tensor)]
+    return GraphModule({}, graph), node, [a.clone() for a in tensors]
 
 
 @pytest.mark.parametrize("name", EMITTED)

@@ -5,6 +5,9 @@ import pytest
 from attnres_fx.passes import (
     functionalize_mutations_pass,
     inline_regions_pass,
+    rejoin_rows_pass,
+    undo_reshapes_pass,
+    unfold_row_writes_pass,
     unfuse_additions_pass,
 )
 from tests.support.pass_checks import (
@@ -14,7 +17,16 @@ from tests.support.pass_checks import (
 from tests.support.stream_text import captured, rows, toy
 
 IDLE = pytest.mark.parametrize(
-    "run", [inline_regions_pass, functionalize_mutations_pass, unfuse_additions_pass], ids=lambda run: run.__name__
+    "run",
+    [
+        inline_regions_pass,
+        functionalize_mutations_pass,
+        unfuse_additions_pass,
+        rejoin_rows_pass,
+        unfold_row_writes_pass,
+        undo_reshapes_pass,
+    ],
+    ids=lambda run: run.__name__,
 )
 
 

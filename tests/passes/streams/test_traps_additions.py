@@ -157,6 +157,7 @@ OTHER_WORDS = {
     "sum of a stack along another dimension": lambda h, f: torch.stack((f, h), dim=2).sum(dim=2),
     "lerp with a constant weight": lambda h, f: torch.lerp(h, f, 0.3),
     "lerp by method": lambda h, f: h.lerp(f, 0.5),
+    "lists of tensors": lambda h, f: torch._foreach_add([h], [f])[0],
 }
 
 
