@@ -64,6 +64,7 @@ def test_a_model_without_weights_costs_what_it_costs_with_them():
 
 
 @pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.slow
 def test_twice_the_batch_costs_twice_as_much(rows):
     """One row too, although it is traced as two."""
     single, double = measured(gpt(), IDS[:rows]), measured(gpt(), IDS[:rows].repeat(2, 1))
@@ -82,6 +83,7 @@ def test_the_head_keeps_its_outputs_for_the_loss():
     assert after.activation_bytes == 4 * tokens * (64 + 2 * 32 + 2)
 
 
+@pytest.mark.slow
 def test_sublayers_of_one_structure_are_measured_once(monkeypatch):
     seen = []
     monkeypatch.setattr(cost, "saved_bytes", lambda body, name: seen.append(name) or saved_bytes(body, name))
@@ -102,6 +104,7 @@ def test_parameters_are_counted_once_at_the_first_place_that_uses_them():
     assert costs.after.parameter_bytes == 4 * (2 * 32 + 2 * 32)  # norm, last read
 
 
+@pytest.mark.slow
 def test_layers_that_share_weights_are_tied():
     sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
     model = transformers.AlbertModel(transformers.AlbertConfig(**sizes, embedding_size=16), add_pooling_layer=False)

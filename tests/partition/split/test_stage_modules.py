@@ -63,7 +63,7 @@ def test_a_stage_without_its_unsaved_buffers_gives_no_numbers():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "opt"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_stages_that_recompute_keep_less_and_compute_the_same(name):
     model, kwargs, _ = FAMILIES[name]()
     converted = spread(ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(num_blocks=2), check=False)).eval()
