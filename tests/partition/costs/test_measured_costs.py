@@ -113,6 +113,7 @@ def test_layers_that_share_weights_are_tied():
     assert costs.sublayers[2].parameter_bytes < costs.sublayers[0].parameter_bytes / 10
 
 
+@pytest.mark.slow
 def test_frozen_weights_have_no_gradient_to_compute():
     model = gpt()
     for name, parameter in model.named_parameters():
@@ -128,6 +129,7 @@ def test_frozen_weights_have_no_gradient_to_compute():
     assert costs.sublayers[3].backward_flops == 2 * costs.sublayers[3].forward_flops
 
 
+@pytest.mark.slow
 def test_a_summary_that_later_reads_have_as_a_source_is_not_kept_twice():
     gm, chain = converted_graph(gpt(), IDS, variant="local")
     costs = measure_costs(gm, chain)

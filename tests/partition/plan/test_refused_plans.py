@@ -52,6 +52,7 @@ def test_another_model_is_refused_by_its_first_difference(plan):
         ax.build_stages(changed, plan, check=False)
 
 
+@pytest.mark.slow
 def test_another_conversion_is_refused(plan):
     def converted(**config):
         return ax.convert(branches(), kwargs=ZEROS, config=ax.AttnResConfig(**config), check=False)
