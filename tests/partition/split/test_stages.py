@@ -25,6 +25,7 @@ from tests.support.small_stages import IDS, ZEROS, branches, gpt
         ("opt", "full"),
         ("bert", "local"),
         ("mamba", "local"),
+        ("t5", "full"),
         ("t5", "local"),
         ("albert", "local"),
     ],
