@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TRACING_MODES = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
@@ -42,4 +43,14 @@ def runs_under_a_compiler(sources: Sequence[Tensor]) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and all(type(s) is FunctionalTensor and s.device.type == "cpu" for s in sources)
+    )
+
+
+def has_no_data(tensors: Sequence[Tensor]) -> bool:
+    """Whether a read of these has shapes alone to compute, and nothing records or transforms how it gets them."""
+    return (
+        all(isinstance(t, FakeTensor) for t in tensors)
+        and all(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )

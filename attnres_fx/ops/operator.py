@@ -11,14 +11,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
-from attnres_fx.ops.dispatch import is_transformed, runs_in_plain_eager, runs_under_a_compiler
+from attnres_fx.ops.dispatch import (
+    has_no_data,
+    is_transformed,
+    runs_in_plain_eager,
+    runs_under_a_compiler,
+)
 from attnres_fx.ops.inductor import TracedDepthAttention
 from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, read_of
-from attnres_fx.ops.reference import RecomputedDepthAttention, definition
+from attnres_fx.ops.reference import RecomputedDepthAttention, ShapeOfDepthAttention, definition
 from attnres_fx.ops.sharded import read_by_tokens
 
 SCHEMA = "depth_attention(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain) -> Tensor"
@@ -112,6 +118,8 @@ def _run(tensors: ReadTensors[Tensor], options: ReadOptions) -> list[Tensor]:
     if (local := read_by_tokens(functools.partial(_run, options=options), tensors)) is not None:
         return local
     sources, flat = tensors.sources, (tensors.query, tensors.key_weight, options.eps, options.gain, *tensors.sources)
+    if has_no_data((tensors.query, tensors.key_weight, *sources)) and all(map(is_contiguous_or_false, sources)):
+        return [ShapeOfDepthAttention.apply(*flat)]
     if not is_transformed(sources) and kernels.takes(tensors):
         return kernels.kernel_read(tensors, options, _read_definition)
     if runs_in_plain_eager(sources):

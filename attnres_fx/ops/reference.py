@@ -117,6 +117,27 @@ class RecomputedDepthAttention(torch.autograd.Function):
         return grad_query, grad_key_weight, None, None, *source_grads
 
 
+class ShapeOfDepthAttention(torch.autograd.Function):
+    """The definition for tensors without data: what it returns, without the operations between.
+
+    With free sizes every operation on such tensors is dear, so that the definition of a read takes as long to trace as
+    the rest of a layer. Sources are contiguous, and so is the result.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key_weight: Tensor, eps: float, gain: float, *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key_weight, *sources)
+        ctx.eps, ctx.gain = eps, gain
+        return sources[0].new_empty(sources[0].shape, dtype=result_dtype(sources))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return gradients_of_definition(ctx, ctx.saved_tensors, grad)
+        query, key_weight, *sources = map(torch.empty_like, ctx.saved_tensors)
+        return query, key_weight, None, None, *sources
+
+
 def over_tokens(rows: Tensor) -> Tensor:
     """Sum of [..., D] over all dimensions but the last."""
     return rows.sum(tuple(range(rows.dim() - 1))) if rows.dim() > 1 else rows

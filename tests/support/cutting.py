@@ -1,5 +1,7 @@
 """Converted models cut into stages, and compared with themselves whole."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch.utils import _pytree as pytree
 
@@ -23,9 +25,22 @@ def evenly(converted, count):
     return tuple(total * c // count for c in range(count))
 
 
-def cut(converted, starts, ranks=None, **options):
+_chains = WeakKeyDictionary()
+
+
+def chained(converted, modes):
+    """`chains_of` a model, once for all the ways it is cut."""
+    kept = _chains.setdefault(converted, {})
+    if modes not in kept:
+        kept[modes] = chains_of(converted, modes)
+    return kept[modes]
+
+
+def cut(converted, starts, ranks=None, modes=None, **options):
+    """Stages in these modes, by default in the one the model is in."""
     ranks = ranks or len(starts)
-    options = {"cache": True, "lowering": None, **options}
+    chains = chained(converted, modes or ("train" if converted.training else "eval",))
+    options = {"cache": True, "lowering": None, "chains": chains, **options}
     return stages_of(converted, starts, num_stages=ranks, virtual_stages=len(starts) // ranks, **options)
 
 

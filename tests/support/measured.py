@@ -1,5 +1,7 @@
 """Small models and the costs that are measured on their converted graphs."""
 
+from functools import cache
+
 import torch
 import transformers
 
@@ -24,7 +26,8 @@ def converted_graph(model, *args, variant="full", **kwargs):
     """A converted model's graph in the model's own mode, and its chain of sublayers."""
     config = ax.AttnResConfig(variant=variant, **({} if variant == "full" else {"block_size": 2}))
     converted = ax.convert(model, args, kwargs, config=config, check=False)
-    ordered = chains_of(converted)["train" if model.training else "eval"]
+    mode = "train" if model.training else "eval"
+    ordered = chains_of(converted, (mode,))[mode]
     return ordered.gm, ordered.chain
 
 
@@ -46,3 +49,13 @@ def mixtral(dtype=torch.float32):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
     return transformers.MixtralForCausalLM(config).to(dtype)
+
+
+@cache
+def gpt_costs():
+    return measured(gpt(), IDS)
+
+
+@cache
+def llama_costs():
+    return measured(llama(), input_ids=IDS, use_cache=False)

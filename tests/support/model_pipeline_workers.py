@@ -1,12 +1,11 @@
 """Pipelines over converted models: processes that run the cases of a suite and write what they found, a line a case.
 
-The models are converted once, before the processes are forked.
+The models are converted once, before the processes of both suites are forked.
 
-python -m tests.support.model_pipeline_workers SUITE WORLD FOLDER
+python -m tests.support.model_pipeline_workers FOLDER
 """
 
 import json
-import os
 import sys
 import time
 import traceback
@@ -24,8 +23,11 @@ from attnres_fx.partition.runtime import build_pipeline
 from attnres_fx.partition.simulate.timeline import simulate
 from attnres_fx.partition.split.chained_model import stages_of
 from tests.support.piped_models import chains, convert, loss_fn
+from tests.support.pipeline_cases.tools import full
+from tests.support.pipeline_worlds import in_processes
 
 CASES = {"two": {}, "four": {}}
+RANKS = {"two": 2, "four": 4}
 ZERO_BUBBLE = "InterleavedZeroBubble"
 EVERY = (("GPipe", 1), ("1F1B", 1), ("Interleaved1F1B", 1), ("Interleaved1F1B", 2), (ZERO_BUBBLE, 1), (ZERO_BUBBLE, 2))
 
@@ -88,10 +90,6 @@ def pipeline_of(
 
 
 _copies = {}
-
-
-def full(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def difference(found, wanted, least=1e-4):
@@ -160,32 +158,25 @@ CONFIGS = {
     "spanning": {"variant": "block", "boundaries": (3,)},
     "local": {"variant": "local", "boundaries": (3, 5)},
 }
-
-
 for name, config in CONFIGS.items():
     CASES["two"][f"gpt {name}"] = lambda config=config: against_one_process("gpt", EVERY, config)
     CASES["four"][f"gpt {name}"] = lambda config=config: against_one_process("gpt", EVERY[1:], config)
 
-
 SOME = (EVERY[1], EVERY[3], EVERY[5])
-
-
-for kind in ("llama", "t5", "shared"):
-    CASES["two"][kind] = lambda kind=kind: against_one_process(kind, SOME, {"num_blocks": 2})
-
-
-CASES["four"]["llama"] = lambda: against_one_process("llama", SOME, CONFIGS["spanning"])
-
-
-CASES["four"]["t5"] = lambda: against_one_process("t5", SOME, {"variant": "local", "num_blocks": 2})
+for suite, kinds in {"two": ("llama", "t5", "shared"), "four": ("llama", "t5")}.items():
+    for kind in kinds:
+        CASES[suite][kind] = lambda kind=kind: against_one_process(kind, SOME, {"num_blocks": 2})
 
 
 @case("two")
 def compiled():
     found = {}
-    for schedule, virtual, backend in (("1F1B", 1, "inductor"), ("Interleaved1F1B", 2, "aot_eager")):
+    for kind, config, schedule, virtual, backend in (
+        ("brief", CONFIGS["full"], "1F1B", 1, "inductor"),
+        ("shared", {"num_blocks": 2}, "Interleaved1F1B", 2, "aot_eager"),
+    ):
         torch._dynamo.reset()
-        converted, kwargs, target = convert("gpt", **CONFIGS["spanning"])
+        converted, kwargs, target = convert(kind, **config)
         pipeline, _ = pipeline_of(converted, schedule, virtual, compile=backend)
         found[schedule] = compared(pipeline, converted, kwargs, target)
     return found
@@ -194,14 +185,14 @@ def compiled():
 @case("two")
 def recomputing():
     found = {}
-    for schedule, virtual, backend in (
-        ("1F1B", 1, False),
-        ("Interleaved1F1B", 2, False),
-        (ZERO_BUBBLE, 2, False),
-        ("1F1B", 1, "aot_eager"),
+    for kind, config, schedule, virtual, backend in (
+        ("gpt", CONFIGS["spanning"], "1F1B", 1, False),
+        ("gpt", CONFIGS["spanning"], "Interleaved1F1B", 2, False),
+        ("gpt", CONFIGS["spanning"], ZERO_BUBBLE, 2, False),
+        ("shared", {"num_blocks": 2}, "1F1B", 1, "aot_eager"),
     ):
         torch._dynamo.reset()
-        converted, kwargs, target = convert("gpt", **CONFIGS["spanning"])
+        converted, kwargs, target = convert(kind, **config)
         pipeline, stages = pipeline_of(converted, schedule, virtual, recompute=True, compile=backend)
         assert all(s.programs[s.mode].parts for s in stages)
         found[f"{schedule} {backend}"] = compared(pipeline, converted, kwargs, target)
@@ -266,46 +257,32 @@ def sharded():
     return found
 
 
-CONVERTED = {
-    "two": [
-        *(("gpt", config) for config in CONFIGS.values()),
-        *((kind, {"num_blocks": 2}) for kind in ("llama", "t5", "shared")),
-    ],
-    "four": [
-        *(("gpt", config) for config in CONFIGS.values()),
-        ("llama", CONFIGS["spanning"]),
-        ("t5", {"variant": "local", "num_blocks": 2}),
-    ],
-}
+CONVERTED = [
+    *(("gpt", config) for config in CONFIGS.values()),
+    *((kind, {"num_blocks": 2}) for kind in ("llama", "t5", "shared")),
+    ("brief", CONFIGS["full"]),
+]
 
 
-def main(suite, world, folder):
-    """Convert what the cases need and run them in as many forked processes as there are ranks."""
+def main(folder):
+    """Convert what the cases need, and run each suite in as many forked processes as it has ranks."""
     torch.set_num_threads(1)
-    for kind, config in CONVERTED[suite]:
+    for kind, config in CONVERTED:
         chains(convert(kind, **config)[0])
-    if "evaluation" in CASES[suite]:
-        chains(convert("t5", num_blocks=2)[0], ("train", "eval"))
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            run_rank(suite, rank, world, folder)
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    chains(convert("t5", num_blocks=2)[0], ("train", "eval"))
+    for suite, world in RANKS.items():
+        in_processes(world, lambda rank, suite=suite, world=world: run_rank(suite, rank, world, folder))
 
 
 def run_rank(suite, rank, world, folder):
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/models.{suite}.store",
+        init_method=f"file://{folder}/{suite}.store",
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=120),
     )
-    with (Path(folder) / f"models.{suite}.{rank}.jsonl").open("w") as out:
+    with (Path(folder) / f"{suite}.{rank}.jsonl").open("w") as out:
         for name, run in CASES[suite].items():
             begin = time.time()
             try:
@@ -318,4 +295,4 @@ def run_rank(suite, rank, world, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1])

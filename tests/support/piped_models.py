@@ -37,14 +37,15 @@ def t5():
 class SharedLayer(nn.Module):
     """One layer again and again."""
 
-    def __init__(self):
+    def __init__(self, sublayers=6):
         super().__init__()
+        self.sublayers = sublayers
         self.embed, self.norm = nn.Embedding(VOCABULARY, 16), nn.LayerNorm(16)
         self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, VOCABULARY)
 
     def forward(self, input_ids):
         x = self.embed(input_ids)
-        for _ in range(6):
+        for _ in range(self.sublayers):
             x = x + self.layer(self.norm(x)).tanh()
         return self.head(x)
 
@@ -52,6 +53,11 @@ class SharedLayer(nn.Module):
 def shared():
     torch.manual_seed(0)
     return SharedLayer()
+
+
+def brief():
+    torch.manual_seed(0)
+    return SharedLayer(2)
 
 
 def batch(model, seed=0):
@@ -95,8 +101,8 @@ _chains = {}
 
 
 def chains(converted, modes=("train",)):
-    """`chains_of` a model that `convert` made, once in each process."""
-    key = id(converted), modes
-    if key not in _chains:
-        _chains[key] = chains_of(converted, modes)
-    return _chains[key]
+    """`chains_of` a model that `convert` made, each mode's once in each process."""
+    for mode in modes:
+        if (id(converted), mode) not in _chains:
+            _chains[id(converted), mode] = chains_of(converted, (mode,))[mode]
+    return {mode: _chains[id(converted), mode] for mode in modes}

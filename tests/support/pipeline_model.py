@@ -173,6 +173,6 @@ def batch(rows, seed=0, ignored=0.3, tokens=TOKENS):
     return ids, target.masked_fill(torch.rand(rows, tokens, generator=generator) < ignored, -100)
 
 
-def whole(tied=False):
+def whole(layers=8, tied=False):
     torch.manual_seed(3)
-    return Whole(tied=tied).double()
+    return Whole(layers, tied).double()

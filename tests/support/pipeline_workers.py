@@ -1,10 +1,11 @@
-"""One process of a pipeline: runs the cases of a suite in order and writes what it found, a JSON line a case.
+"""Processes of a pipeline: each runs the cases of its suite in order and writes what it found, a JSON line a case.
 
-python -m tests.support.pipeline_workers SUITE RANK WORLD FOLDER
+They are forked of one, which has imported all there is.
+
+python -m tests.support.pipeline_workers FOLDER
 """
 
 import json
-import os
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from tests.support.pipeline_cases import checkpoints, data_parallel, failures, lost_processes, steps, training
 from tests.support.pipeline_cases.tools import CASES as REGISTERED
+from tests.support.pipeline_worlds import in_processes
 
 #: In this order: after a process is lost nothing can follow.
 MODULES = (steps, training, failures, data_parallel, checkpoints, lost_processes)
@@ -25,9 +27,17 @@ CASES = {
     for suite, cases in REGISTERED.items()
 }
 
+RANKS = {"four": 4, "two": 2}  # in this order: two read the checkpoints of four
 
-def main(suite, rank, world, folder):
+
+def main(folder):
     torch.set_num_threads(1)
+    checkpoints.FOLDER = folder
+    for suite, world in RANKS.items():
+        in_processes(world, lambda rank, suite=suite, world=world: run_rank(suite, rank, world, folder))
+
+
+def run_rank(suite, rank, world, folder):
     file = f"file://{folder / suite}.group"
     dist.init_process_group("gloo", init_method=file, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     with (folder / f"{suite}.{rank}.jsonl").open("w") as out:
@@ -41,9 +51,7 @@ def main(suite, rank, world, folder):
             out.flush()
     if suite != "four":  # where one has died
         dist.barrier()
-    os._exit(0)  # what compiled hooks and a dead neighbour leave behind keeps the groups from going down in order
 
 
 if __name__ == "__main__":
-    checkpoints.FOLDER = Path(sys.argv[4])
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), checkpoints.FOLDER)
+    main(Path(sys.argv[1]))

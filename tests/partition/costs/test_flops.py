@@ -10,17 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnres_fx.partition.costs.flops import Flops, count_flops
 from attnres_fx.partition.costs.unit_graph import graph_facts
-from tests.support.measured import IDS, gpt, llama, measured, mixtral
+from tests.support.measured import IDS, gpt, gpt_costs, llama, llama_costs, measured, mixtral
 from tests.support.original_parts import counted, decoder_parts, gpt_parts, traced
 
 
+def mixtral_costs():
+    return measured(mixtral(), input_ids=IDS, use_cache=False)
+
+
 @pytest.mark.parametrize(
-    ("build", "parts"), [(gpt, gpt_parts), (llama, decoder_parts), (mixtral, decoder_parts)], ids=lambda f: f.__name__
+    ("build", "costs_of", "parts"),
+    [(gpt, gpt_costs, gpt_parts), (llama, llama_costs, decoder_parts), (mixtral, mixtral_costs, decoder_parts)],
+    ids=["gpt", "llama", "mixtral"],
 )
 @pytest.mark.slow_after(1)
-def test_flops_of_every_unit_are_those_of_a_real_run(build, parts):
-    model = build()
-    costs = measured(model, IDS) if build is gpt else measured(model, input_ids=IDS, use_cache=False)
+def test_flops_of_every_unit_are_those_of_a_real_run(build, costs_of, parts):
+    model, costs = build(), costs_of()
     if build is mixtral:
         model.set_experts_implementation("eager")  # one product for each expert, on the rows it really got
     before, layers, after, _ = parts(model)

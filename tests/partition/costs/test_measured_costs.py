@@ -13,7 +13,7 @@ from attnres_fx.partition.costs import measure as cost
 from attnres_fx.partition.costs.activations import saved_bytes
 from attnres_fx.partition.costs.measure import measure_costs
 from attnres_fx.partition.costs.unit_graph import extract_body, graph_facts
-from tests.support.measured import IDS, SIZES, converted_graph, gpt, llama, measured
+from tests.support.measured import IDS, SIZES, converted_graph, gpt, gpt_costs, llama, llama_costs, measured
 from tests.support.original_parts import decoder_parts, gpt_parts, traced
 
 
@@ -38,11 +38,14 @@ def kept_in_a_run(function, elsewhere, given):
     return out.detach().requires_grad_(), others, saved[own][0] if own in saved else 0
 
 
-@pytest.mark.parametrize(("build", "parts"), [(gpt, gpt_parts), (llama, decoder_parts)], ids=["gpt", "llama"])
+@pytest.mark.parametrize(
+    ("build", "costs_of", "parts"),
+    [(gpt, gpt_costs, gpt_parts), (llama, llama_costs, decoder_parts)],
+    ids=["gpt", "llama"],
+)
 @pytest.mark.slow
-def test_activations_are_what_a_partitioned_sublayer_saves_when_it_runs(build, parts):
-    model = build()
-    costs = measured(model, IDS) if build is gpt else measured(model, input_ids=IDS, use_cache=False)
+def test_activations_are_what_a_partitioned_sublayer_saves_when_it_runs(build, costs_of, parts):
+    model, costs = build(), costs_of()
     before, layers, _, tables = parts(model)
     given = before(IDS).detach().requires_grad_()
     for i, (function, found) in enumerate(zip(layers, costs.sublayers, strict=True)):
@@ -54,14 +57,14 @@ def test_activations_are_what_a_partitioned_sublayer_saves_when_it_runs(build, p
 
 @pytest.mark.slow
 def test_a_model_without_weights_costs_what_it_costs_with_them():
-    with_weights = measured(llama(), input_ids=IDS, use_cache=False)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
     ids = torch.empty_like(IDS, device="meta")
-    assert measured(model, input_ids=ids, use_cache=False) == with_weights
+    assert measured(model, input_ids=ids, use_cache=False) == llama_costs()
 
 
 @pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.slow
 def test_twice_the_batch_costs_twice_as_much(rows):
     """One row too, although it is traced as two."""
     single, double = measured(gpt(), IDS[:rows]), measured(gpt(), IDS[:rows].repeat(2, 1))
@@ -74,24 +77,24 @@ def test_twice_the_batch_costs_twice_as_much(rows):
 
 
 def test_the_head_keeps_its_outputs_for_the_loss():
-    after = measured(gpt(), IDS).after
+    after = gpt_costs().after
     tokens = IDS.numel()
     # The logits, and of the final norm its input, its output, mean and deviation.
     assert after.activation_bytes == 4 * tokens * (64 + 2 * 32 + 2)
 
 
+@pytest.mark.slow
 def test_sublayers_of_one_structure_are_measured_once(monkeypatch):
     seen = []
     monkeypatch.setattr(cost, "saved_bytes", lambda body, name: seen.append(name) or saved_bytes(body, name))
-    costs = measured(SmallGPT(GPTConfig(vocabulary=64, layers=5, heads=4, width=32, context=64)), IDS)
+    costs = measured(SmallGPT(GPTConfig(vocabulary=64, layers=4, heads=4, width=32, context=64)), IDS)
     # The first sublayer reads v_0, which nobody reads for it; so it is not quite like the later ones.
     assert len(seen) == 5
     assert len({(s.forward_flops, s.activation_bytes) for s in costs.sublayers[1:]}) == 2
 
 
 def test_parameters_are_counted_once_at_the_first_place_that_uses_them():
-    model = gpt()
-    costs = measured(model, IDS)
+    model, costs = gpt(), gpt_costs()
     units = [costs.before, *costs.sublayers, costs.after]
     reads = 4 * 2 * 32  # query and key weight of four reads
     total = sum(p.numel() for p in model.parameters()) + reads
@@ -101,6 +104,7 @@ def test_parameters_are_counted_once_at_the_first_place_that_uses_them():
     assert costs.after.parameter_bytes == 4 * (2 * 32 + 2 * 32)  # norm, last read
 
 
+@pytest.mark.slow
 def test_layers_that_share_weights_are_tied():
     sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
     model = transformers.AlbertModel(transformers.AlbertConfig(**sizes, embedding_size=16), add_pooling_layer=False)
@@ -109,6 +113,7 @@ def test_layers_that_share_weights_are_tied():
     assert costs.sublayers[2].parameter_bytes < costs.sublayers[0].parameter_bytes / 10
 
 
+@pytest.mark.slow
 def test_frozen_weights_have_no_gradient_to_compute():
     model = gpt()
     for name, parameter in model.named_parameters():
@@ -124,12 +129,13 @@ def test_frozen_weights_have_no_gradient_to_compute():
     assert costs.sublayers[3].backward_flops == 2 * costs.sublayers[3].forward_flops
 
 
+@pytest.mark.slow
 def test_a_summary_that_later_reads_have_as_a_source_is_not_kept_twice():
     gm, chain = converted_graph(gpt(), IDS, variant="local")
     costs = measure_costs(gm, chain)
     value = costs.streams[0].value_bytes
     first, _, third, fourth = (s.activation_bytes for s in costs.sublayers)
-    full = measured(gpt(), IDS).sublayers
+    full = gpt_costs().sublayers
     assert third == first == full[2].activation_bytes - value  # its input is c_2, a source of block 2
     assert fourth == full[3].activation_bytes
 

@@ -11,7 +11,7 @@ import attnres_fx as ax
 from attnres_fx.conversion.plain_data import from_plain, to_plain
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.costs.model_costs import CarriedValue, DeviceSpeed, ModelCosts, StreamCost, SublayerCost
-from tests.support.measured import IDS, gpt, measured
+from tests.support.measured import gpt_costs
 
 
 def given():
@@ -27,7 +27,7 @@ def given():
 
 
 def test_costs_survive_json():
-    for one in (measured(gpt(), IDS), given()):
+    for one in (gpt_costs(), given()):
         assert (
             from_plain(ModelCosts, json.loads(json.dumps(to_plain(one, error=PlanError))), "costs", error=PlanError)
             == one

@@ -2,36 +2,21 @@
 
 import dataclasses
 import json
-import math
 
 import pytest
 import torch
-from torch import nn
 
 import attnres_fx as ax
 from attnres_fx.cli import main
-from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 from attnres_fx.errors import PlanError
 from attnres_fx.partition import DeviceSpeed
 from attnres_fx.partition.costs.traffic import count_traffic, stage_values
 from attnres_fx.partition.split.chained_model import chains_of
-
-SLOW = DeviceSpeed(flops=50e9, memory_bandwidth=10e9, link_bandwidth=1e9, link_latency=0.0)
-IDS = {"ids": torch.zeros(2, 8, dtype=torch.long)}
-
-
-def gpt(**options):
-    torch.manual_seed(0)
-    return SmallGPT(GPTConfig(**{"layers": 4, "heads": 2, "width": 16, "context": 16, "vocabulary": 40, **options}))
-
-
-def planned(model=None, **options):
-    given = {"num_stages": 2, "virtual_stages": 2, "num_microbatches": 4, "device": SLOW, **options}
-    return ax.plan(gpt() if model is None else model, kwargs=given.pop("kwargs", IDS), **given)
+from tests.support.small_stages import ZEROS, branches, gpt, planned
 
 
 def test_a_plan_counts_the_rows_of_its_example():
-    one, two = (planned(gpt(layers=2), kwargs={"ids": torch.zeros(n, 8, dtype=torch.long)}) for n in (1, 2))
+    one, two = (planned(branches(4), kwargs={"ids": torch.zeros(n, 8, dtype=torch.long)}) for n in (1, 2))
     assert [2 * s.forward_flops for s in one.costs.sublayers] == [s.forward_flops for s in two.costs.sublayers]
     assert 2 * one.costs.streams[0].value_bytes == two.costs.streams[0].value_bytes
 
@@ -44,7 +29,7 @@ def plan():
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 2}
     return T5ForConditionalGeneration(T5Config(vocab_size=40, **sizes)), {
         "input_ids": torch.zeros(2, 6, dtype=torch.long),
         "decoder_input_ids": torch.zeros(2, 5, dtype=torch.long),
@@ -63,7 +48,7 @@ def test_what_the_planner_counted_is_what_the_graph_sends(variant):
         virtual_stages=2,
     )
     assert counted.naive.forward == found.traffic.naive.forward
-    stages = ax.build_stages(gpt(), found)
+    stages = ax.build_stages(branches(), found, check=False)
     assert stages.values == found.values
 
 
@@ -74,21 +59,21 @@ def test_an_encoder_and_a_decoder_are_one_chain():
     assert [s.name for s in found.costs.streams] == ["encoder", "decoder"]
     assert found.partition.hop_forward_bytes == (*found.traffic.exact.forward, 0)
     assert {v.name for v in found.costs.carried}
-    stages = ax.build_stages(model, found).eval()
+    stages = ax.build_stages(model, found, check=False).eval()
     model.eval()
     assert torch.allclose(stages.run(**kwargs).logits, model(**kwargs).logits, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_stages_compute_what_the_model_did(plan):
+def test_stages_compute_what_the_model_did():
     model = gpt()
     ids = {"ids": torch.randint(0, 40, (2, 8))}
-    assert torch.allclose(ax.build_stages(model, plan).run(**ids), model(**ids), atol=1e-5)
+    assert torch.allclose(ax.build_stages(model, planned(model)).run(**ids), model(**ids), atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_converted_model_keeps_its_blocks():
-    converted = ax.convert(gpt(), kwargs=IDS, config=ax.AttnResConfig(boundaries=(3, 4)))
+    converted = ax.convert(branches(), kwargs=ZEROS, config=ax.AttnResConfig(boundaries=(3, 4)), check=False)
     found = planned(converted)
     assert found.block_layouts[found.costs.streams[0].name].starts == (0, 3, 4)
     assert found.config == converted.report.config
@@ -106,7 +91,7 @@ def test_blocks_end_where_stages_do_where_the_numbers_allow():
     assert found.partition.aligned
     assert found.partition.unaligned_cuts == 0
     spanning = planned(
-        gpt(layers=6), num_stages=3, num_microbatches=6, device=quick, config=ax.AttnResConfig(num_blocks=2)
+        branches(12), num_stages=3, num_microbatches=6, device=quick, config=ax.AttnResConfig(num_blocks=2)
     )
     (blocks,) = (s.starts for s in spanning.block_layouts.values())
     assert set(blocks) <= set(spanning.starts)
@@ -117,7 +102,7 @@ def test_blocks_end_where_stages_do_where_the_numbers_allow():
 @pytest.mark.slow
 def test_a_model_on_meta_is_planned_and_cut_like_a_real_one(plan):
     with torch.device("meta"):
-        model = gpt()
+        model = branches()
         kwargs = {"ids": torch.zeros(2, 8, dtype=torch.long)}
     found = planned(model, kwargs=kwargs)
     assert dataclasses.replace(found, notes=plan.notes) == plan
@@ -142,84 +127,6 @@ def test_a_plan_is_read_as_it_was_written(plan, tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["plan"]["options"]["num_stages"] == 2
 
 
-def edited(plan, path, change):
-    plan.save(path)
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
-    return path
-
-
-def test_files_that_are_no_whole_plan_are_refused(plan, tmp_path):
-    path = tmp_path / "plan.json"
-    with pytest.raises(PlanError, match="changed after it was written"):
-        ax.load_plan(edited(plan, path, lambda f: f["plan"]["partition"]["starts"].__setitem__(1, 1)))
-    with pytest.raises(PlanError, match="plan again with this version"):
-        ax.load_plan(edited(plan, path, lambda f: f.__setitem__("format", 99)))
-    with pytest.raises(PlanError, match="plan again with this version"):
-        ax.load_plan(edited(plan, path, lambda f: f.__setitem__("version", "99.0")))
-    plan.save(path)
-    path.write_text(path.read_text()[:-300])
-    with pytest.raises(PlanError, match="whole"):
-        ax.load_plan(path)
-    with pytest.raises(PlanError, match="no plan"):
-        ax.load_plan(tmp_path / "missing.json")
-
-
-@pytest.mark.slow
-def test_another_model_is_refused_by_its_first_difference(plan):
-    with pytest.raises(PlanError, match=r"8 sublayers and this model has 10"):
-        ax.build_stages(gpt(layers=5), plan)
-    with pytest.raises(PlanError, match=r"before.*differs"):
-        ax.build_stages(gpt(vocabulary=41), plan)
-    changed = gpt()
-    changed.blocks[1].mlp.expand = nn.Linear(16, 64, bias=False)
-    with pytest.raises(PlanError, match=r"blocks\.1\.mlp_norm.*number of parameter tensors"):
-        ax.build_stages(changed, plan)
-
-
-def test_another_conversion_is_refused(plan):
-    with pytest.raises(PlanError, match="variant"):
-        ax.build_stages(ax.convert(gpt(), kwargs=IDS, config=ax.AttnResConfig(variant="local", num_blocks=2)), plan)
-    with pytest.raises(PlanError, match="blocks"):
-        ax.build_stages(ax.convert(gpt(), kwargs=IDS, config=ax.AttnResConfig(boundaries=(1,))), plan)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"num_stages": 5}, "more than the model's 8 sublayers"),
-        ({"memory_limit": 1000}, "memory_limit"),
-        ({"virtual_stages": 1, "num_microbatches": 1, "schedule": "1F1B"}, "microbatches"),
-        ({"schedule": "1F1B"}, "virtual_stages"),
-        ({"schedule": "2F2B"}, "2F2B"),
-        ({"starts": (0, 2, 2, 4)}, "empty"),
-        ({"starts": (0, 2)}, "2 stage starts"),
-        ({"num_blocks": 9}, "num_blocks"),
-        ({"num_blocks": 2, "config": ax.AttnResConfig(num_blocks=2)}, "both"),
-        ({"num_blocks": 2, "config": ax.AttnResConfig(block_size=2)}, "config gives the blocks"),
-        ({"num_blocks": 2, "config": ax.AttnResConfig(variant="full")}, "full"),
-        ({"align": "maybe"}, "align"),
-        ({"link_bandwidth": 0.0}, "link_bandwidth"),
-        ({"optimizer_factor": math.nan}, "optimizer_factor"),
-    ],
-)
-@pytest.mark.slow_after(1)
-def test_what_no_plan_can_be_made_of_is_refused(options, said):
-    with pytest.raises(PlanError, match=said):
-        planned(**options)
-
-
-@pytest.mark.slow
-def test_the_memory_that_the_message_asks_for_is_enough():
-    with pytest.raises(PlanError, match="memory_limit") as refused:
-        planned(virtual_stages=1, memory_limit=1000)
-    needed = int(str(refused.value).split("a rank needs ")[1].split()[0])
-    assert max(planned(virtual_stages=1, memory_limit=needed).partition.memory_bytes) <= needed
-    with pytest.raises(PlanError):
-        planned(virtual_stages=1, memory_limit=needed - 1)
-
-
 def test_zero_bubble_says_that_stages_run_uncompiled():
     found = planned(schedule="InterleavedZeroBubble")
     assert "uncompiled" in str(found)
@@ -227,27 +134,36 @@ def test_zero_bubble_says_that_stages_run_uncompiled():
 
 def test_the_table_names_stages_blocks_and_totals(plan):
     text = str(plan)
-    for wanted in ("blocks.0.attention_norm", "memory per rank", "bubble", "paper's cache", "plain residual"):
+    for wanted in ("layers.0", "memory per rank", "bubble", "paper's cache", "plain residual"):
         assert wanted in text
     assert all(len(line) <= 140 for line in text.splitlines())
 
 
-def test_sublayers_are_named_and_chained_in_order(plan):
-    converted = ax.convert(gpt(), kwargs=IDS)
-    chain = chains_of(converted)["train"].chain
-    assert chain.names == tuple(s.name for s in plan.costs.sublayers)
+def test_sublayers_are_named_and_chained_in_order():
+    converted = ax.convert(gpt(layers=2), kwargs=ZEROS, check=False)
+    chain = chains_of(converted, ("train",))["train"].chain
+    assert chain.names == tuple(s.name for s in planned(gpt(layers=2)).costs.sublayers)
     assert chain.names[:2] == ("blocks.0.attention_norm", "blocks.0.mlp_norm")
 
 
 @pytest.mark.slow
 def test_the_command_plans_saves_and_draws(tmp_path, capsys):
     saved, drawn = tmp_path / "plan.json", tmp_path / "plan.png"
-    command = ["plan", "examples.pipeline_train:model", "--stages", "2", "--microbatches", "4", "--flops", "50e9"]
+    command = [
+        "plan",
+        "tests.support.small_stages:model_for_the_command",
+        "--stages",
+        "2",
+        "--microbatches",
+        "4",
+        "--flops",
+        "50e9",
+    ]
     assert main([*command, "--save", str(saved), "--plot", str(drawn), "--memory-limit", "1GB"]) == 0
     assert "memory per rank" in capsys.readouterr().out
     assert ax.load_plan(saved).num_stages == 2
     assert drawn.read_bytes()[:4] == b"\x89PNG"
-    assert main([*command, "--memory-limit", "1KB"]) == 2
+    assert main([*command, "--memory-limit", "100"]) == 2
     assert "memory_limit" in " ".join(capsys.readouterr().err.split())
 
 
@@ -256,51 +172,13 @@ def test_a_symbolic_trace_is_exported_once_though_its_blocks_are_chosen_afterwar
     exported = []
     export = torch.export.export
     monkeypatch.setattr(torch.export, "export", lambda *a, **k: exported.append(1) or export(*a, **k))
-    found = planned(torch.fx.symbolic_trace(gpt()), num_blocks=3)
+    found = planned(torch.fx.symbolic_trace(branches()), num_blocks=3)
     assert [len(layout.blocks) for layout in found.block_layouts.values()] == [3]
     assert len(exported) == 1
 
 
 def test_a_symbolic_trace_is_planned_as_its_module_is(plan):
-    traced = planned(torch.fx.symbolic_trace(gpt()))
+    traced = planned(torch.fx.symbolic_trace(branches()))
     assert traced.starts == plan.starts
     assert [s.forward_flops for s in traced.costs.sublayers] == [s.forward_flops for s in plan.costs.sublayers]
-    assert len(ax.build_stages(torch.fx.symbolic_trace(gpt()), traced)) == 4
-
-
-def test_what_cannot_be_captured_says_so():
-    with pytest.raises(ax.errors.CaptureError, match="ids"):
-        ax.plan(gpt(), num_stages=2)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"num_stages": 2.5}, "num_stages must be a whole number"),
-        ({"num_stages": True}, "num_stages must be a whole number"),
-        ({"memory_limit": "80GB"}, "memory_limit"),
-        ({"link_bandwidth": "50GB"}, "link_bandwidth"),
-        ({"starts": 2}, "starts"),
-        ({"starts": (0, 1.5, 2, 3)}, "starts"),
-        ({"num_blocks": (1, 2, 3)}, "num_blocks"),
-        ({"config": {}}, "config must be of type AttnResConfig"),
-        ({"device": "cuda"}, "device must be of type DeviceSpeed"),
-        ({"costs": "x"}, "costs must be of type ModelCosts"),
-    ],
-)
-def test_options_of_another_kind_are_refused(options, said):
-    with pytest.raises(PlanError, match=said):
-        planned(**options)
-
-
-def test_plans_that_go_nowhere_say_so(plan, tmp_path):
-    with pytest.raises(PlanError, match="cannot be written"):
-        plan.save(tmp_path / "missing" / "plan.json")
-    with pytest.raises(PlanError, match="cannot be drawn"):
-        plan.plot(tmp_path / "plan.xyz")
-    with pytest.raises(PlanError, match="load_plan"):
-        ax.build_stages(gpt(), "plan.json")
-    with pytest.raises(PlanError, match="another model"):
-        ax.build_stages(gpt(layers=1), plan)
-    with pytest.raises(PlanError, match=r"differs|does not run"):
-        ax.build_stages(gpt().double(), plan)
+    assert len(ax.build_stages(torch.fx.symbolic_trace(branches()), traced)) == 4

@@ -68,6 +68,7 @@ def load_changed(file, path, value):
     return ax.load_plan(other)
 
 
+@pytest.mark.slow
 def test_a_plan_with_any_value_changed_is_refused_or_still_says_what_it_is(file):
     refused = 0
     for path in places(file[1]["plan"]):

@@ -3,64 +3,18 @@
 What runs in processes is in model_pipeline_workers.py; the tests here read what it found.
 """
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 
-from tests.support.model_pipeline_workers import CASES
-from tests.support.paths import ROOT
+from tests.support.model_pipeline_workers import CASES, RANKS
+from tests.support.pipeline_worlds import results_of_worlds, shared_folder
 
-RANKS = {"two": 2, "four": 4}
 TOLERANCE = 1e-5
-
-
-def run_world(suite, folder):
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.model_pipeline_workers", suite, str(RANKS[suite]), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / f"models.{suite}.err").open("w"),
-        start_new_session=True,
-    )
-    try:
-        worker.wait(timeout=600)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory):
-    """What every case found, rank by rank. Under xdist one worker runs the worlds and the others wait."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model-pipeline"
-    done = folder / "done"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        deadline = time.monotonic() + 900
-        while not done.exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
-    else:
-        try:
-            for suite in RANKS:
-                run_world(suite, folder)
-        finally:
-            done.touch()
-    found = {}
-    for suite, ranks in RANKS.items():
-        for rank in range(ranks):
-            for line in (folder / f"models.{suite}.{rank}.jsonl").read_text().splitlines():
-                name, result, _ = json.loads(line)
-                found.setdefault((suite, name), []).append(result)
-    return found
+    base = shared_folder(tmp_path_factory)
+    return results_of_worlds("tests.support.model_pipeline_workers", RANKS, base, "model-pipeline")
 
 
 def numbers(result):

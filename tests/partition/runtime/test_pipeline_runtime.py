@@ -4,14 +4,10 @@ What runs in processes is in tests/support/pipeline_cases: a world of four and a
 once, and the tests here read what they found.
 """
 
-import json
-import os
-import time
-
 import pytest
 
-from tests.support.pipeline_workers import CASES
-from tests.support.pipeline_worlds import RANKS, run_world
+from tests.support.pipeline_workers import CASES, RANKS
+from tests.support.pipeline_worlds import results_of_worlds, shared_folder
 
 EXACT = 1e-11  # float64 against float64
 ROUNDED = 1e-6  # losses and norms are given as float32
@@ -19,30 +15,8 @@ ROUNDED = 1e-6  # losses and norms are given as float32
 
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory):
-    """What every case found, rank by rank. Under xdist one worker runs the worlds and the others wait."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pipeline"
-    done = folder / "done"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        for _ in range(6000):
-            if done.exists():
-                break
-            time.sleep(0.1)
-    else:
-        try:
-            for suite in RANKS:
-                run_world(suite, folder)
-        finally:
-            done.touch()
-    found = {}
-    for suite, ranks in RANKS.items():
-        for rank in range(ranks):
-            lines = (folder / f"{suite}.{rank}.jsonl").read_text().splitlines()
-            for name, result, _ in map(json.loads, lines):
-                found.setdefault((suite, name), []).append(result)
-    return found
+    base = shared_folder(tmp_path_factory)
+    return results_of_worlds("tests.support.pipeline_workers", RANKS, base, "pipeline")
 
 
 def cases(function):

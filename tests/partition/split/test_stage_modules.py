@@ -13,7 +13,7 @@ from tests.support.small_stages import IDS, gpt
 
 
 def test_a_copied_stage_runs_on_its_own_tensors():
-    stages = cut(spread(ax.convert(gpt(), kwargs=IDS)), (0, 3))
+    stages = cut(spread(ax.convert(gpt(layers=2), kwargs=IDS, check=False)), (0, 2))
     copied = copy.deepcopy(stages[0])
     before = stages[0](*[stages.flatten((), IDS)[i] for i in stages[0].inputs])
     with torch.no_grad():
@@ -25,7 +25,7 @@ def test_a_copied_stage_runs_on_its_own_tensors():
 
 
 def test_a_saved_symbolic_trace_still_returns_a_tensor(tmp_path):
-    converted = spread(ax.convert(torch.fx.symbolic_trace(gpt()), kwargs=IDS))
+    converted = spread(ax.convert(torch.fx.symbolic_trace(gpt(layers=2)), kwargs=IDS, check=False))
     converted.save(tmp_path / "model.pt")
     found = ax.load(tmp_path / "model.pt")(**IDS)
     assert isinstance(found, torch.Tensor)
@@ -63,10 +63,10 @@ def test_a_stage_without_its_unsaved_buffers_gives_no_numbers():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "opt"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_stages_that_recompute_keep_less_and_compute_the_same(name):
     model, kwargs, _ = FAMILIES[name]()
-    converted = spread(ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(num_blocks=2))).eval()
+    converted = spread(ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(num_blocks=2), check=False)).eval()
     plain, again = (cut(converted, evenly(converted, 2), recompute=r).eval() for r in (False, True))
     assert all(s.programs[s.mode].parts for s in again)
     assert_same(converted, again, kwargs)
@@ -187,7 +187,7 @@ class Assembled(nn.Module):
 def test_every_gradient_crosses_where_its_value_did(kind):
     torch.manual_seed(0)
     kwargs = {"x": torch.randn(2, 6, 8)}
-    converted = spread(ax.convert(kind(), kwargs=kwargs))
+    converted = spread(ax.convert(kind(), kwargs=kwargs, check=False))
     weight = torch.randn(2, 6, 8)
     (converted(**kwargs) * weight).sum().backward()
     wanted = {n: p.grad.clone() for n, p in converted.named_parameters() if p.grad is not None}

@@ -19,10 +19,10 @@ def replicated_data_parallel(schedule, virtual):
     return data_parallel("ddp", schedule, virtual)
 
 
-def data_parallel(kind, schedule, virtual, *, ranks=2, steps=3, **options):
+def data_parallel(kind, schedule, virtual, *, ranks=2, steps=3, layers=8, **options):
     replicas = dist.get_world_size() // ranks
     mesh = init_device_mesh("cpu", (replicas, ranks), mesh_dim_names=("dp", "pp"))
-    model = whole(tied=True)
+    model = whole(tied=True, layers=layers)
     pipeline = build(model, schedule, virtual, ranks=ranks, mesh=mesh, data_parallel=kind, **options)
     theirs = torch.optim.SGD(model.parameters(), lr=0.1)
     ours = torch.optim.SGD(list(pipeline.parameters()), lr=0.1)
@@ -64,4 +64,4 @@ def failure_of_one_replica(schedule, virtual):
 @case("four")
 def compiled_and_sharded():
     torch._dynamo.reset()
-    return data_parallel("fsdp2", "1F1B", 1, steps=1, compile="aot_eager")
+    return data_parallel("fsdp2", "1F1B", 1, steps=1, layers=4, compile="aot_eager")

@@ -60,7 +60,7 @@ def the_same_to_the_bit(schedule, virtual):
 @every("two", choices=[{"schedule": "1F1B", "virtual": 1}, {"schedule": "Interleaved1F1B", "virtual": 2}])
 def compiled_stages(schedule, virtual):
     torch._dynamo.reset()
-    model = whole()
+    model = whole(layers=4)
     pipeline = build(model, schedule, virtual, compile="aot_eager")
     assert all(m._compiled_call_impl is not None for m in pipeline.modules.values())
     return compared(pipeline, model, *batch(8))
