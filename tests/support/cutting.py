@@ -5,7 +5,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils import _pytree as pytree
 
-from attnres_fx.partition.split.chained_model import stages_of
+from attnres_fx.partition.split.chained_model import chains_of, stages_of
 
 
 def spread(converted):
