@@ -23,7 +23,7 @@ class Trait(enum.Flag):
     the shape or dtype of its second argument. METADATA: looks at no value. MAYBE_COPIES: a view where the strides
     allow one. VIEW: a view, although its schema calls it a copy. RESHAPE_IN_PLACE: another shape for the same
     tensor. NO_WRITE: an underscore, yet no write. MIXES: contracts over copies of a stream. WIDENS: may change the
-    last dimension. CHANNELS_FIRST: features are in dimension 1. SWITCHES_MODE, ASKS_MODE: autocast or gradients, for
+    last dimension. CHANNELS_FIRST: channels are in dimension 1. SWITCHES_MODE, ASKS_MODE: autocast or gradients, for
     the calls that follow. MODE_REGION: a body that runs in another mode. CHECK: states something of a value and has
     none. SAVES_INPUTS: backward needs what it takes in. RANDOM: draws random numbers, although no tag of aten's may
     say so. SHAPE: looks at the shape or the dtype and at nothing else. PASSES_ON: hands on values and gradients as
@@ -177,7 +177,12 @@ OPERATIONS = (
     *(Operation(n, CAST) for n in ("double", "half", "bfloat16", "type")),
     *(Operation(n, CAST) for n in ("_autocast_to_full_precision", "_autocast_to_reduced_precision")),
     # Values as they are
-    Operation("contiguous", IDENTITY | COPIES | Trait.PASSES_ON),
+    Operation(
+        "contiguous",
+        IDENTITY | COPIES | Trait.PASSES_ON,
+        aten="contiguous.default",
+        function=torch.Tensor.contiguous,
+    ),
     Operation("alias", IDENTITY | Trait.PASSES_ON),
     Operation("clone", IDENTITY, aten="clone.default", function=torch.clone),
     Operation("detach", STOPS, aten="detach.default", function=torch.detach),
@@ -194,7 +199,7 @@ OPERATIONS = (
     Operation("reshape_as", RESHAPE | COPIES | AS, aten="reshape_as.default", function=torch.Tensor.reshape_as),
     Operation("ravel", COPIES),
     # Rows moved or picked
-    Operation("permute", MOVE),
+    Operation("permute", MOVE, aten="permute.default", function=torch.permute),
     Operation("transpose", MOVE, also=("swapaxes", "swapdims")),
     Operation("movedim", MOVE, also=("moveaxis",)),
     Operation("t", MOVE),
@@ -235,24 +240,54 @@ OPERATIONS = (
     Operation("layer_norm", Trait.NORM, also=("native_layer_norm",), modules=(nn.LayerNorm,)),
     Operation("rms_norm", Trait.NORM, also=("_fused_rms_norm",), modules=(nn.RMSNorm,)),
     Operation("group_norm", Trait.NORM | CHANNELS, modules=(nn.GroupNorm,)),
-    Operation("batch_norm", Trait.NORM | CHANNELS, modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
-    Operation("instance_norm", Trait.NORM | CHANNELS, modules=(nn.InstanceNorm1d,)),
-    Operation("_native_batch_norm_legit", Trait.NORM),
+    Operation(
+        "batch_norm",
+        Trait.NORM | CHANNELS,
+        modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    ),
+    Operation(
+        "instance_norm", Trait.NORM | CHANNELS, modules=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    ),
+    *(Operation(n, Trait.NORM | CHANNELS) for n in ("native_group_norm", "native_batch_norm", "cudnn_batch_norm")),
+    Operation("_native_batch_norm_legit", Trait.NORM | CHANNELS),
+    Operation("_native_batch_norm_legit_no_training", Trait.NORM | CHANNELS),
     *(Operation(n, Trait.REDUCTION) for n in ("mean", "sum", "var", "std", "var_mean", "std_mean")),
-    *(Operation(n, Trait.REDUCTION) for n in ("norm", "linalg_vector_norm", "amax")),
+    *(Operation(n, Trait.REDUCTION) for n in ("norm", "linalg_vector_norm", "linalg_norm", "amax")),
     # Contractions
     Operation("mm", Trait.MIXES | SAVES, aten="mm.default", function=torch.mm),
     Operation("bmm", Trait.MIXES | SAVES, aten="bmm.default", function=torch.bmm),
     *(Operation(n, Trait.MIXES | SAVES) for n in ("einsum", "matmul")),
     Operation("tensordot", Trait.MIXES),
-    *(Operation(n, SAVES) for n in ("linear", "dot")),
+    Operation("linear", SAVES, modules=(nn.Linear,)),
+    Operation("dot", SAVES),
+    Operation("embedding", modules=(nn.Embedding,)),
     Operation("addmm", SAVES, fused=FusedAddition("mm", "mat1", "mat2", "alpha", "beta")),
     Operation("baddbmm", SAVES, fused=FusedAddition("bmm", "batch1", "batch2", "alpha", "beta")),
     Operation("addcmul", fused=FusedAddition("mul", "tensor1", "tensor2", "value")),
     Operation("addcdiv", fused=FusedAddition("div", "tensor1", "tensor2", "value")),
     Operation("fma", LIGHT, fused=FusedAddition("mul", "a", "b", addend=2, only_compiled=True)),
-    Operation("conv", CHANNELS | SAVES, also=("convolution", "conv1d", "conv2d", "conv3d")),
-    *(Operation(n, CHANNELS) for n in ("max_pool2d", "avg_pool2d")),
+    Operation(
+        "conv",
+        CHANNELS | SAVES,
+        also=("convolution", "_convolution", "conv1d", "conv2d", "conv3d"),
+        modules=(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    ),
+    Operation(
+        "conv_transpose",
+        CHANNELS,
+        also=("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        modules=(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    ),
+    # Windows that move along the dimensions after the channels
+    Operation("max_pool1d", CHANNELS, modules=(nn.MaxPool1d,)),
+    Operation("max_pool2d", CHANNELS, modules=(nn.MaxPool2d,)),
+    Operation("max_pool3d", CHANNELS, modules=(nn.MaxPool3d,)),
+    Operation("avg_pool1d", CHANNELS, modules=(nn.AvgPool1d,)),
+    Operation("avg_pool2d", CHANNELS, modules=(nn.AvgPool2d,)),
+    Operation("avg_pool3d", CHANNELS, modules=(nn.AvgPool3d,)),
+    Operation("interpolate", CHANNELS, modules=(nn.Upsample,)),
+    *(Operation(n, CHANNELS) for n in ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")),
+    *(Operation(n, CHANNELS) for n in ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d")),
     Operation("sdpa", SAVES, also=("scaled_dot_product_attention",)),
     # Shapes, dtypes and checks
     *(Operation(n, SHAPE) for n in ("sym_size", "size", "dim", "ndim", "numel", "is_floating_point")),

@@ -71,9 +71,10 @@ class Stream:
         root: The value that it begins with.
         terms: What is written into it, the root aside.
         reads: The places that consume its states.
-        width: D, the size of the last dimension.
+        width: D, the size of the dimension that holds the features.
         post_norm: Whether norms stand on the stream itself: every state has two terms then, and each norm reads.
         nested_in: The stream whose sublayer it is inside; None for the others.
+        dimension: Which dimension of the root holds the features; -1 for the last.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Stream:
     width: int
     post_norm: bool = False
     nested_in: str | None = None
+    dimension: int = -1
 
     @property
     def num_sublayers(self) -> int:
