@@ -2,7 +2,8 @@
 
 Dimensions that pointwise work, row maps and additions keep are one and the same index: a state, what its readers make
 of it before they contract or reduce, and what the addends were made as. Every operation that normalises or contracts
-along a member votes for all of them.
+along a member votes for all of them. Where the votes are even (layers that mix tokens by weights, and no norm), the
+features are what the weights made that the values began with.
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class FeatureDimensions:
         self._first: dict[Node, int] = {}
         self._parent: list[int] = []
         self._learned: set[Node] = set()
+        self._began: dict[Node, tuple[int, int]] = {}
         self._votes: list[tuple[Evidence, int, Node]] = []
         self._verdicts: dict[Node, Verdict] = {}
         self._visit(graph)
@@ -85,10 +87,14 @@ class FeatureDimensions:
         for node in graph.nodes:
             for source, before, after in kept_dimensions(node):
                 self._join(self._index(source, before), self._index(node, after))
+                if (made := self._began.get(source)) is not None and made[1] == before:
+                    self._began[node] = min(self._began.get(node, made), (made[0], after))
             if is_parameter(node) or self._is_made_of_parameters(node):
                 self._learned.add(node)
             for kind, tensor, dimension in evidence_of(node, self._learned):
                 self._votes.append((kind, self._index(tensor, dimension), node))
+                if tensor is node and kind == Evidence.CONTRACTION:
+                    self._began[node] = (len(self._votes), dimension)
             self._visit_body(node)
 
     def _visit_body(self, node: Node) -> None:
@@ -127,6 +133,8 @@ class FeatureDimensions:
                 return Verdict(LAST if left[-1] == len(shape) - 1 else left[-1], because=because)
         if because is None:
             return Verdict(LAST)
+        if (made := self._began.get(node)) is not None and made[1] in left:
+            return Verdict(LAST if made[1] == len(shape) - 1 else made[1], because=because)
         return Verdict(LAST, tuple((d, votes[d][min(votes[d])]) for d in left))
 
     # --- classes of dimensions ---
