@@ -18,7 +18,6 @@ from attnres_fx.passes.graph.operations import (
     stops_gradient,
 )
 
-
 #: Whether a node keeps the rows of another whole, where they are not in the last dimension; None where they are.
 KeepsRows = Callable[[Node, Node], bool | None]
 

@@ -160,4 +160,3 @@ class FeatureDimensions:
         if is_floating(one) and is_floating(other) and len(shape_of(one)) == len(shape_of(other)):
             for dimension in range(len(shape_of(one))):
                 self._join(self._index(one, dimension), self._index(other, dimension))
-

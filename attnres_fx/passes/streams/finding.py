@@ -42,7 +42,7 @@ def find_streams(graph: Graph) -> StreamSet:
 
 
 def _without_refused(roots: list[RootStates]) -> tuple[list[RootStates], list[Refusal]]:
-    """The roots of streams of their own whose features are in one dimension of fixed size, and why the others are none."""
+    """The roots of streams whose features are in one dimension of fixed size, and why the others are none."""
     injected = {s: into for s in roots if (into := injected_into(s, roots)) is not None}
     own = [s for s in roots if s not in injected]
     fixed = [s for s in own if s.fixed_width is not None and not s.features.contradiction]
