@@ -155,6 +155,18 @@ def test_a_mixer_has_its_width_where_its_norm_is_else_where_its_embedding_made_i
     assert positions(text) == ["1", "2"]
 
 
+@pytest.mark.parametrize("norm", [written, root_mean_square, group, unit_length])
+def test_a_norm_decides_against_weights_over_another_dimension(norm):
+    def program(m, x):
+        x = x + m.mix_1(norm(m, 1, x))
+        x = x + m.mix_2(norm(m, 2, x))
+        return norm(m, 3, x)
+
+    model, x = Layers(program), torch.randn(2, CHANNELS, TOKENS)
+    for spelling in ("symbolic", "export"):
+        assert found(model, (x,), spelling)[1] == [(CHANNELS, 1)]
+
+
 def hybrid(m, x):
     x = m.stem(x)
     x = x + m.conv_1(m.batch_1(x).relu())
