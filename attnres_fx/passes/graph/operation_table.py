@@ -138,10 +138,10 @@ SHAPE_ATTRIBUTES = frozenset(["dtype", "shape", "device", "ndim"])
 CAST, IDENTITY, RESHAPE, MOVE, LIGHT = Trait.CAST, Trait.IDENTITY, Trait.RESHAPE, Trait.TOKEN_MOVE, Trait.LIGHT
 SAME, AS, COPIES = Trait.SAME_AT_SAME_SHAPE, Trait.SHAPED_AS, Trait.MAYBE_COPIES
 DROPOUT = Trait.DROPOUT | Trait.LIGHT | Trait.RANDOM
-CHANNELS = Trait.CHANNELS_FIRST
+CHANNELS, NORM = Trait.CHANNELS_FIRST, Trait.NORM | Trait.CHANNELS_FIRST
 SAVES = Trait.SAVES_INPUTS
 STEP = Trait.WEIGHT_STEP
-STOPS = Trait.STOPS_GRADIENT
+STOPS, PASSES = Trait.STOPS_GRADIENT, Trait.PASSES_ON
 METADATA, SHAPE = Trait.METADATA, Trait.METADATA | Trait.SHAPE
 
 OPERATIONS = (
@@ -177,12 +177,7 @@ OPERATIONS = (
     *(Operation(n, CAST) for n in ("double", "half", "bfloat16", "type")),
     *(Operation(n, CAST) for n in ("_autocast_to_full_precision", "_autocast_to_reduced_precision")),
     # Values as they are
-    Operation(
-        "contiguous",
-        IDENTITY | COPIES | Trait.PASSES_ON,
-        aten="contiguous.default",
-        function=torch.Tensor.contiguous,
-    ),
+    Operation("contiguous", IDENTITY | COPIES | PASSES, aten="contiguous.default", function=torch.Tensor.contiguous),
     Operation("alias", IDENTITY | Trait.PASSES_ON),
     Operation("clone", IDENTITY, aten="clone.default", function=torch.clone),
     Operation("detach", STOPS, aten="detach.default", function=torch.detach),
@@ -239,18 +234,11 @@ OPERATIONS = (
     # Norms and reductions
     Operation("layer_norm", Trait.NORM, also=("native_layer_norm",), modules=(nn.LayerNorm,)),
     Operation("rms_norm", Trait.NORM, also=("_fused_rms_norm",), modules=(nn.RMSNorm,)),
-    Operation("group_norm", Trait.NORM | CHANNELS, modules=(nn.GroupNorm,)),
-    Operation(
-        "batch_norm",
-        Trait.NORM | CHANNELS,
-        modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    ),
-    Operation(
-        "instance_norm", Trait.NORM | CHANNELS, modules=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-    ),
-    *(Operation(n, Trait.NORM | CHANNELS) for n in ("native_group_norm", "native_batch_norm", "cudnn_batch_norm")),
-    Operation("_native_batch_norm_legit", Trait.NORM | CHANNELS),
-    Operation("_native_batch_norm_legit_no_training", Trait.NORM | CHANNELS),
+    Operation("group_norm", NORM, modules=(nn.GroupNorm,)),
+    Operation("batch_norm", NORM, modules=(*(getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)), nn.SyncBatchNorm)),
+    Operation("instance_norm", NORM, modules=tuple(getattr(nn, f"InstanceNorm{n}d") for n in (1, 2, 3))),
+    *(Operation(n, NORM) for n in ("native_group_norm", "native_batch_norm", "cudnn_batch_norm")),
+    *(Operation(n, NORM) for n in ("_native_batch_norm_legit", "_native_batch_norm_legit_no_training")),
     *(Operation(n, Trait.REDUCTION) for n in ("mean", "sum", "var", "std", "var_mean", "std_mean")),
     *(Operation(n, Trait.REDUCTION) for n in ("norm", "linalg_vector_norm", "linalg_norm", "amax")),
     # Contractions
@@ -266,25 +254,21 @@ OPERATIONS = (
     Operation("addcmul", fused=FusedAddition("mul", "tensor1", "tensor2", "value")),
     Operation("addcdiv", fused=FusedAddition("div", "tensor1", "tensor2", "value")),
     Operation("fma", LIGHT, fused=FusedAddition("mul", "a", "b", addend=2, only_compiled=True)),
-    Operation(
-        "conv",
-        CHANNELS | SAVES,
-        also=("convolution", "_convolution", "conv1d", "conv2d", "conv3d"),
-        modules=(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    ),
-    Operation(
-        "conv_transpose",
-        CHANNELS,
-        also=("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-        modules=(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(
+        Operation(
+            name,
+            traits,
+            also=(*also, *(f"{name}{n}d" for n in (1, 2, 3))),
+            modules=tuple(getattr(nn, f"{module}{n}d") for n in (1, 2, 3)),
+        )
+        for name, module, traits, also in (
+            ("conv", "Conv", CHANNELS | SAVES, ("convolution", "_convolution")),
+            ("conv_transpose", "ConvTranspose", CHANNELS, ()),
+        )
     ),
     # Windows that move along the dimensions after the channels
-    Operation("max_pool1d", CHANNELS, modules=(nn.MaxPool1d,)),
-    Operation("max_pool2d", CHANNELS, modules=(nn.MaxPool2d,)),
-    Operation("max_pool3d", CHANNELS, modules=(nn.MaxPool3d,)),
-    Operation("avg_pool1d", CHANNELS, modules=(nn.AvgPool1d,)),
-    Operation("avg_pool2d", CHANNELS, modules=(nn.AvgPool2d,)),
-    Operation("avg_pool3d", CHANNELS, modules=(nn.AvgPool3d,)),
+    *(Operation(f"max_pool{n}d", CHANNELS, modules=(getattr(nn, f"MaxPool{n}d"),)) for n in (1, 2, 3)),
+    *(Operation(f"avg_pool{n}d", CHANNELS, modules=(getattr(nn, f"AvgPool{n}d"),)) for n in (1, 2, 3)),
     Operation("interpolate", CHANNELS, modules=(nn.Upsample,)),
     *(Operation(n, CHANNELS) for n in ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")),
     *(Operation(n, CHANNELS) for n in ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d")),
