@@ -46,7 +46,7 @@ class NotAdditiveError(StreamError):
 
 
 class StreamWidthError(StreamError):
-    """The last dimension of a stream changes on the way."""
+    """The features of a stream are in no one dimension of fixed size, or of another size further on."""
 
 
 class AlreadyConvertedError(StreamError):

@@ -117,7 +117,7 @@ def convert(
         CaptureError: The model cannot be traced.
         NoStreamError: It has no residual stream.
         NotAdditiveError: A stream is not a sum of its sublayers' outputs.
-        StreamWidthError: The features of a stream are not in a last dimension of fixed size.
+        StreamWidthError: The features of a stream are in no one dimension of fixed size.
         StreamNameError: `config.streams` names a stream that does not exist.
         ScheduleError: The blocks of the config do not fit a stream.
         RewriteError: Two graphs of a symbolic trace do not have the same reads.

@@ -156,7 +156,7 @@ def _stream_row(stream: Stream) -> dict[str, object]:
         "root": stream.root.module or stream.root.node,
         "sublayers": stream.num_sublayers,
         "reads": len(stream.depth_reads),
-        "width": stream.width,
+        "width": _width(stream),
         "norm": "post" if stream.post_norm else "pre",
         "nested in": stream.nested_in or "",
         "first line": _short(stream.terms[0].line) if stream.terms else "",
@@ -170,12 +170,17 @@ def _converted_row(converted: StreamPlan) -> dict[str, object]:
         "stream": stream.name,
         "sublayers": stream.num_sublayers,
         "reads": len(converted.reads),
-        "width": stream.width,
+        "width": _width(stream),
         "norm": "post" if stream.post_norm else "pre",
         "blocks": "-" if schedule.variant == "full" else _runs(sizes),
         "most sources": max((len(r.sources) for r in converted.reads), default=0),
         "parameters": converted.num_parameters,
     }
+
+
+def _width(stream: Stream) -> int | str:
+    """The width of a stream, and where it is if that is not the last dimension."""
+    return stream.width if stream.dimension == -1 else f"{stream.width} in dimension {stream.dimension}"
 
 
 def _runs(sizes: Sequence[int]) -> str:

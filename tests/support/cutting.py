@@ -20,7 +20,7 @@ def spread(converted):
 
 
 def evenly(converted, count):
-    total = sum(s.stream.num_sublayers for s in converted.report.streams if s.stream.nested_in is None)
+    total = sum(s.stream.num_sublayers for s in converted.report.streams if s.stream.is_main)
     count = min(count, total)
     return tuple(total * c // count for c in range(count))
 

@@ -23,7 +23,7 @@ class Trait(enum.Flag):
     the shape or dtype of its second argument. METADATA: looks at no value. MAYBE_COPIES: a view where the strides
     allow one. VIEW: a view, although its schema calls it a copy. RESHAPE_IN_PLACE: another shape for the same
     tensor. NO_WRITE: an underscore, yet no write. MIXES: contracts over copies of a stream. WIDENS: may change the
-    last dimension. CHANNELS_FIRST: features are in dimension 1. SWITCHES_MODE, ASKS_MODE: autocast or gradients, for
+    last dimension. CHANNELS_FIRST: channels are in dimension 1. SWITCHES_MODE, ASKS_MODE: autocast or gradients, for
     the calls that follow. MODE_REGION: a body that runs in another mode. CHECK: states something of a value and has
     none. SAVES_INPUTS: backward needs what it takes in. RANDOM: draws random numbers, although no tag of aten's may
     say so. SHAPE: looks at the shape or the dtype and at nothing else. PASSES_ON: hands on values and gradients as
@@ -145,10 +145,10 @@ SHAPE_ATTRIBUTES = frozenset(["dtype", "shape", "device", "ndim"])
 CAST, IDENTITY, RESHAPE, MOVE, LIGHT = Trait.CAST, Trait.IDENTITY, Trait.RESHAPE, Trait.TOKEN_MOVE, Trait.LIGHT
 SAME, AS, COPIES = Trait.SAME_AT_SAME_SHAPE, Trait.SHAPED_AS, Trait.MAYBE_COPIES
 DROPOUT = Trait.DROPOUT | Trait.LIGHT | Trait.RANDOM
-CHANNELS = Trait.CHANNELS_FIRST
+CHANNELS, NORM = Trait.CHANNELS_FIRST, Trait.NORM | Trait.CHANNELS_FIRST
 SAVES = Trait.SAVES_INPUTS
 STEP = Trait.WEIGHT_STEP
-STOPS = Trait.STOPS_GRADIENT
+STOPS, PASSES = Trait.STOPS_GRADIENT, Trait.PASSES_ON
 METADATA, SHAPE = Trait.METADATA, Trait.METADATA | Trait.SHAPE
 
 OPERATIONS = (
@@ -184,7 +184,7 @@ OPERATIONS = (
     *(Operation(n, CAST) for n in ("double", "half", "bfloat16", "type")),
     *(Operation(n, CAST) for n in ("_autocast_to_full_precision", "_autocast_to_reduced_precision")),
     # Values as they are
-    Operation("contiguous", IDENTITY | COPIES | Trait.PASSES_ON),
+    Operation("contiguous", IDENTITY | COPIES | PASSES, aten="contiguous.default", function=torch.Tensor.contiguous),
     Operation("alias", IDENTITY | Trait.PASSES_ON),
     Operation("clone", IDENTITY, aten="clone.default", function=torch.clone),
     Operation("detach", STOPS, aten="detach.default", function=torch.detach),
@@ -201,7 +201,7 @@ OPERATIONS = (
     Operation("reshape_as", RESHAPE | COPIES | AS, aten="reshape_as.default", function=torch.Tensor.reshape_as),
     Operation("ravel", COPIES),
     # Rows moved or picked
-    Operation("permute", MOVE),
+    Operation("permute", MOVE, aten="permute.default", function=torch.permute),
     Operation("transpose", MOVE, also=("swapaxes", "swapdims")),
     Operation("movedim", MOVE, also=("moveaxis",)),
     Operation("t", MOVE),
@@ -245,27 +245,46 @@ OPERATIONS = (
     # Norms and reductions
     Operation("layer_norm", Trait.NORM, also=("native_layer_norm",), modules=(nn.LayerNorm,)),
     Operation("rms_norm", Trait.NORM, also=("_fused_rms_norm",), modules=(nn.RMSNorm,)),
-    Operation("group_norm", Trait.NORM | CHANNELS, modules=(nn.GroupNorm,)),
-    Operation("batch_norm", Trait.NORM | CHANNELS, modules=(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
-    Operation("instance_norm", Trait.NORM | CHANNELS, modules=(nn.InstanceNorm1d,)),
-    Operation("_native_batch_norm_legit", Trait.NORM),
+    Operation("group_norm", NORM, modules=(nn.GroupNorm,)),
+    Operation("batch_norm", NORM, modules=(*(getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)), nn.SyncBatchNorm)),
+    Operation("instance_norm", NORM, modules=tuple(getattr(nn, f"InstanceNorm{n}d") for n in (1, 2, 3))),
+    *(Operation(n, NORM) for n in ("native_group_norm", "native_batch_norm", "cudnn_batch_norm")),
+    *(Operation(n, NORM) for n in ("_native_batch_norm_legit", "_native_batch_norm_legit_no_training")),
     *(Operation(n, Trait.REDUCTION) for n in ("mean", "sum", "var", "std", "var_mean", "std_mean")),
-    *(Operation(n, Trait.REDUCTION) for n in ("norm", "linalg_vector_norm", "amax")),
+    *(Operation(n, Trait.REDUCTION) for n in ("norm", "linalg_vector_norm", "linalg_norm", "amax")),
     # Contractions
     Operation("mm", Trait.MIXES | SAVES, aten="mm.default", function=torch.mm),
     Operation("bmm", Trait.MIXES | SAVES, aten="bmm.default", function=torch.bmm),
     *(Operation(n, Trait.MIXES | SAVES) for n in ("einsum", "matmul")),
     Operation("tensordot", Trait.MIXES),
-    *(Operation(n, SAVES) for n in ("linear", "dot")),
+    Operation("linear", SAVES, modules=(nn.Linear,)),
+    Operation("dot", SAVES),
+    Operation("embedding", modules=(nn.Embedding,)),
     Operation("addmm", SAVES, fused=FusedAddition("mm", "mat1", "mat2", "alpha", "beta")),
     Operation("baddbmm", SAVES, fused=FusedAddition("bmm", "batch1", "batch2", "alpha", "beta")),
     Operation("addcmul", fused=FusedAddition("mul", "tensor1", "tensor2", "value")),
     Operation("addcdiv", fused=FusedAddition("div", "tensor1", "tensor2", "value")),
     Operation("fma", LIGHT, fused=FusedAddition("mul", "a", "b", addend=2, only_compiled=True)),
-    Operation("conv", CHANNELS | SAVES, also=("convolution", "conv1d", "conv2d", "conv3d")),
-    *(Operation(n, CHANNELS) for n in ("max_pool2d", "avg_pool2d")),
     Operation("gru_cell", Trait.GATED_CELL, modules=(nn.GRUCell,)),
     Operation("lstm_cell", Trait.GATED_CELL, modules=(nn.LSTMCell,)),
+    *(
+        Operation(
+            name,
+            traits,
+            also=(*also, *(f"{name}{n}d" for n in (1, 2, 3))),
+            modules=tuple(getattr(nn, f"{module}{n}d") for n in (1, 2, 3)),
+        )
+        for name, module, traits, also in (
+            ("conv", "Conv", CHANNELS | SAVES, ("convolution", "_convolution")),
+            ("conv_transpose", "ConvTranspose", CHANNELS, ()),
+        )
+    ),
+    # Windows that move along the dimensions after the channels
+    *(Operation(f"max_pool{n}d", CHANNELS, modules=(getattr(nn, f"MaxPool{n}d"),)) for n in (1, 2, 3)),
+    *(Operation(f"avg_pool{n}d", CHANNELS, modules=(getattr(nn, f"AvgPool{n}d"),)) for n in (1, 2, 3)),
+    Operation("interpolate", CHANNELS, modules=(nn.Upsample,)),
+    *(Operation(n, CHANNELS) for n in ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")),
+    *(Operation(n, CHANNELS) for n in ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d")),
     Operation("sdpa", SAVES, also=("scaled_dot_product_attention",)),
     # Shapes, dtypes and checks
     *(Operation(n, SHAPE) for n in ("sym_size", "size", "dim", "ndim", "numel", "is_floating_point")),

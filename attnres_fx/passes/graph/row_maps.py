@@ -1,5 +1,6 @@
 """Operations that map a state row by row."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,13 @@ from attnres_fx.passes.graph.operations import (
     op_name,
     stops_gradient,
 )
+
+#: Whether a node keeps the rows of another whole, where they are not in the last dimension; None where they are.
+KeepsRows = Callable[[Node, Node], bool | None]
+
+
+def in_last_dimension(before: Node, after: Node) -> None:
+    """Every tensor has its rows in the last dimension."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,12 @@ class RowMap:
     others: tuple[Node, ...] = ()
 
 
-def match_row_maps(node: Node) -> tuple[RowMap, ...]:
+def match_row_maps(node: Node, keeps_rows: KeepsRows = in_last_dimension) -> tuple[RowMap, ...]:
     """The ways in which a node can be a row map.
 
     Args:
         node: Any node of a graph with values on its nodes.
+        keeps_rows: Says of rows that are not in the last dimension whether they are kept.
 
     Returns:
         A row map for each argument that the node maps row by row: two for a product of two tensors.
@@ -55,12 +64,12 @@ def match_row_maps(node: Node) -> tuple[RowMap, ...]:
             return ()
     if not isinstance(first, Node) or not is_floating(first):
         return ()
-    kind = _kind_of_map(node, name, first)
+    kind = _kind_of_map(node, name, first, keeps_rows)
     others = tuple(n for n in node.all_input_nodes if n is not first) if kind == "factor" else ()
     return (RowMap(first, kind, others),) if kind else ()
 
 
-def _kind_of_map(node: Node, name: str, first: Node) -> str | None:
+def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> str | None:
     if stops_gradient(node):
         return "detach"
     if is_dropout(node):
@@ -73,11 +82,12 @@ def _kind_of_map(node: Node, name: str, first: Node) -> str | None:
         return "factor"
     if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
         return "factor" if same_shape(node, first) else None
+    if not has_trait(node, Trait.RESHAPE | Trait.TOKEN_MOVE):
+        return None
+    kept = keeps_rows(first, node)
     if has_trait(node, Trait.RESHAPE):
-        return "reshape" if same_row_sizes(first, node) else None
-    if has_trait(node, Trait.TOKEN_MOVE) and _moves_whole_rows(node, name, first):
-        return "token"
-    return None
+        return "reshape" if (same_row_sizes(first, node) if kept is None else kept) else None
+    return "token" if (_moves_whole_rows(node, name, first) if kept is None else kept) else None
 
 
 #: Where an operation takes what it writes into some rows.

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from attnres_fx.passes.graph.additions import Addition, match_addition
 from attnres_fx.passes.graph.emit import emit
-from attnres_fx.passes.graph.nodes import copy_call, is_floating, numel_of_row_is_kept, same_shape, tensor_of, value_of
+from attnres_fx.passes.graph.nodes import copy_call, is_floating, same_row_sizes, same_shape, tensor_of, value_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait
 from attnres_fx.passes.graph.result import PassResult
@@ -74,7 +74,7 @@ def _broken_up(node: Node) -> Node | None:
     if not has_trait(node, Trait.RESHAPE) or not node.args or not isinstance(node.args[0], Node):
         return None
     whole = node.args[0]
-    return None if numel_of_row_is_kept(whole, node) else whole
+    return None if same_row_sizes(whole, node) else whole
 
 
 def _added_before(node: Node, a: Addition, whole: Node) -> Node:
@@ -92,7 +92,7 @@ def _below(node: Node, shaped: Node) -> Node | None:
     """The first tensor under a chain of reshapes that has a node's shape and dtype, behind one that keeps no row."""
     broken = False
     while has_trait(node, Trait.RESHAPE | Trait.IDENTITY) and node.args and isinstance(node.args[0], Node):
-        broken = broken or not numel_of_row_is_kept(node, shaped)
+        broken = broken or not same_row_sizes(node, shaped)
         node = node.args[0]
         if same_shape(node, shaped):
             held, wanted = tensor_of(node), tensor_of(shaped)

@@ -12,6 +12,8 @@ from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import fake_like, insert_call, tensor_of
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan
+from attnres_fx.passes.rewrite.steps import turn_rows
+from attnres_fx.passes.streams.feature_dimensions import LAST
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def insert_read(
     Args:
         read: What was planned.
         site: The node whose value it replaces.
-        sources: The nodes of the plan's sources, each [..., D].
+        sources: The nodes of the plan's sources, each [..., D], whatever dimension of the site the features are in.
         parameters: The nodes of its parameters.
         eps: Added to the mean square of a source.
 
@@ -51,11 +53,17 @@ def insert_read(
     out = fake_like(values[0], reduce(torch.promote_types, (v.dtype for v in values)))
     args = (list(sources), parameters.query, parameters.key_weight, eps, read.gain)
     node = insert_call(site.graph, DEPTH_ATTENTION, args, like=site, value=out)
+    mixed = node
+    if read.dimension != LAST:
+        mixed = turn_rows(site.graph, node, -1, read.dimension, like=site)
+        turned = tensor_of(mixed)
+        assert turned is not None
+        out = turned
     if not read.gated:
-        return node, node
+        return mixed, node
     if parameters.gate is None:
         raise RewriteError(f"the read {read.read!r} is on a post-norm stream and needs a gate.")
     # r + g * (read - r): exactly r while the gate is zero.
-    difference = emit(site.graph, "sub", (node, site), like=site, value=out)
+    difference = emit(site.graph, "sub", (mixed, site), like=site, value=out)
     scaled = emit(site.graph, "mul", (difference, parameters.gate), like=site, value=out)
     return emit(site.graph, "add", (site, scaled), like=site, value=out), node

@@ -40,6 +40,7 @@ class DepthReadPlan:
         width: D, the elements of its query and of its key gain.
         summary: What the next block receives, where the read stands at the end of a block of `local`.
         makes_summary: Whether the next block receives this read; of several at one end, only the first makes it.
+        dimension: Which dimension of the site holds the features; -1 for the last.
     """
 
     stream: str
@@ -56,6 +57,7 @@ class DepthReadPlan:
     width: int
     summary: Source | None = None
     makes_summary: bool = False
+    dimension: int = -1
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -193,6 +195,8 @@ def _paired(stream: Stream, plan: StreamPlan) -> list[tuple[Read, DepthReadPlan]
 
 def _plan_stream(stream: Stream, schedule: DepthSchedule, output: Output, sums: FormalSums) -> StreamPlan:
     reads = [_plan_read(stream, read, schedule, output) for read in stream.depth_reads]
+    by_name = {node.name: node for node in sums.nodes}
+    reads = [replace(r, dimension=sums.features.dimension(by_name[r.site])) for r in reads]
     makers = _summary_makers(stream, reads, sums)
     reads = [replace(read, makes_summary=i in makers) for i, read in enumerate(reads)]
     return StreamPlan(

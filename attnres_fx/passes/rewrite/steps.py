@@ -38,7 +38,16 @@ class Detach:
     """Let no gradient through: the state was computed where gradients are off."""
 
 
-Step = Replay | Scale | SpreadLike | Detach
+@dataclass(frozen=True)
+class RowsLast:
+    """Put the features of an entry, which are in another dimension, in the last one, as the operator wants them."""
+
+    dimension: int
+    #: The node in whose dialect it is written; the same turn for every read.
+    site: Node = field(compare=False)
+
+
+Step = Replay | Scale | SpreadLike | Detach | RowsLast
 
 
 def simplified(base: Node, steps: tuple[Step, ...]) -> list[Step]:
@@ -111,8 +120,30 @@ def insert_step(graph: Graph, step: Step, node: Node) -> Node:
             return node
         spread = value.expand(shape_of(step.node))
         return emit(graph, "expand_as", (node, step.node), like=node, value=spread, dialect=step.node)
+    if isinstance(step, RowsLast):
+        return turn_rows(graph, node, step.dimension, -1, like=step.site)
     mapped, before = tensor_of(step.node), tensor_of(step.state)
     assert mapped is not None and before is not None
     changes_dtype = step.kind == "cast" or before.dtype != mapped.dtype
     dtype = mapped.dtype if changes_dtype else value.dtype
     return copy_call(step.node, {step.state: node}, value=fake_like(mapped, dtype))
+
+
+def turn_rows(graph: Graph, node: Node, dimension: int, to: int, *, like: Node) -> Node:
+    """A node with one of its dimensions elsewhere, at the graph's insertion point.
+
+    The result is contiguous: what a view or a kernel takes after it must be, and a source is copied once for all reads.
+
+    Args:
+        graph: The graph to write into.
+        node: What is turned.
+        dimension: The dimension that goes.
+        to: The place it has then; the others keep their order.
+        like: The node in whose dialect to write, and whose place in the source is noted.
+    """
+    value = tensor_of(node)
+    assert value is not None
+    order = list(range(value.dim()))
+    order.insert(to % value.dim(), order.pop(dimension))
+    turned = emit(graph, "permute", (node, order), like=like, value=value.permute(order))
+    return emit(graph, "contiguous", (turned,), like=like, value=value.permute(order).contiguous())

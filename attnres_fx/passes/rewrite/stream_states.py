@@ -7,6 +7,8 @@ from torch.fx import Graph, Node
 from attnres_fx.errors import RewriteError
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, StreamPlan
 from attnres_fx.passes.rewrite.sources import Entry, Moved, SourceBuilder, Table
+from attnres_fx.passes.rewrite.steps import RowsLast
+from attnres_fx.passes.streams.feature_dimensions import LAST
 from attnres_fx.passes.streams.formal_sum import FormalSums, Root
 from attnres_fx.passes.streams.stream import Stream
 
@@ -74,7 +76,10 @@ class StreamStates:
                 f"the read {read.read!r} of {read.stream!r} was planned with the sources {planned} and the graph has "
                 f"{actual} at {site.name!r}: plan the reads of the graph that is rewritten."
             )
-        return [built[group] for group in read.groups]
+        nodes = [built[group] for group in read.groups]
+        if read.dimension == LAST:
+            return nodes
+        return [self.builder.apply(RowsLast(read.dimension, site), node) for node in nodes]
 
     def consumed(self, read: DepthReadPlan) -> list[tuple[Node, Node]]:
         """The consumers of a read, each with what it takes of the state: the state itself, or a row map of it."""

@@ -67,8 +67,9 @@ class StreamChain:
             known.update(extra)
             named.append(self._read(read, cuts.index(prefix), tuple(t.name for t in extra)))
         width = self.parts[0].fixed_width
+        dimension = self.parts[0].features.dimension
         assert width is not None
-        return Stream("", self._root(), tuple(terms), tuple(named), width, self.post_norm)
+        return Stream("", self._root(), tuple(terms), tuple(named), width, self.post_norm, dimension=dimension)
 
     def _chain_reads(self) -> list[tuple[RootStates, RootRead]]:
         """All reads; of a post-norm stream only the norms', since its other states are already normed."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import match_addition
-from attnres_fx.passes.graph.nodes import is_floating
+from attnres_fx.passes.graph.nodes import argument_of, is_floating
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, is_light, may_be_in_norm, moves_data, op_name
 from attnres_fx.passes.streams.dependence import Dependence
@@ -50,8 +50,8 @@ def _goes_on(earlier: _Reader, later: _Reader, depends: Dependence) -> bool:
 
 
 def _reader(node: Node) -> _Reader | None:
-    if op_name(node) == "sdpa" and len(node.args) > 2:
-        return _of_joined(node, node.args[2])
+    if op_name(node) == "sdpa" and isinstance(value := argument_of(node, 2, "value"), Node):
+        return _of_joined(node, value)
     if match_addition(node) is not None:
         return _listed(node)
     factors = _contracted(node)

@@ -7,6 +7,7 @@ from torch.fx import Graph, Node
 from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.streams.beside import sums_beside
 from attnres_fx.passes.streams.chain import StreamChain
+from attnres_fx.passes.streams.feature_dimensions import LAST
 from attnres_fx.passes.streams.formal_sum import FormalSums, Root
 from attnres_fx.passes.streams.interpretation import find_formal_sums
 from attnres_fx.passes.streams.interruptions import find_interruptions
@@ -57,10 +58,10 @@ def _sums_of(graph: Graph) -> FormalSums:
 
 
 def _without_refused(roots: list[RootStates]) -> tuple[list[RootStates], list[Refusal]]:
-    """The roots of streams of their own with a fixed width in the last dimension, and why the others are none."""
+    """The roots of streams whose features are in one dimension of fixed size, and why the others are none."""
     injected = {s: into for s in roots if (into := injected_into(s, roots)) is not None}
     own = [s for s in roots if s not in injected]
-    fixed = [s for s in own if s.fixed_width is not None and s.channels_first is None]
+    fixed = [s for s in own if s.fixed_width is not None and not s.features.contradiction]
     refusals = [refuse_injected(s, into) for s, into in injected.items()]
     return fixed, refusals + [_refuse_width(s) for s in own if s not in fixed]
 
@@ -80,10 +81,15 @@ def _without_recurrences(chains: list[StreamChain], sums: FormalSums) -> tuple[l
 
 
 def _refuse_width(stream: RootStates) -> Refusal:
-    if stream.channels_first is not None:
-        why = f"its features are not in the last dimension: {describe(stream.channels_first)} works on dimension 1"
-    else:
+    dimension, because = stream.features.dimension, stream.features.because
+    if stream.features.contradiction:
+        said = (f"in dimension {d} for {describe(node)}" for d, node in stream.features.contradiction)
+        why = f"its features are {' and '.join(said)}, and nothing decides between them"
+    elif dimension == LAST:
         why = "its last dimension has no fixed size, so a query has no width"
+    else:
+        told = f" ({describe(because)} works on it)" if because is not None else ""
+        why = f"its features are in dimension {dimension}{told}, which has no fixed size, so a query has no width"
     return Refusal("width", describe(stream.root), why)
 
 

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from attnres_fx.passes.normalize.dead_code import Live
 from attnres_fx.passes.streams.dependence import Dependence
+from attnres_fx.passes.streams.feature_dimensions import FeatureDimensions
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class FormalSums:
     Args:
         nodes: Every node of the graph as it was analysed, in its order.
         dependence: Which nodes depend on the operands of additions, and how.
+        features: Which dimension of each node holds its features.
         live: The nodes whose values get out of the graph; others see the plain sums and read nothing.
         states: What each state is, by its node.
         root: Which stream a state belongs to, by the nodes of both: the state's and the stream's root.
@@ -69,6 +71,7 @@ class FormalSums:
     nodes: tuple[Node, ...]
     dependence: Dependence
     live: Live
+    features: FeatureDimensions
     states: dict[Node, State] = field(default_factory=dict)
     root: dict[Node, Node] = field(default_factory=dict)
 

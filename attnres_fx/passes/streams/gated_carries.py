@@ -42,13 +42,14 @@ def find_gated_carries(nodes: tuple[Node, ...], sums: FormalSums) -> Iterator[tu
 
 def _chosen_between(node: Node) -> tuple[Node, Node, Node] | None:
     """Start, end and weight of `lerp`, or of `where`."""
-    args = [*node.args, *node.kwargs.values()]
-    if len(args) != 3 or not all(isinstance(a, Node) for a in args):
+    first, second, third, *more = [*node.args, *node.kwargs.values(), None, None, None]
+    known = isinstance(first, Node) and isinstance(second, Node) and isinstance(third, Node) and more == [None] * 3
+    if not known:
         return None
     if op_name(node) == "lerp":
-        return args[0], args[1], args[2]
-    if op_name(node) == "where" and is_floating(args[1]) and is_floating(args[2]):
-        return args[1], args[2], args[0]
+        return first, second, third  # type: ignore[return-value]
+    if op_name(node) == "where" and is_floating(second) and is_floating(third):  # type: ignore[arg-type]
+        return second, third, first  # type: ignore[return-value]
     return None
 
 

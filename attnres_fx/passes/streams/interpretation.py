@@ -16,6 +16,7 @@ from attnres_fx.passes.graph.row_maps import RowMap, match_row_maps
 from attnres_fx.passes.normalize.dead_code import find_live
 from attnres_fx.passes.streams.centring import centres
 from attnres_fx.passes.streams.dependence import Dependence
+from attnres_fx.passes.streams.feature_dimensions import FeatureDimensions
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
 
 
@@ -56,12 +57,13 @@ class _Interpreter:
         self.graph = graph
         self.beside = beside
         live = find_live(graph)
+        self.features = FeatureDimensions(graph)
         self.additions = {n: a for n in graph.nodes if n in live.observed and (a := match_addition(n)) is not None}
         self.maps: dict[Node, tuple[RowMap, ...]] = {
-            n: m for n in graph.nodes if n in live.observed and (m := match_row_maps(n))
+            n: m for n in graph.nodes if n in live.observed and (m := match_row_maps(n, self.features.keeps_rows))
         }
         self.depends = Dependence(graph, self._anchors())
-        self.sums = FormalSums(tuple(graph.nodes), self.depends, live)
+        self.sums = FormalSums(tuple(graph.nodes), self.depends, live, self.features)
 
     def _anchors(self) -> set[Node]:
         found: set[Node] = set()
@@ -79,6 +81,8 @@ class _Interpreter:
             addition = self.additions.get(node)
             if addition is not None:
                 self._add(node, addition)
+        # A state that is turned is a state where the stream goes on from it; elsewhere it is a read that turns it.
+        self.maps = {n: kept for n, maps in self.maps.items() if (kept := tuple(m for m in maps if self._stays(n, m)))}
         for node in self.graph.nodes:
             self._state_of(node)
         self.sums.root = dict(sorted(self.sums.root.items(), key=lambda item: item[0]))
@@ -99,6 +103,9 @@ class _Interpreter:
 
     def _maps_of(self, node: Node) -> tuple[RowMap, ...]:
         return () if node in self.depends.written else self.maps.get(node, ())
+
+    def _stays(self, node: Node, row_map: RowMap) -> bool:
+        return not self.features.turns(row_map.state, node)
 
     def _is_independent(self, row_map: RowMap, root: Node) -> bool:
         return not any(o is root or self.depends.at_all(o, root) for o in row_map.others)
@@ -183,7 +190,7 @@ class _Interpreter:
     def _extends_by_branch(self, node: Node, reading: _Reading) -> bool:
         """`state + addend`, where the addend is a branch of the state's stream."""
         a, root = reading.addition, reading.root
-        if root is None or not _fits(a.left, a.right, node) or not _broadcasts_rows(a.left, node):
+        if root is None or not _fits(a.left, a.right, node) or not self._broadcasts_rows(a.left, node):
             return False
         if (node, a.right) in self.beside or centres(a, root, self.depends):
             return False
@@ -222,7 +229,7 @@ class _Interpreter:
     def _starts(self, node: Node, reading: _Reading) -> bool:
         """`left + right` begins a stream: right is a branch of left, or of what left is a map of."""
         a = reading.addition
-        if reading.root is not None or not _fits(a.left, a.right, node) or not _broadcasts_rows(a.left, node):
+        if reading.root is not None or not _fits(a.left, a.right, node) or not self._broadcasts_rows(a.left, node):
             return False
         if (node, a.right) in self.beside:
             return False
@@ -249,15 +256,17 @@ class _Interpreter:
         self.sums.states[node] = Extended(node, a.left, a.left_scale, a.right, a.right_scale)
         self.sums.root[node] = root
 
+    def _broadcasts_rows(self, state: Node, result: Node) -> bool:
+        """Whether a state has the result's shape, or is spread over it in dimensions other than its features'."""
+        if same_shape(state, result):
+            return True
+        small, large = shape_of(state), shape_of(result)
+        if len(small) < 2 or len(small) > len(large):
+            return False
+        at = self.features.trailing(state)
+        return at == self.features.trailing(result) and sizes_agree(small[at], large[at])
+
 
 def _fits(left: Node, right: Node, result: Node) -> bool:
     """Whether one operand of an addition has the result's shape, so that the other is spread over it."""
     return same_shape(left, result) or same_shape(right, result)
-
-
-def _broadcasts_rows(state: Node, result: Node) -> bool:
-    """Whether a state has the result's shape, or is spread over it in leading dimensions only."""
-    if same_shape(state, result):
-        return True
-    small, large = shape_of(state), shape_of(result)
-    return bool(small) and len(small) <= len(large) and sizes_agree(small[-1], large[-1]) and len(small) >= 2

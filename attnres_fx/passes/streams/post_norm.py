@@ -40,8 +40,13 @@ def _continuation(states: RootStates, candidates: list[RootStates]) -> RootState
 
 
 def _norms(states: RootStates, read: RootRead, root: Node) -> bool:
-    """Whether a root is the norm of a read, row by row: where heads are joined between them, two streams meet."""
-    return same_shape(read.core, root) and states.is_norm_to(read, root)
+    """Whether a root is the norm of a read, row by row.
+
+    Where heads are joined between them, or rows become columns, two streams meet.
+    """
+    features = states.sums.features
+    same_rows = same_shape(read.core, root) and features.dimension(read.core) == features.dimension(root)
+    return same_rows and states.is_norm_to(read, root)
 
 
 def _read_of_only_sum(states: RootStates) -> RootRead | None:

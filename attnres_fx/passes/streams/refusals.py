@@ -1,7 +1,7 @@
 """Streams that are carried by something other than addition: named, never guessed at."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.fx import Graph, Node
 
@@ -122,13 +122,19 @@ def _widened(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
             if not has_trait(carry, Trait.WIDENS) or not carry.all_input_nodes:
                 continue
             states = [n for n in carry.all_input_nodes if n in sums.states]
-            wider = [s for s in states if not sizes_agree(shape_of(s)[-1], shape_of(carry)[-1])]
+            wider = [s for s in states if not sizes_agree(*_widths(s, carry, sums))]
             for state in wider:
                 root = sums.root[state]
                 if state is not root and depends.is_branch(branch, root):
-                    before, after = shape_of(state)[-1], shape_of(carry)[-1]
+                    before, after = _widths(state, carry, sums)
                     why = f"the width of the stream changes from {before} to {after} at {describe(carry)}"
                     advice = "Put a projection with a norm between the two widths, so that they are two streams."
                     refusals.append((node, Refusal("width", describe(node), why, True, advice)))
                     break
     return refusals
+
+
+def _widths(state: Node, carry: Node, sums: FormalSums) -> tuple[Any, Any]:
+    """The sizes that two tensors have where the first has its features."""
+    at = sums.features.trailing(state)
+    return shape_of(state)[at], shape_of(carry)[at] if len(shape_of(carry)) >= -at else 0

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from attnres_fx.passes.graph.nodes import shape_of
-from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, is_norm_step, may_be_in_norm
+from attnres_fx.passes.graph.operations import asks_only_metadata, is_norm_step, may_be_in_norm
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged, Root
 
 
@@ -35,8 +34,8 @@ class RootStates:
         chain: The root and the terms of its longest sum.
         terms: The chain without the root.
         reads: The places that read a state, in graph order; what ends in a buffer alone makes none.
-        fixed_width: D, the size of the root's last dimension; None where it is free.
-        channels_first: A node that takes features from dimension 1; None where there is none.
+        features: Which dimension of the root holds its features.
+        fixed_width: D, the size of that dimension; None where it is free.
     """
 
     def __init__(self, sums: FormalSums, root: Node) -> None:
@@ -46,9 +45,9 @@ class RootStates:
         self.chain = self._chain()
         self.terms = self.chain[1:]
         self.reads = self._reads()
-        width = shape_of(root)[-1]
+        self.features = sums.features.verdict(root)
+        width = shape_of(root)[self.features.dimension]
         self.fixed_width = width if isinstance(width, int) else None
-        self.channels_first = self._find_channels_first()
 
     def _chain(self) -> tuple[Node, ...]:
         """The terms of the state that has most of them: the stream itself, as opposed to side states."""
@@ -92,10 +91,6 @@ class RootStates:
         while len(shared) > 1 and self.sums.states[shared[-1]].kind in ("cast", "identity"):  # type: ignore[union-attr]
             shared.pop()
         return shared[-1] if shared else core
-
-    def _find_channels_first(self) -> Node | None:
-        users = (u for n in self.nodes if len(shape_of(n)) > 2 for u in n.users)
-        return next((u for u in users if has_trait(u, Trait.CHANNELS_FIRST)), None)
 
     def is_norm_to(self, read: RootRead, target: Node) -> bool:
         """Whether everything that consumes a read is a normalisation whose result is `target`."""

@@ -16,7 +16,8 @@ def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tupl
     Raises:
         NotAdditiveError: A stream is carried by something that is no sum.
         AlreadyConvertedError: The model reads its depth already.
-        StreamWidthError: A stream has no fixed width, or another width further on.
+        StreamWidthError: There is a stream, and its features are in no one dimension of fixed size, or of another size
+            further on.
         StreamNameError: There is no stream of a name that the config gives.
         NoStreamError: There is no stream at all.
     """
@@ -27,6 +28,9 @@ def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tupl
     selected = streams.select(config.streams)
     if selected:
         return selected
+    if wide := [r for r in streams.refusals if r.kind == "width"]:
+        why = "; ".join(f"the stream from {r.place} is left alone: {r.reason}" for r in wide)
+        raise StreamWidthError(f"{name} has no residual stream that can be converted: {why}.")
     raise NoStreamError(_no_stream_message(streams, name))
 
 

@@ -71,10 +71,11 @@ class Stream:
         root: The value that it begins with.
         terms: What is written into it, the root aside.
         reads: The places that consume its states.
-        width: D, the size of the last dimension.
+        width: D, the size of the dimension that holds the features.
         post_norm: Whether norms stand on the stream itself: every state has two terms then, and each norm reads.
         nested_in: The stream whose sublayer it is inside; None for the others.
         around: A stream inside one of its sublayers that does more than it does itself; None for the others.
+        dimension: Which dimension of the root holds the features; -1 for the last.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Stream:
     post_norm: bool = False
     nested_in: str | None = None
     around: str | None = None
+    dimension: int = -1
 
     @property
     def is_main(self) -> bool:
