@@ -34,6 +34,13 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "And": lambda *xs: all(xs),
     "Or": lambda *xs: any(xs),
     "Not": operator.not_,
+    "ToFloat": float,
+    "TruncToInt": math.trunc,
+    "FloorToInt": math.floor,
+    "CeilToInt": math.ceil,
+    "RoundToInt": round,
+    "IntTrueDiv": operator.truediv,
+    "FloatTrueDiv": operator.truediv,
 }
 
 #: What an expression may do.
@@ -65,6 +72,10 @@ def to_expression(value: Any) -> Expression:
         return value
     if isinstance(value, sympy.Integer):
         return int(value)
+    if isinstance(value, float | sympy.Float):
+        return float(value)
+    if isinstance(value, sympy.Rational):
+        return ["FloatTrueDiv", int(value.p), int(value.q)]
     if isinstance(value, sympy.Symbol):
         return str(value)
     if value in (sympy.true, sympy.false):
@@ -80,7 +91,7 @@ def evaluate(expression: Expression, sizes: Mapping[str, Any]) -> Any:
     """The value of an expression for these sizes."""
     if isinstance(expression, str):
         return sizes[expression]
-    if isinstance(expression, int):
+    if isinstance(expression, int | float):
         return expression
     name, *operands = expression
     return _OPERATIONS[name](*[evaluate(o, sizes) for o in operands])
@@ -90,7 +101,7 @@ def shown(expression: Expression, names: Mapping[str, str]) -> str:
     """An expression in words, with a name for each size."""
     if isinstance(expression, str):
         return names.get(expression, expression)
-    if isinstance(expression, int):
+    if isinstance(expression, int | float):
         return str(expression)
     name, *operands = expression
     words = [shown(o, names) for o in operands]

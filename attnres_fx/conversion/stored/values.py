@@ -1,5 +1,6 @@
 """What is known of a stored node's value: sizes, some free, dtype and device as JSON, and back as a fake value."""
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -127,6 +128,8 @@ class ValueReader:
     def _size(self, expression: Any, depth: int = 0) -> Any:
         if type(expression) is int and 0 <= abs(expression) < 2**62:
             return expression
+        if type(expression) is float and math.isfinite(expression):
+            return expression
         if isinstance(expression, str) and expression in self.sizes:
             return self.sizes[expression]
         if isinstance(expression, list) and expression and depth < _DEEPEST and expression[0] in _OPERATIONS:
@@ -156,6 +159,10 @@ _OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "CeilDiv": lambda a, b: -(-a // b),
     "Max": _folded(torch.sym_max),
     "Min": _folded(torch.sym_min),
+    "ToFloat": torch.sym_float,
+    "TruncToInt": torch.sym_int,
+    "IntTrueDiv": operator.truediv,
+    "FloatTrueDiv": operator.truediv,
 }
 
 

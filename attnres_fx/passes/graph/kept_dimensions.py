@@ -7,7 +7,14 @@ from torch.fx import Node
 
 from attnres_fx.passes.graph.nodes import argument_of, is_floating, shape_of, shapes_agree, sizes_agree, value_of
 from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, is_light, op_name
+from attnres_fx.passes.graph.operations import (
+    asks_only_metadata,
+    has_trait,
+    indexed_dimensions,
+    is_light,
+    op_name,
+    picks_rows,
+)
 
 #: A tensor, one of its dimensions, and where that dimension is in the result.
 Kept = tuple[Node, int, int]
@@ -26,7 +33,9 @@ def kept_dimensions(node: Node) -> Iterator[Kept]:
     if not is_floating(node):
         return
     name = op_name(node)
-    if name == "getitem":
+    if picks_rows(node):
+        yield from _of_picked_rows(node)
+    elif name == "getitem":
         yield from _of_item(node)
     elif name in ("permute", "transpose", "movedim", "t"):
         yield from _of_permutation(node, name)
@@ -81,6 +90,25 @@ def _of_index(node: Node, source: Node, index: Any) -> Iterator[Kept]:
                 if sizes_agree(before[at], after[to]):
                     yield source, at, to
                 at, to = at + 1, to + 1
+
+
+def _of_picked_rows(node: Node) -> Iterator[Kept]:
+    """What stands behind the last dimension that is indexed."""
+    source, index = node.args[:2]
+    if not isinstance(source, Node) or not is_floating(source):
+        return
+    parts = list(index) if isinstance(index, tuple | list) else [index]
+    rank = len(shape_of(source))
+    at = 0
+    last = -1
+    for part in parts:
+        taken = rank - sum(map(indexed_dimensions, parts)) if part is Ellipsis else indexed_dimensions(part)
+        if isinstance(part, Node | int | list):
+            last = at + taken - 1
+        elif isinstance(part, slice) and part != slice(None):
+            last = max(last, at)
+        at += taken
+    yield from _in_place(node, source, tuple(range(last + 1)))
 
 
 def _of_permutation(node: Node, name: str) -> Iterator[Kept]:

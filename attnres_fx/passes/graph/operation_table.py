@@ -30,7 +30,8 @@ class Trait(enum.Flag):
     they are, the strides aside. WEIGHT_STEP: models make the weight of a norm with it, `1 + weight` or a cast.
     STOPS_GRADIENT: hands on values as they are, and no gradient. SPLITS: the parts of one tensor, as a list.
     JOINS: several tensors in one. SOFTMAX: weights that sum to one. REPEATS: the same rows several times.
-    GATED_CELL: a cell of a recurrent network, `(input, state)`.
+    GATED_CELL: a cell of a recurrent network, `(input, state)`. PICKS: rows by
+    an index tensor, which is more than elementwise.
     """
 
     CAST = enum.auto()
@@ -66,6 +67,7 @@ class Trait(enum.Flag):
     SOFTMAX = enum.auto()
     REPEATS = enum.auto()
     GATED_CELL = enum.auto()
+    PICKS = enum.auto()
 
 
 NONE = Trait(0)
@@ -212,6 +214,7 @@ OPERATIONS = (
     Operation("expand_as", MOVE | SAME | AS | Trait.REPEATS, aten="expand_as.default", function=torch.Tensor.expand_as),
     Operation("broadcast_to", MOVE | SAME | Trait.REPEATS),
     *(Operation(n, MOVE) for n in ("select", "index_select", "roll", "flip")),
+    Operation("index", Trait.PICKS),
     # Tensors joined, split, repeated
     Operation("cat", LIGHT | Trait.WIDENS | Trait.JOINS, aten="cat.default", function=torch.cat),
     *(Operation(n, LIGHT | Trait.WIDENS | Trait.JOINS) for n in ("concat", "concatenate")),

@@ -229,6 +229,19 @@ def indexes_by_tensor(index: Any) -> bool:
     return any(isinstance(p, list | torch.Tensor) or (isinstance(p, Node) and tensor_of(p) is not None) for p in parts)
 
 
+def indexed_dimensions(part: Any) -> int:
+    """How many dimensions a part of an index takes: none of `None`, those of a mask, else one; 0 of an ellipsis."""
+    if part is None or part is Ellipsis:
+        return 0
+    value = tensor_of(part) if isinstance(part, Node) else None
+    return value.dim() if value is not None and value.dtype in (torch.bool, torch.uint8) else 1
+
+
+def picks_rows(node: Node) -> bool:
+    """Whether a node takes parts of a tensor by index tensors: `x[chosen]`."""
+    return has_trait(node, Trait.PICKS) or (op_name(node) == "getitem" and indexes_by_tensor(node.args[1]))
+
+
 def dropout_probability(node: Node) -> float:
     """p of a dropout node, whether it is active or not; 1 where it cannot be read."""
     if node.op == "call_module":

@@ -12,7 +12,7 @@ from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import (
     dropout_probability,
     has_trait,
-    indexes_by_tensor,
+    indexed_dimensions,
     is_dropout,
     op_name,
     stops_gradient,
@@ -82,7 +82,7 @@ def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> s
         return "factor"
     if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
         return "factor" if same_shape(node, first) else None
-    if not has_trait(node, Trait.RESHAPE | Trait.TOKEN_MOVE):
+    if not has_trait(node, Trait.RESHAPE | Trait.TOKEN_MOVE | Trait.PICKS):
         return None
     kept = keeps_rows(first, node)
     if has_trait(node, Trait.RESHAPE):
@@ -128,8 +128,8 @@ def _moves_whole_rows(node: Node, name: str, first: Node) -> bool:
     if not after or not same_row_sizes(first, node):
         return False
     rank = len(before)
-    if name == "getitem":
-        return not indexes_by_tensor(node.args[1]) and _leaves_last_alone(node.args[1], rank)
+    if name in ("getitem", "index"):
+        return _leaves_last_alone(node.args[1], rank)
     if name in ("expand", "expand_as", "broadcast_to"):
         return True
     if name == "t":
@@ -172,7 +172,7 @@ def _known_dimensions(dims: Any, rank: int) -> list[int]:
 
 def _leaves_last_alone(index: Any, rank: int) -> bool:
     parts = index if isinstance(index, tuple | list) else (index,)
-    taken = sum(p is not None and p is not Ellipsis for p in parts)
+    taken = sum(indexed_dimensions(p) for p in parts)
     if Ellipsis not in parts and taken < rank:
         return True
     return bool(parts) and (parts[-1] is Ellipsis or parts[-1] == slice(None))

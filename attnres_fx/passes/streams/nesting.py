@@ -18,8 +18,8 @@ from attnres_fx.passes.streams.stream import Stream
 def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Stream]:
     """Say of each stream which other one computes it inside a sublayer, or which streams it goes around.
 
-    Where one stands inside another, the one with the computation is the main one: a skip from end to end around a
-    stack of layers does less by itself than what it goes around.
+    Where one stands inside another, the one with the computation is the main one, if it is no shallower: a skip from
+    end to end around a stack of layers does less by itself than what it goes around.
 
     Args:
         streams: Streams with names.
@@ -46,14 +46,16 @@ def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Strea
 
 
 def _skips_around(chains: list[StreamChain], inside: list[tuple[int, int]]) -> dict[int, int]:
-    """The streams that do less by themselves than those in their sublayers, each with the largest of those."""
+    """The streams that do less by themselves than those in their sublayers, and are no deeper, each with the largest."""
     work = {i: chains[i].work() for pair in inside for i in pair}
     found: dict[int, int] = {}
     for outer in {o for o, _ in inside}:
         inner = [i for o, i in inside if o == outer]
         within = {node: count for i in inner for node, count in work[i].items()}
-        if sum(count for node, count in work[outer].items() if node not in within) < sum(within.values()):
-            found[outer] = max(inner, key=lambda i: sum(work[i].values()))
+        own = sum(count for node, count in work[outer].items() if node not in within)
+        deep = [i for i in inner if chains[i].num_sublayers >= chains[outer].num_sublayers]
+        if deep and own < sum(within.values()):
+            found[outer] = max(deep, key=lambda i: sum(work[i].values()))
     return found
 
 

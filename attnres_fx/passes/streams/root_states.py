@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import shape_of
 from attnres_fx.passes.graph.operations import asks_only_metadata, is_norm_step, may_be_in_norm
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged, Root
@@ -110,4 +111,23 @@ class RootStates:
                 return False
             inside.add(node)
             stack.extend(node.all_input_nodes)
-        return reached and any(map(is_norm_step, inside)) and all(c in inside for c in read.consumers)
+        alone = reached and all(c in inside for c in read.consumers)
+        return alone and any(map(is_norm_step, inside)) and not self._adds_before_the_norm(inside)
+
+    def _adds_before_the_norm(self, inside: set[Node]) -> bool:
+        """Whether something of another origin is added to what a norm takes in: then it is the norm of another sum."""
+        stack = [i for n in inside if is_norm_step(n) for i in n.all_input_nodes if i in inside]
+        seen: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            addition = match_addition(node)
+            if addition is not None and not all(self._is_of_root(o) for o in (addition.left, addition.right)):
+                return True
+            stack += [i for i in node.all_input_nodes if i in inside]
+        return False
+
+    def _is_of_root(self, node: Node) -> bool:
+        return node is self.root or self.sums.dependence.at_all(node, self.root)

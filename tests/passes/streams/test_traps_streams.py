@@ -229,10 +229,11 @@ def test_a_post_norm_chain_is_one_stream():
     check_trap(post_norm, (tokens(),), expected)
 
 
-def test_only_post_norm_reads_in_mode_sum_have_gates():
+def test_only_post_norm_reads_in_mode_sum_have_gates_and_the_first_has_none():
     graph = torch.fx.symbolic_trace(toy(post_norm))
-    gated = ax.convert(graph, (tokens(),), config=ax.AttnResConfig(output="sum"))
-    assert all(r.gate is not None and r.gate.shape == () and r.gate.item() == 0 for r in gated.attnres.reads)
+    first, *gated = ax.convert(graph, (tokens(),), config=ax.AttnResConfig(output="sum")).attnres.reads
+    assert first.gate is None  # its sources add up to the state
+    assert all(r.gate is not None and r.gate.shape == () and r.gate.item() == 0 for r in gated)
     plain = ax.convert(graph, (tokens(),), config=ax.AttnResConfig(output="mean"))
     assert all(r.gate is None for r in plain.attnres.reads)
 
