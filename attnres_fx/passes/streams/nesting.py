@@ -46,7 +46,7 @@ def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Strea
 
 
 def _skips_around(chains: list[StreamChain], inside: list[tuple[int, int]]) -> dict[int, int]:
-    """The streams that do less by themselves than those in their sublayers, and are no deeper, each with the largest."""
+    """The streams that do less than those in their sublayers, and are no deeper, each with the largest of them."""
     work = {i: chains[i].work() for pair in inside for i in pair}
     found: dict[int, int] = {}
     for outer in {o for o, _ in inside}:
