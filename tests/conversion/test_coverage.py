@@ -23,6 +23,19 @@ def assert_same_output(found, expected):
             assert (x - y).abs().max() <= 1e-5 * x.abs().max()
 
 
+def unmoved_reads(converted, kwargs):
+    """The reads whose query and gate get no gradient from a fresh conversion's first backward."""
+    leaves = [x for x in pytree.tree_leaves(converted(**kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
+    sum((x.double() * torch.linspace(0, 1, x.numel()).sin().view_as(x)).sum() for x in leaves).backward()
+    found = [
+        r.name
+        for r in converted.attnres.reads
+        if not any(p is not None and p.grad is not None and p.grad.any() for p in (r.query, r.gate))
+    ]
+    converted.zero_grad()
+    return found
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.slow_after(1)
 def test_a_family_converts_with_all_its_reads_and_computes_the_same_whole_and_in_stages(name):
@@ -31,6 +44,7 @@ def test_a_family_converts_with_all_its_reads_and_computes_the_same_whole_and_in
     assert len(converted.attnres.reads) == reads
     with torch.no_grad():
         assert_same_output(converted(**kwargs), model(**{**converted.signature.bound_values, **kwargs}))
+    assert unmoved_reads(converted, kwargs) == []
     names = set(converted.state_dict())
     assert set(model.state_dict()) <= names
     assert all(n.startswith("attnres.") for n in names - set(model.state_dict()))
