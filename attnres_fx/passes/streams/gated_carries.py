@@ -10,6 +10,7 @@ from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, moves_data, op_name
 from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged
+from attnres_fx.passes.streams.mixed_copies import origin_of
 
 
 def find_gated_carries(nodes: tuple[Node, ...], sums: FormalSums) -> Iterator[tuple[Node, str]]:
@@ -24,6 +25,7 @@ def find_gated_carries(nodes: tuple[Node, ...], sums: FormalSums) -> Iterator[tu
     cells = {n: c for n in nodes if (c := _cell(n)) is not None}
     operands = {o for a in additions.values() for o in (a.left, a.right)}
     inputs = {i for n in (*operands, *chosen) for i in n.all_input_nodes}
+    inputs |= {origin_of(i) for i in inputs}
     held = {h for _, h in cells.values()}
     ancestry = Dependence(sums.nodes[0].graph, operands | inputs | additions.keys() | chosen.keys() | held)
     for node in nodes:
@@ -99,13 +101,15 @@ def _why_moved(carry: Node, branch: Node, ancestry: Dependence) -> str:
 
 def _why_multiplied(carry: Node, branch: Node, ancestry: Dependence) -> str:
     """Whether `carry + branch` is `g * x + f`, where gate and branch are more than elementwise work on x."""
-    for x, gate in _factors(carry):
-        if not is_floating(x) or not (ancestry.is_branch(gate, x) and ancestry.is_branch(branch, x)):
-            continue
-        others = [value for value, weight in _factors(branch) if ancestry.is_branch(weight, x)]
-        if any(value is x or not ancestry.is_branch(value, x) for value in others):
-            return f"copies of the stream are mixed with weights like {describe(gate)}: hyper-connections"
-        return f"the stream is multiplied by {describe(gate)}, which depends on the stream: a gated carry"
+    for value, gate in _factors(carry):
+        for x in (value, origin_of(value)):
+            if not is_floating(x) or not (ancestry.is_branch(gate, x) and ancestry.is_branch(branch, x)):
+                continue
+            others = [v for v, weight in _factors(branch) if ancestry.is_branch(weight, x)]
+            if any(v is x or not ancestry.is_branch(v, x) for v in others):
+                return f"copies of the stream are mixed with weights like {describe(gate)}: hyper-connections"
+            if x is value:
+                return f"the stream is multiplied by {describe(gate)}, which depends on the stream: a gated carry"
     return ""
 
 

@@ -58,6 +58,11 @@ def _candidates(node: Node, addition: Addition) -> Iterator[_Mixed]:
                 yield _Mixed(node, frozenset(path[: cut + 1]), path[-1], below[-1], branch)
 
 
+def origin_of(node: Node) -> Node:
+    """The tensor that a node moves, casts, repeats or is cut out of."""
+    return _path(node)[0][-1]
+
+
 def _path(node: Node) -> tuple[list[Node], bool]:
     """A node, what it moves, and so on down to what is no movement of data; and whether copies were made on the way."""
     path, copied = [node], False
