@@ -10,9 +10,9 @@ from tabulate import tabulate
 from torch import nn
 
 import attnres_fx as ax
-from attnres_fx.conversion.convert import _fetch
+from attnres_fx.conversion.rewriting import rewrite_
 from attnres_fx.parameters import AttnResParameters, DepthRead
-from attnres_fx.passes import analyze_, insert_depth_attention_pass, plan_depth_reads, propagate_values_
+from attnres_fx.passes import analyze_, plan_depth_reads, propagate_values_
 
 
 class Stack(nn.Module):
@@ -38,14 +38,7 @@ def seconds(sublayers: int, variant: str) -> float:
     found = analyze_(gm)
     plan = plan_depth_reads(found, found.streams, config)
     parameters = AttnResParameters([DepthRead(r.read, r.width) for r in plan.reads], config)
-    gm.add_module("attnres", parameters)
-    insert_depth_attention_pass(
-        gm,
-        streams=found,
-        plan=plan,
-        eps=1e-6,
-        fetch=lambda read, like: _fetch(gm.graph, parameters, read, like),
-    )
+    rewrite_(gm, found, plan, parameters)
     return time.perf_counter() - start
 
 

@@ -16,6 +16,7 @@ import _measure
 import _oracle
 import _peers
 import kernels
+import pass_time
 import training_step
 import tune
 import two_phase
@@ -207,3 +208,8 @@ def test_a_new_record_takes_the_place_of_its_own_problem_only():
 
     table = [record("b", 64, 1), record("a", 64, 1)]
     assert tune.merged(table, [record("a", 64, 3)]) == [record("a", 64, 3), record("b", 64, 1)]
+
+
+@pytest.mark.parametrize("variant", ["full", "block", "local"])
+def test_the_pass_time_benchmark_runs_the_passes(variant):
+    assert pass_time.seconds(4, variant) > 0
