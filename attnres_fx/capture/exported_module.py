@@ -18,7 +18,9 @@ from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.free_sizes import free_dimensions
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.capture.reachable_objects import left_as_it_was
 from attnres_fx.capture.recorder import CAPTURE_LOCK, functorch_depth, restore_functorch
+from attnres_fx.capture.side_effects import python_state_message
 from attnres_fx.errors import AttnResError, CaptureError
 
 RANDOM = "draws of Python's random"
@@ -62,10 +64,21 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
     set_mode_(clone, mode)
     args, kwargs = pytree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
     depth = functorch_depth()
-    with CAPTURE_LOCK, fast_path_off(), lost_by_export() as lost, warnings.catch_warnings():
+    with (
+        CAPTURE_LOCK,
+        fast_path_off(),
+        lost_by_export() as lost,
+        warnings.catch_warnings(),
+        left_as_it_was(clone, args, kwargs) as state,
+    ):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if state.changes():  # perhaps a first call sets it once
+                with left_as_it_was(clone, args, kwargs) as later:
+                    torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
+                    if changes := later.changes():
+                        raise CaptureError(python_state_message(call.name, changes))
         finally:
             restore_functorch(depth)
     return program, lost | _backward_hooks(clone)

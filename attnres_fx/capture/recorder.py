@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from attnres_fx.capture.consulted import traced_code
+from attnres_fx.capture.outside_state import OutsideState
+from attnres_fx.capture.written_objects import written_objects
 from attnres_fx.errors import AttnResError
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -47,6 +50,8 @@ class Recording:
         result: The module's output, built from the stand-ins.
         watched: What Dynamo took for granted: the source of each value as Dynamo writes it, and the kind of guard.
         lasting: The source of each tensor that was there before the call, by its id.
+        outside: What the objects held that Dynamo's code wrote to.
+        codes: The code that was traced.
     """
 
     module: nn.Module
@@ -56,6 +61,8 @@ class Recording:
     result: Any
     watched: tuple[tuple[str, str], ...]
     lasting: dict[int, str]
+    outside: OutsideState
+    codes: tuple[types.CodeType, ...]
 
 
 @dataclass
@@ -63,9 +70,13 @@ class _Recorder:
     graphs: list[GraphModule] = field(default_factory=list)
     inputs: tuple[Any, ...] = ()
     outputs: tuple[Any, ...] = ()
+    outside: OutsideState = field(default_factory=lambda: OutsideState(()))
+    codes: tuple[types.CodeType, ...] = ()
 
     def __call__(self, gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         self.graphs.append(gm)
+        self.codes = traced_code()
+        self.outside = OutsideState(written_objects())
         returned = next(n for n in gm.graph.nodes if n.op == "output").args[0]
 
         def stand_in(*inputs: Any) -> tuple[Any, ...]:
@@ -76,13 +87,14 @@ class _Recorder:
         return stand_in
 
 
-def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
+def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], gradients: bool = True) -> Recording:
     """Let Dynamo trace one call of a module.
 
     Args:
         module: The module; Dynamo's code writes to its attributes what the call would write.
         args: Positional arguments, whose free sizes are marked.
         kwargs: Keyword arguments.
+        gradients: Whether gradients are on.
 
     Raises:
         DynamoRefusal: Dynamo, or the module's own code, raised; or there is not one graph.
@@ -97,18 +109,19 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return [False] * len(guards)  # the code runs once, here: nothing has to be checked before it runs again
 
     call = torch.compile(_entry(), backend=recorder, fullgraph=True, dynamic=False, options={"guard_filter_fn": note})
-    with isolated_dynamo(), torch.enable_grad():
+    with isolated_dynamo(), torch.set_grad_enabled(gradients):
         try:
             result = call(module, tuple(args), dict(kwargs))
         except AttnResError:
             raise
         except Exception as error:  # Dynamo's own, or the module's
+            recorder.outside.restore_()
             raise DynamoRefusal(error) from error
     if len(recorder.graphs) != 1:
         what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."
         raise DynamoRefusal(RuntimeError(f"Dynamo traced {what}"))
     gm, inputs, outputs = recorder.graphs[0], recorder.inputs, recorder.outputs
-    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting)
+    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting, recorder.outside, recorder.codes)
 
 
 def _entry() -> Callable[..., Any]:

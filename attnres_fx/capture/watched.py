@@ -10,7 +10,8 @@ from torch import nn
 from attnres_fx.errors import AttnResError
 
 _STEP = re.compile(r"\.([A-Za-z_]\w*)|\[['\"]([^'\"\]]+)['\"]\]|\[(\d+)\]")
-_VALUE_GUARDS = ("CONSTANT_MATCH", "EQUALS_MATCH", "SEQUENCE_LENGTH", "DICT_LENGTH", "BOOL_MATCH", "NONE_MATCH")
+#: Kinds of guards that say that a plain value became part of a graph.
+VALUE_GUARDS = ("CONSTANT_MATCH", "EQUALS_MATCH", "SEQUENCE_LENGTH", "DICT_LENGTH", "BOOL_MATCH", "NONE_MATCH")
 _TREE = ("_modules", "_parameters", "_buffers", "training")
 
 
@@ -41,9 +42,9 @@ def watched_values(root: nn.Module, guards: Iterable[tuple[str, str]]) -> tuple[
     """
     found: dict[tuple[str, tuple[Any, ...]], WatchedValue] = {}
     for source, kind in guards:
-        if kind not in _VALUE_GUARDS or not source.startswith("module"):
+        if kind not in VALUE_GUARDS or not source.startswith("module"):
             continue
-        steps = _steps(source.removeprefix("module"))
+        steps = steps_of(source.removeprefix("module"))
         if steps is None:
             continue
         place = _module_and_steps(root, [s for s in steps if s != "__dict__"])
@@ -63,7 +64,7 @@ class _Unknown:
 UNKNOWN = _Unknown()
 
 
-def value_at(module: nn.Module, steps: Sequence[Any]) -> Any:
+def value_at(module: Any, steps: Sequence[Any]) -> Any:
     """The plain value there; UNKNOWN where there is none."""
     value: Any = module
     try:
@@ -85,7 +86,7 @@ def _plain(value: Any) -> Any:
     return UNKNOWN
 
 
-def _steps(text: str) -> list[Any] | None:
+def steps_of(text: str) -> list[Any] | None:
     """The accessors of a source; None where it is more than accessors."""
     steps: list[Any] = []
     at = 0

@@ -146,6 +146,7 @@ class ConvertedModel(GraphRunner):
             in_spec,
             captured.lost,
             None if captured.typed or self._attnres_conversion.base is None else current_autocast(),
+            captured.assumed,
         )
 
     def _adopt(self, gm: GraphModule, target: str, mode: Mode) -> str:
@@ -256,6 +257,7 @@ class ConvertedModel(GraphRunner):
             program.watched,
             lost=program.lost,
             typed=self.typed,
+            assumed=program.assumed,
         )
 
     def save(self, path: Any) -> None:
