@@ -14,6 +14,7 @@ from attnres_fx.capture.recorder import Recording
 from attnres_fx.capture.side_effects import TensorWrite
 from attnres_fx.capture.tensor_places import tensors_within
 from attnres_fx.capture.transform_regions import outline_transforms_pass
+from attnres_fx.capture.watched import numpy_source
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.module_paths import ModulePaths, name_modules_, paths_by_id
@@ -84,6 +85,8 @@ class _Binder:
             for _, tensor in tensors_within(leaf):
                 self.argument.setdefault(id(tensor), i)
         self.recorded = [n for n in self.graph.nodes if n.op == "placeholder"]
+        pairs = zip(self.recorded, recording.sources, strict=False)
+        self.numpy = {n: held for n, source in pairs if (held := numpy_source(source))}
         self.start = next(n for n in self.graph.nodes if n.op != "placeholder")
         self.constants: dict[int, str] = {}
         self.foreign: dict[str, str] = {}
@@ -108,6 +111,7 @@ class _Binder:
         self._take_attributes()
         self.graph.lint()
         self._refuse_foreign_writes()
+        self._refuse_numpy_draws()
         gm = GraphModule(self.root, self.graph)
         name_modules_(nodes_with_bodies(gm), ModulePaths(paths_by_id(self.recording.module), ((("L", "module"), ""),)))
         outline_transforms_pass(gm)
@@ -140,6 +144,8 @@ class _Binder:
             name = self._constant(value, self.recording.lasting[id(value)])  # in a closure, or global
             self.foreign[name] = "a tensor that a function encloses or a module's globals hold"
             return name
+        if path is None and node in self.numpy:
+            return self._constant(value, self.numpy[node])
         if path is None:
             raise CaptureError(_of_unknown_origin(node, value))
         if not _is_attribute_path(self.model, path) or _through_object(self.model, path):
@@ -157,6 +163,14 @@ class _Binder:
             setattr(self.root, name, value)
             self.constants[id(value)] = name
         return self.constants[id(value)]
+
+    def _refuse_numpy_draws(self) -> None:
+        for node in self.graph.nodes:  # Dynamo would draw them from torch's generator
+            if "_numpy.random" in str(getattr(getattr(node.target, "f", None), "__module__", "")):
+                raise CaptureError(
+                    f"{describe(node)} is drawn by numpy's random, which a graph cannot do: draw it with torch "
+                    f"(torch.rand), or pass it as an argument."
+                )
 
     def _refuse_foreign_writes(self) -> None:
         for name in written_attributes(self.graph):

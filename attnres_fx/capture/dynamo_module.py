@@ -35,7 +35,7 @@ from attnres_fx.capture.side_effects import (
 from attnres_fx.capture.size_guards import size_guards
 from attnres_fx.capture.sizes import input_shapes
 from attnres_fx.capture.tensor_places import tensor_places
-from attnres_fx.capture.watched import watched_values
+from attnres_fx.capture.watched import numpy_source, watched_values
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -72,8 +72,10 @@ def trace_module(call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]
     values = [value_of(n) for n in bound.gm.graph.nodes if n.op == "placeholder"]
     guards, ranges = size_guards(values, names)
     shapes = input_shapes(bound.gm)
+    arrays = [(numpy_source(s), "CONSTANT_MATCH") for s in recording.sources if numpy_source(s)]
     own = {(w.module, w.name) for w in writes} | {(c.module, c.name) for c in changes}
-    watched = tuple(v for v in watched_values(clone, recording.watched) if (v.module, str(v.steps[0])) not in own)
+    held = watched_values(clone, [*recording.watched, *arrays])
+    watched = tuple(v for v in held if (v.module, str(v.steps[0])) not in own)
     graph = CapturedGraph(bound.gm, bound.out_spec, shapes, ranges, guards, bound.writes, watched, tuple(changes))
     graph.assumed = replace(
         assumed, globals=global_values(recording.watched), held=held_values(clone, recording.watched)

@@ -3,6 +3,10 @@
 import contextlib
 import inspect
 import random
+import secrets
+import sys
+import time
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +28,12 @@ from attnres_fx.capture.side_effects import python_state_message
 from attnres_fx.errors import AttnResError, CaptureError
 
 RANDOM = "draws of Python's random"
+NUMPY = "draws of numpy's random"
+SECRETS = "draws of Python's secrets"
+SEED = "the seeding of torch's generator"
+CLOCK = "the time of the call"
+#: What an exported graph would hold as it was at the capture.
+_FROZEN = {RANDOM, NUMPY, SECRETS, SEED, CLOCK}
 
 
 def export_module(call: ExampleCall, mode: Mode, notes: list[str], refused: Exception | None = None) -> CapturedGraph:
@@ -74,6 +84,10 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if CLOCK in lost:
+                again = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
+                if str(again.graph) == str(program.graph):
+                    lost.discard(CLOCK)  # it is measured and told, and no part of the result
             if state.changes():  # perhaps a first call sets it once
                 with left_as_it_was(clone, args, kwargs) as later:
                     torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -87,7 +101,7 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
 def _say_what_is_lost(call: ExampleCall, mode: Mode, lost: set[str], notes: list[str], refused: Exception) -> None:
     """Refuse a graph that would train wrongly, or draw the same numbers at every call; note it for others."""
     listed = " and ".join(sorted(lost))
-    if mode == "train" or RANDOM in lost:
+    if mode == "train" or lost & _FROZEN:
         raise CaptureError(
             f"{call.name} in {mode} mode: Dynamo cannot trace it ({_cause(refused)}), and torch.export would lose "
             f"{listed}: use ax.compile, or rewrite what Dynamo refuses."
@@ -157,6 +171,13 @@ def _forward_names(model: nn.Module, count: int) -> list[str]:
     return names[:count]
 
 
+def _numpy_draws() -> list[str]:
+    """The functions that draw from numpy's own generator."""
+    draws = sys.modules.get("numpy.random")
+    names = [n for n in dir(draws) if n.islower() and not n.startswith("_") and n != "get_state"]
+    return [n for n in names if draws is not None and isinstance(getattr(draws, n), types.BuiltinMethodType)]
+
+
 @contextlib.contextmanager
 def lost_by_export() -> Iterator[set[str]]:
     """Notes what a model calls that an exported graph does not hold."""
@@ -175,7 +196,12 @@ def lost_by_export() -> Iterator[set[str]]:
         (Tensor, "register_hook", "a tensor hook"),
         (random, "random", RANDOM),
         (random, "uniform", RANDOM),
-        (random, "randint", RANDOM),
+        *((random, name, RANDOM) for name in ("randint", "randrange", "choice", "shuffle", "gauss", "sample")),
+        *((sys.modules["numpy.random"], name, NUMPY) for name in _numpy_draws()),
+        *((secrets, name, SECRETS) for name in ("randbelow", "choice", "randbits", "token_bytes")),
+        *((time, name, CLOCK) for name in ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic")),
+        (torch, "manual_seed", SEED),
+        (torch, "seed", SEED),
     )
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places if hasattr(owner, name)]
     apply = torch.autograd.Function.__dict__["apply"]

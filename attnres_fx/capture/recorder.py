@@ -19,8 +19,8 @@ from torch.fx import GraphModule, Node
 from attnres_fx.capture.consulted import traced_code
 from attnres_fx.capture.outside_state import OutsideState
 from attnres_fx.capture.written_objects import written_objects
-from attnres_fx.errors import AttnResError
-from attnres_fx.passes.graph.nodes import value_of
+from attnres_fx.errors import AttnResError, CaptureError
+from attnres_fx.passes.graph.nodes import describe, value_of
 
 #: Captures and what they patch belong to the process: one at a time.
 CAPTURE_LOCK = threading.RLock()
@@ -52,6 +52,7 @@ class Recording:
         lasting: The source of each tensor that was there before the call, by its id.
         outside: What the objects held that Dynamo's code wrote to.
         codes: The code that was traced.
+        sources: What Dynamo calls the origin of each input, in order; empty where it does not say.
     """
 
     module: nn.Module
@@ -63,6 +64,7 @@ class Recording:
     lasting: dict[int, str]
     outside: OutsideState
     codes: tuple[types.CodeType, ...]
+    sources: tuple[str, ...]
 
 
 @dataclass
@@ -72,10 +74,17 @@ class _Recorder:
     outputs: tuple[Any, ...] = ()
     outside: OutsideState = field(default_factory=lambda: OutsideState(()))
     codes: tuple[types.CodeType, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> tuple[tuple[types.CodeType, ...], tuple[str, ...]]:
+        """What the last graph was traced from: code, and the origins of inputs."""
+        return self.codes, self.sources
 
     def __call__(self, gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         self.graphs.append(gm)
         self.codes = traced_code()
+        self.sources = tuple(_source(n) for n in gm.graph.nodes if n.op == "placeholder")
         self.outside = OutsideState(written_objects())
         returned = next(n for n in gm.graph.nodes if n.op == "output").args[0]
 
@@ -113,15 +122,18 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], gr
         try:
             result = call(module, tuple(args), dict(kwargs))
         except AttnResError:
+            recorder.outside.restore_()
             raise
         except Exception as error:  # Dynamo's own, or the module's
             recorder.outside.restore_()
+            if recorder.outputs and "item() cannot be called on meta" in str(error):
+                raise CaptureError(_number_from_data("an output of the model")) from None
             raise DynamoRefusal(error) from error
     if len(recorder.graphs) != 1:
         what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."
         raise DynamoRefusal(RuntimeError(f"Dynamo traced {what}"))
     gm, inputs, outputs = recorder.graphs[0], recorder.inputs, recorder.outputs
-    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting, recorder.outside, recorder.codes)
+    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting, recorder.outside, *recorder.told)
 
 
 def _entry() -> Callable[..., Any]:
@@ -134,16 +146,30 @@ def _entry() -> Callable[..., Any]:
     return types.FunctionType(code.replace(co_name=code.co_name), attnres_capture.__globals__)
 
 
+def _source(node: Node) -> str:
+    name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
 def _stand_in(node: Any) -> Any:
     """A tensor without data in the shape of a graph's output, or the plain value it stands for."""
     if not isinstance(node, Node):
         return node
     value = value_of(node)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) and value.node.hint is None:
+        raise CaptureError(_number_from_data(describe(node)))
     if isinstance(value, Tensor):
         sizes = [s if isinstance(s, int) else s.node.hint for s in value.shape]
         made = torch.empty(sizes, dtype=value.dtype, device="meta")
         return made.requires_grad_(value.requires_grad) if made.is_floating_point() or made.is_complex() else made
     return _Size(value.node.hint) if isinstance(value, torch.SymInt) else value
+
+
+def _number_from_data(what: str) -> str:
+    return (
+        f"{what} is a Python number that is read from a tensor (.item(), .tolist(), float(x)), which no graph "
+        f"holds: return or keep the tensor itself (loss.detach()), and read it outside of forward."
+    )
 
 
 class _Size(int):

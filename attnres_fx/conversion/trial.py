@@ -103,7 +103,8 @@ def _gradients(outputs: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict
         loss.backward()  # type: ignore[union-attr]  # grad() would refuse reentrant checkpoints
     except RuntimeError as error:
         raise BackwardError(str(error)) from error
-    return {name: tensor.grad for name, tensor in wanted.items()}
+    grads = {name: tensor.grad for name, tensor in wanted.items()}
+    return {name: g.to_dense() if g is not None and g.is_sparse else g for name, g in grads.items()}
 
 
 def _weighted_sum(x: Tensor) -> Tensor:
