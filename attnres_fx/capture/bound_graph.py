@@ -14,9 +14,11 @@ from attnres_fx.capture.recorder import Recording
 from attnres_fx.capture.side_effects import TensorWrite
 from attnres_fx.capture.tensor_places import tensors_within
 from attnres_fx.capture.transform_regions import outline_transforms_pass
+from attnres_fx.capture.watched import numpy_source
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.module_paths import ModulePaths, name_modules_, paths_by_id
+from attnres_fx.passes.graph.mutation_order import written_attributes
 from attnres_fx.passes.graph.nodes import describe, nodes_with_bodies, value_of
 
 #: Where a bound graph keeps tensors that are neither parameters nor buffers.
@@ -83,8 +85,11 @@ class _Binder:
             for _, tensor in tensors_within(leaf):
                 self.argument.setdefault(id(tensor), i)
         self.recorded = [n for n in self.graph.nodes if n.op == "placeholder"]
+        pairs = zip(self.recorded, recording.sources, strict=False)
+        self.numpy = {n: held for n, source in pairs if (held := numpy_source(source))}
         self.start = next(n for n in self.graph.nodes if n.op != "placeholder")
         self.constants: dict[int, str] = {}
+        self.foreign: dict[str, str] = {}
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
             self.inputs = [self.graph.placeholder(f"{name}_input") for name in names]
@@ -105,6 +110,8 @@ class _Binder:
         out_spec, stored = self._bind_outputs(writes)
         self._take_attributes()
         self.graph.lint()
+        self._refuse_foreign_writes()
+        self._refuse_numpy_draws()
         gm = GraphModule(self.root, self.graph)
         name_modules_(nodes_with_bodies(gm), ModulePaths(paths_by_id(self.recording.module), ((("L", "module"), ""),)))
         outline_transforms_pass(gm)
@@ -134,11 +141,18 @@ class _Binder:
         """The path of what the model holds; of a constant where no attribute path leads to it."""
         path = self.places.get(id(value))
         if path is None and id(value) in self.recording.lasting:
-            return self._constant(value, self.recording.lasting[id(value)])  # in a closure, or global
+            name = self._constant(value, self.recording.lasting[id(value)])  # in a closure, or global
+            self.foreign[name] = "a tensor that a function encloses or a module's globals hold"
+            return name
+        if path is None and node in self.numpy:
+            return self._constant(value, self.numpy[node])
         if path is None:
             raise CaptureError(_of_unknown_origin(node, value))
-        if not _is_attribute_path(self.model, path):
-            return self._constant(value, path)
+        if not _is_attribute_path(self.model, path) or _through_object(self.model, path):
+            name = self._constant(value, path)
+            if _through_object(self.model, path):
+                self.foreign[name] = f"{path} (a tensor that an object holds which is no module)"
+            return name
         if "." not in path and path not in self.root._parameters and path not in self.root._buffers:
             self.root.__dict__[path] = value  # a plain attribute of the model itself
         return path
@@ -149,6 +163,22 @@ class _Binder:
             setattr(self.root, name, value)
             self.constants[id(value)] = name
         return self.constants[id(value)]
+
+    def _refuse_numpy_draws(self) -> None:
+        for node in self.graph.nodes:  # Dynamo would draw them from torch's generator
+            if "_numpy.random" in str(getattr(getattr(node.target, "f", None), "__module__", "")):
+                raise CaptureError(
+                    f"{describe(node)} is drawn by numpy's random, which a graph cannot do: draw it with torch "
+                    f"(torch.rand), or pass it as an argument."
+                )
+
+    def _refuse_foreign_writes(self) -> None:
+        for name in written_attributes(self.graph):
+            if name in self.foreign:
+                raise CaptureError(
+                    f"the model writes in place into {self.foreign[name]}: keep it in a buffer (register_buffer), or "
+                    f"use ax.compile, which runs the model's own Python."
+                )
 
     def _bind_size(self, node: Node, value: Any) -> None:
         """A size that Dynamo passes beside the tensors is read from the tensor it is a size of."""
@@ -222,6 +252,21 @@ def _is_attribute_path(root: nn.Module, path: str) -> bool:
     for part in path.split("."):
         value = getattr(value, part, None)
     return isinstance(value, Tensor)
+
+
+def _through_object(root: nn.Module, path: str) -> bool:
+    """Whether a path leads through an object that is neither a module nor a container."""
+    value: Any = root
+    for part in path.split(".")[:-1]:
+        if isinstance(value, list | tuple):
+            value = value[int(part)]
+        elif isinstance(value, dict):
+            value = next((v for k, v in value.items() if str(k) == part), None)
+        else:
+            value = getattr(value, part, None)
+        if not isinstance(value, nn.Module | list | tuple | dict | None):
+            return True
+    return False
 
 
 def _is_plain(value: Any) -> bool:

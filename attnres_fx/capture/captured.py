@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
+from attnres_fx.capture.assumed import Assumed
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.side_effects import PythonChange, TensorWrite
 from attnres_fx.capture.signature import CallSignature, InputShape
@@ -30,6 +31,7 @@ class CapturedGraph:
         unkept: what a first call changes of the model's Python state and calls of the graph do not.
         lost: what of the model's backward the graph does not hold, in words.
         typed: whether the graph has dtypes and devices of the example written into it, as an exported one has.
+        assumed: what holds of the calls that the graph is right for.
     """
 
     gm: GraphModule
@@ -42,6 +44,7 @@ class CapturedGraph:
     unkept: tuple[PythonChange, ...] = ()
     lost: tuple[str, ...] = ()
     typed: bool = False
+    assumed: Assumed = field(default_factory=Assumed)
 
 
 @dataclass

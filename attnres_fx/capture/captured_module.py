@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.assumed import aliases, constants_of
 from attnres_fx.capture.captured import Captured, CapturedGraph
 from attnres_fx.capture.dynamo_module import trace_module
 from attnres_fx.capture.example_call import ExampleCall
@@ -84,6 +85,8 @@ def _captured(call: ExampleCall, mode: Mode, notes: list[str]) -> CapturedGraph:
             f"captured by torch.export, because Dynamo refuses the model ({_first_line(error)}): such a graph holds "
             f"the values of a call and its derivatives by the chain rule, and no custom backward, hook or checkpoint"
         )
+    leaves = call.leaves
+    graph.assumed = replace(graph.assumed, constants=constants_of(leaves), same=aliases(leaves))
     if graph.unkept:
         listed = ", ".join(dict.fromkeys(str(c).split(":")[0] for c in graph.unkept))
         notes.append(f"{listed}: a first call sets it once; the graph makes what depends on it at every call")

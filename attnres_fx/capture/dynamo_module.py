@@ -2,23 +2,40 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.assumed import Assumed, gradients_of, strides_of, trained_in
 from attnres_fx.capture.bound_graph import bind_graph
 from attnres_fx.capture.captured import CapturedGraph
+from attnres_fx.capture.consulted import (
+    asks_for_gradients,
+    asks_for_strides,
+    custom_functions,
+    global_values,
+    held_values,
+)
 from attnres_fx.capture.example_call import ExampleCall
+from attnres_fx.capture.first_call import same_path
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
-from attnres_fx.capture.recorder import Recording, record
-from attnres_fx.capture.side_effects import PythonChange, TensorWrite, attributes_of, changes_since, replace_stand_ins_
+from attnres_fx.capture.recorder import DynamoRefusal, Recording, record
+from attnres_fx.capture.side_effects import (
+    PythonChange,
+    TensorWrite,
+    attributes_of,
+    changes_since,
+    python_state_message,
+    replace_stand_ins_,
+)
 from attnres_fx.capture.size_guards import size_guards
 from attnres_fx.capture.sizes import input_shapes
 from attnres_fx.capture.tensor_places import tensor_places
-from attnres_fx.capture.watched import watched_values
+from attnres_fx.capture.watched import numpy_source, watched_values
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -38,9 +55,16 @@ def trace_module(call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]
     """
     model = call.model
     recording, leaves, writes, changes = _recorded(call, mode, free)
+    assumed = _assumed(call, recording)
+    exactly = _AsCalled(
+        gradients=assumed.gradients is None or not call.as_called or torch.is_grad_enabled(),
+        strided=assumed.strides is not None,
+    )
+    if exactly != _AsCalled():
+        recording, leaves, writes, changes = _recorded(call, mode, free, exactly)
     places = tensor_places(model)
     names = leaf_names(model, call.args, call.kwargs)
-    changed = {c.module for c in changes}
+    changed = {c.module for c in changes if not c.outside}
     # A table goes with the number that says what it was made for: where the number is not kept, neither is the table.
     writes = [w for w in writes if w.buffer or w.module not in changed]
     clone, _ = clone_tree(model)
@@ -48,14 +72,51 @@ def trace_module(call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]
     values = [value_of(n) for n in bound.gm.graph.nodes if n.op == "placeholder"]
     guards, ranges = size_guards(values, names)
     shapes = input_shapes(bound.gm)
+    arrays = [(numpy_source(s), "CONSTANT_MATCH") for s in recording.sources if numpy_source(s)]
     own = {(w.module, w.name) for w in writes} | {(c.module, c.name) for c in changes}
-    watched = tuple(v for v in watched_values(clone, recording.watched) if (v.module, str(v.steps[0])) not in own)
-    return CapturedGraph(bound.gm, bound.out_spec, shapes, ranges, guards, bound.writes, watched, tuple(changes))
+    held = watched_values(clone, [*recording.watched, *arrays])
+    watched = tuple(v for v in held if (v.module, str(v.steps[0])) not in own)
+    graph = CapturedGraph(bound.gm, bound.out_spec, shapes, ranges, guards, bound.writes, watched, tuple(changes))
+    graph.assumed = replace(
+        assumed, globals=global_values(recording.watched), held=held_values(clone, recording.watched)
+    )
+    return graph
+
+
+@dataclass(frozen=True)
+class _AsCalled:
+    """How a call is traced, where the model's code asks for it.
+
+    Attributes:
+        gradients: Whether gradients are on.
+        strided: Whether the arguments keep their strides.
+    """
+
+    gradients: bool = True
+    strided: bool = False
+
+
+def _assumed(call: ExampleCall, recording: Recording) -> Assumed:
+    """What the graph takes for granted of gradients and strides, where the model's code asks for them."""
+    asked, leaves = asks_for_gradients(recording.codes), call.leaves
+    trained = trained_in(call.model)
+    floating = [x.requires_grad for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    asked |= custom_functions(recording.codes) and not all((*trained.values(), *floating))
+    on = torch.is_grad_enabled() or not call.as_called
+    return Assumed(
+        gradients=(on, *gradients_of(leaves)[1:]) if asked else None,
+        trained=trained if asked else None,
+        strides=strides_of(leaves) if asks_for_strides(recording.codes) else None,
+        dtype=str(torch.get_default_dtype()),
+    )
+
+
+_TracedCall = tuple[Recording, list[Any], list[TensorWrite], list[PythonChange]]
 
 
 def _recorded(
-    call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]]
-) -> tuple[Recording, list[Any], list[TensorWrite], list[PythonChange]]:
+    call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]], exactly: _AsCalled = _AsCalled()
+) -> _TracedCall:
     """The trace of a call, its flat arguments, and what a call leaves behind on the model.
 
     Raises:
@@ -64,34 +125,71 @@ def _recorded(
     """
     clone, _ = clone_tree(call.model)
     set_mode_(clone, mode)
-    recording, leaves, writes, changes = _traced_call(clone, call, free)
-    if changes:
-        replace_stand_ins_(clone, writes, changes)
-        *_, again = _traced_call(clone, call, free)
-        if again:
-            raise CaptureError(_python_state_message(call.model, again))
+    recording, leaves, writes, changes = _traced_call(clone, call, free, exactly)
+    outside = recording.outside.beyond(clone)
+    try:
+        changes += outside.changes()
+        if changes or any(w.first for w in writes):
+            device = next((t.device for t in clone.parameters()), torch.device("cpu"))
+            replace_stand_ins_(clone, writes, changes, device)
+            outside.settle_(device)
+            _require_same_later(clone, call, free, exactly, (recording, leaves, writes, changes))
+    finally:
+        outside.restore_()
     return recording, leaves, writes, changes
 
 
+def _require_same_later(
+    clone: nn.Module,
+    call: ExampleCall,
+    free: Mapping[int, Sequence[int]],
+    exactly: _AsCalled,
+    first: _TracedCall,
+) -> None:
+    """Raise CaptureError where later calls change Python state too, or do not what the first does."""
+    recording, leaves, writes, changes = first
+    name = type(call.model).__name__
+    try:
+        later, later_leaves, _, again = _traced_call(clone, call, free, exactly)
+    except DynamoRefusal:
+        if changes:
+            raise CaptureError(python_state_message(name, changes)) from None
+        return  # a table of another size
+    outside = later.outside.beyond(clone)
+    again += outside.changes()
+    outside.restore_()
+    if again:
+        raise CaptureError(python_state_message(name, again))
+    if not same_path(recording, later, {id(x) for x in leaves}, {id(x) for x in later_leaves}):
+        listed = ", ".join([*(w.place for w in writes if w.first), *(str(c).split(":")[0] for c in changes)][:3])
+        raise CaptureError(
+            f"a first call of {name} sets {listed} and computes another thing than the calls after it: call the model "
+            f"once before, so that it is set, or use ax.compile, which runs the model's own Python."
+        )
+
+
 def _traced_call(
-    clone: nn.Module, call: ExampleCall, free: Mapping[int, Sequence[int]]
-) -> tuple[Recording, list[Any], list[TensorWrite], list[PythonChange]]:
+    clone: nn.Module, call: ExampleCall, free: Mapping[int, Sequence[int]], exactly: _AsCalled
+) -> _TracedCall:
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     copies: dict[int, Any] = {}
-    leaves = [copies.setdefault(id(x), _copied(x)) if isinstance(x, Tensor) else x for x in leaves]
+    leaves = [copies.setdefault(id(x), _copied(x, exactly.strided)) if isinstance(x, Tensor) else x for x in leaves]
     for i, dimensions in free.items():
         for d in dimensions:
             torch._dynamo.maybe_mark_dynamic(leaves[i], d)
     positional, named = pytree.tree_unflatten(leaves, spec)
     before = attributes_of(clone)
     with fast_path_off():
-        recording = record(clone, positional, named)
+        recording = record(clone, positional, named, exactly.gradients)
     return recording, leaves, *changes_since(before, clone, recording.outputs)
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy that Dynamo may mark. Strides of an example would become guards, and they change no value."""
-    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+def _copied(tensor: Tensor, strided: bool) -> Tensor:
+    """A copy that Dynamo may mark. Strides of an example would become guards; most models do not ask for them."""
+    if strided and not tensor.is_contiguous():
+        copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    else:
+        copied = tensor.detach().clone(memory_format=torch.contiguous_format)
     return copied.requires_grad_(tensor.requires_grad)
 
 
@@ -112,12 +210,3 @@ def leaf_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
             name += "_"
         found.append(name)
     return found
-
-
-def _python_state_message(model: nn.Module, changes: Sequence[PythonChange]) -> str:
-    listed = "; ".join(map(str, changes[:3])) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
-    return (
-        f"a call of {type(model).__name__} changes Python state, which a graph cannot hold: {listed}. Keep it in a "
-        f"buffer (register_buffer, and write to the tensor), leave it out of forward, or use ax.compile, which runs "
-        f"the model's own Python."
-    )

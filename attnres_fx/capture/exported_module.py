@@ -3,6 +3,10 @@
 import contextlib
 import inspect
 import random
+import secrets
+import sys
+import time
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,10 +22,18 @@ from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.free_sizes import free_dimensions
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.capture.reachable_objects import left_as_it_was
 from attnres_fx.capture.recorder import CAPTURE_LOCK, functorch_depth, restore_functorch
+from attnres_fx.capture.side_effects import python_state_message
 from attnres_fx.errors import AttnResError, CaptureError
 
 RANDOM = "draws of Python's random"
+NUMPY = "draws of numpy's random"
+SECRETS = "draws of Python's secrets"
+SEED = "the seeding of torch's generator"
+CLOCK = "the time of the call"
+#: What an exported graph would hold as it was at the capture.
+_FROZEN = {RANDOM, NUMPY, SECRETS, SEED, CLOCK}
 
 
 def export_module(call: ExampleCall, mode: Mode, notes: list[str], refused: Exception | None = None) -> CapturedGraph:
@@ -62,10 +74,25 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
     set_mode_(clone, mode)
     args, kwargs = pytree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
     depth = functorch_depth()
-    with CAPTURE_LOCK, fast_path_off(), lost_by_export() as lost, warnings.catch_warnings():
+    with (
+        CAPTURE_LOCK,
+        fast_path_off(),
+        lost_by_export() as lost,
+        warnings.catch_warnings(),
+        left_as_it_was(clone, args, kwargs) as state,
+    ):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if CLOCK in lost:
+                again = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
+                if str(again.graph) == str(program.graph):
+                    lost.discard(CLOCK)  # it is measured and told, and no part of the result
+            if state.changes():  # perhaps a first call sets it once
+                with left_as_it_was(clone, args, kwargs) as later:
+                    torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
+                    if changes := later.changes():
+                        raise CaptureError(python_state_message(call.name, changes))
         finally:
             restore_functorch(depth)
     return program, lost | _backward_hooks(clone)
@@ -74,7 +101,7 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
 def _say_what_is_lost(call: ExampleCall, mode: Mode, lost: set[str], notes: list[str], refused: Exception) -> None:
     """Refuse a graph that would train wrongly, or draw the same numbers at every call; note it for others."""
     listed = " and ".join(sorted(lost))
-    if mode == "train" or RANDOM in lost:
+    if mode == "train" or lost & _FROZEN:
         raise CaptureError(
             f"{call.name} in {mode} mode: Dynamo cannot trace it ({_cause(refused)}), and torch.export would lose "
             f"{listed}: use ax.compile, or rewrite what Dynamo refuses."
@@ -144,6 +171,13 @@ def _forward_names(model: nn.Module, count: int) -> list[str]:
     return names[:count]
 
 
+def _numpy_draws() -> list[str]:
+    """The functions that draw from numpy's own generator."""
+    draws = sys.modules.get("numpy.random")
+    names = [n for n in dir(draws) if n.islower() and not n.startswith("_") and n != "get_state"]
+    return [n for n in names if draws is not None and isinstance(getattr(draws, n), types.BuiltinMethodType)]
+
+
 @contextlib.contextmanager
 def lost_by_export() -> Iterator[set[str]]:
     """Notes what a model calls that an exported graph does not hold."""
@@ -162,7 +196,12 @@ def lost_by_export() -> Iterator[set[str]]:
         (Tensor, "register_hook", "a tensor hook"),
         (random, "random", RANDOM),
         (random, "uniform", RANDOM),
-        (random, "randint", RANDOM),
+        *((random, name, RANDOM) for name in ("randint", "randrange", "choice", "shuffle", "gauss", "sample")),
+        *((sys.modules["numpy.random"], name, NUMPY) for name in _numpy_draws()),
+        *((secrets, name, SECRETS) for name in ("randbelow", "choice", "randbits", "token_bytes")),
+        *((time, name, CLOCK) for name in ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic")),
+        (torch, "manual_seed", SEED),
+        (torch, "seed", SEED),
     )
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places if hasattr(owner, name)]
     apply = torch.autograd.Function.__dict__["apply"]

@@ -47,8 +47,11 @@ def with_two_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
     def doubled(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != 1:
             return leaf
-        return torch.cat([leaf.detach(), leaf.detach()]).requires_grad_(leaf.requires_grad)
+        if id(leaf) not in known:  # a tensor that is given twice stays one
+            known[id(leaf)] = torch.cat([leaf.detach(), leaf.detach()]).requires_grad_(leaf.requires_grad)
+        return known[id(leaf)]
 
+    known: dict[int, Tensor] = {}
     result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(doubled, (args, kwargs))
     return result
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.capture.reachable_objects import left_as_it_was
 
 Mode = Literal["train", "eval"]
 
@@ -76,9 +77,24 @@ def isolated_clone(model: nn.Module, written: Collection[str] = ()) -> nn.Module
             if buffer is not None:
                 module._buffers[name] = copied(buffer)
         for name, value in module.__dict__.items():
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                module.__dict__[name] = copied(value)
+            if name not in _STORES and not name.endswith("hooks"):
+                module.__dict__[name] = _with_copies(value, copied)
     return clone
+
+
+_STORES = ("_parameters", "_buffers", "_modules")
+
+
+def _with_copies(value: Any, copied: Callable[[Tensor], Tensor]) -> Any:
+    """A value with copies of the tensors that it is or holds in containers; those of a clone are its own."""
+    if isinstance(value, Tensor):
+        return value if isinstance(value, nn.Parameter) else copied(value)
+    if type(value) is list or type(value) is tuple:
+        return type(value)(_with_copies(v, copied) for v in value)
+    if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
+        for key, held in value.items():
+            value[key] = _with_copies(held, copied)
+    return value
 
 
 @contextlib.contextmanager
@@ -98,7 +114,7 @@ def run_untouched(
     set_mode_(clone, mode)
     args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
     devices = list({t.device for t in clone.parameters()})
-    with seeded(devices, seed), torch.no_grad(), fast_path_off():
+    with seeded(devices, seed), torch.no_grad(), fast_path_off(), left_as_it_was(clone, args, kwargs):
         return clone(*args, **kwargs)
 
 

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from attnres_fx.errors import AttnResError
-from attnres_fx.passes.graph.nodes import value_of
+from attnres_fx.capture.consulted import traced_code
+from attnres_fx.capture.outside_state import OutsideState
+from attnres_fx.capture.written_objects import written_objects
+from attnres_fx.errors import AttnResError, CaptureError
+from attnres_fx.passes.graph.nodes import describe, value_of
 
 #: Captures and what they patch belong to the process: one at a time.
 CAPTURE_LOCK = threading.RLock()
@@ -47,6 +50,9 @@ class Recording:
         result: The module's output, built from the stand-ins.
         watched: What Dynamo took for granted: the source of each value as Dynamo writes it, and the kind of guard.
         lasting: The source of each tensor that was there before the call, by its id.
+        outside: What the objects held that Dynamo's code wrote to.
+        codes: The code that was traced.
+        sources: What Dynamo calls the origin of each input, in order; empty where it does not say.
     """
 
     module: nn.Module
@@ -56,6 +62,9 @@ class Recording:
     result: Any
     watched: tuple[tuple[str, str], ...]
     lasting: dict[int, str]
+    outside: OutsideState
+    codes: tuple[types.CodeType, ...]
+    sources: tuple[str, ...]
 
 
 @dataclass
@@ -63,9 +72,20 @@ class _Recorder:
     graphs: list[GraphModule] = field(default_factory=list)
     inputs: tuple[Any, ...] = ()
     outputs: tuple[Any, ...] = ()
+    outside: OutsideState = field(default_factory=lambda: OutsideState(()))
+    codes: tuple[types.CodeType, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> tuple[tuple[types.CodeType, ...], tuple[str, ...]]:
+        """What the last graph was traced from: code, and the origins of inputs."""
+        return self.codes, self.sources
 
     def __call__(self, gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         self.graphs.append(gm)
+        self.codes = traced_code()
+        self.sources = tuple(_source(n) for n in gm.graph.nodes if n.op == "placeholder")
+        self.outside = OutsideState(written_objects())
         returned = next(n for n in gm.graph.nodes if n.op == "output").args[0]
 
         def stand_in(*inputs: Any) -> tuple[Any, ...]:
@@ -76,13 +96,14 @@ class _Recorder:
         return stand_in
 
 
-def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
+def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], gradients: bool = True) -> Recording:
     """Let Dynamo trace one call of a module.
 
     Args:
         module: The module; Dynamo's code writes to its attributes what the call would write.
         args: Positional arguments, whose free sizes are marked.
         kwargs: Keyword arguments.
+        gradients: Whether gradients are on.
 
     Raises:
         DynamoRefusal: Dynamo, or the module's own code, raised; or there is not one graph.
@@ -97,18 +118,22 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return [False] * len(guards)  # the code runs once, here: nothing has to be checked before it runs again
 
     call = torch.compile(_entry(), backend=recorder, fullgraph=True, dynamic=False, options={"guard_filter_fn": note})
-    with isolated_dynamo(), torch.enable_grad():
+    with isolated_dynamo(), torch.set_grad_enabled(gradients):
         try:
             result = call(module, tuple(args), dict(kwargs))
         except AttnResError:
+            recorder.outside.restore_()
             raise
         except Exception as error:  # Dynamo's own, or the module's
+            recorder.outside.restore_()
+            if recorder.outputs and "item() cannot be called on meta" in str(error):
+                raise CaptureError(_number_from_data("an output of the model")) from None
             raise DynamoRefusal(error) from error
     if len(recorder.graphs) != 1:
         what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."
         raise DynamoRefusal(RuntimeError(f"Dynamo traced {what}"))
     gm, inputs, outputs = recorder.graphs[0], recorder.inputs, recorder.outputs
-    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting)
+    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting, recorder.outside, *recorder.told)
 
 
 def _entry() -> Callable[..., Any]:
@@ -121,16 +146,30 @@ def _entry() -> Callable[..., Any]:
     return types.FunctionType(code.replace(co_name=code.co_name), attnres_capture.__globals__)
 
 
+def _source(node: Node) -> str:
+    name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
 def _stand_in(node: Any) -> Any:
     """A tensor without data in the shape of a graph's output, or the plain value it stands for."""
     if not isinstance(node, Node):
         return node
     value = value_of(node)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) and value.node.hint is None:
+        raise CaptureError(_number_from_data(describe(node)))
     if isinstance(value, Tensor):
         sizes = [s if isinstance(s, int) else s.node.hint for s in value.shape]
         made = torch.empty(sizes, dtype=value.dtype, device="meta")
         return made.requires_grad_(value.requires_grad) if made.is_floating_point() or made.is_complex() else made
     return _Size(value.node.hint) if isinstance(value, torch.SymInt) else value
+
+
+def _number_from_data(what: str) -> str:
+    return (
+        f"{what} is a Python number that is read from a tensor (.item(), .tolist(), float(x)), which no graph "
+        f"holds: return or keep the tensor itself (loss.detach()), and read it outside of forward."
+    )
 
 
 class _Size(int):

@@ -1,5 +1,6 @@
 """What a traced call left behind on its module tree: tensors to write again at every call, and what cannot be."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,14 @@ class TensorWrite:
         name: The attribute.
         buffer: Whether it is a registered buffer.
         output: Which output of the graph is stored.
+        first: Whether the attribute held no tensor of this shape before the recorded call, which may have set it once.
     """
 
     module: str
     name: str
     buffer: bool
     output: int
+    first: bool = False
 
     @property
     def place(self) -> str:
@@ -44,12 +47,14 @@ class PythonChange:
         name: The attribute.
         before: What it was, in words.
         after: What it became, in words.
+        outside: Whether it is outside the modules; then `name` says what it is, in words.
     """
 
     module: str
     name: str
     before: str
     after: str
+    outside: bool = False
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}: {self.before} -> {self.after}".removeprefix(".")
@@ -66,7 +71,7 @@ def attributes_of(root: nn.Module) -> Attributes:
             values: Mapping[str, Any] = module.__dict__[store] if store else module.__dict__
             for name, value in values.items():
                 if store or name not in (*_TREE, *_STORES, *_NOT_STATE):
-                    held[path, store, name] = value, _contents(value)
+                    held[path, store, name] = value, contents_of(value)
     return held
 
 
@@ -94,48 +99,79 @@ def changes_since(
             continue
         path, store, name = key
         if isinstance(value, Tensor) and id(value) in position:
-            writes.append(TensorWrite(path, name, store == "_buffers", position[id(value)]))
+            first = not isinstance(old, Tensor) or old.shape != value.shape
+            writes.append(TensorWrite(path, name, store == "_buffers", position[id(value)], first))
         elif value is not old and _equal(value, old):
             continue
         else:
-            changes.append(_change(key, "missing" if old is missing else _shown(old_contents, old), value))
-    changes += [_change(key, _shown(c, v), "missing") for key, (v, c) in before.items() if key not in now]
+            changes.append(_change(key, "missing" if old is missing else shown_as(old_contents, old), value))
+    changes += [_change(key, shown_as(c, v), "missing") for key, (v, c) in before.items() if key not in now]
     return writes, changes
 
 
-def replace_stand_ins_(root: nn.Module, writes: Sequence[TensorWrite], changes: Sequence[PythonChange]) -> None:
+def replace_stand_ins_(
+    root: nn.Module, writes: Sequence[TensorWrite], changes: Sequence[PythonChange], device: torch.device
+) -> None:
     """Replace, in place, what a recorded call left on a tree by what a call leaves, as far as another trace can see.
 
     Stand-ins become zeros of their shape, and symbolic sizes become numbers.
     """
-    device = next((t.device for t in root.parameters()), torch.device("cpu"))
     for write in writes:
         module = root.get_submodule(write.module)
         value = getattr(module, write.name)
         setattr(module, write.name, torch.zeros(value.shape, dtype=value.dtype, device=device))
     for change in changes:
         held = root.get_submodule(change.module).__dict__
-        if isinstance(held.get(change.name), int) and not isinstance(held[change.name], bool):
-            held[change.name] = int(held[change.name])
+        if not change.outside and change.name in held:
+            held[change.name] = settled(held[change.name], device)
+
+
+def settled(value: Any, device: torch.device) -> Any:
+    """A value with zeros in the place of tensors without data, also in lists and dicts, and numbers for sizes."""
+    if isinstance(value, Tensor):
+        return torch.zeros(value.shape, dtype=value.dtype, device=device) if value.is_meta else value
+    if isinstance(value, list | deque):
+        for i, held in enumerate(value):
+            value[i] = settled(held, device)
+    elif isinstance(value, dict):
+        for key, held in value.items():
+            value[key] = settled(held, device)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    return value
 
 
 def _change(key: tuple[str, str, str], before: str, value: Any) -> PythonChange:
     path, _, name = key
-    after = value if value == "missing" else _shown(_contents(value), value)
+    after = value if value == "missing" else shown_as(contents_of(value), value)
     return PythonChange(path, name, before, after)
 
 
-def _contents(value: Any) -> Any:
+def contents_of(value: Any) -> Any:
     """What a container holds, by identity where it holds tensors; None for what is no container."""
-    if isinstance(value, list | tuple | set | frozenset):
-        return tuple(_mark(v) for v in value)
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return tuple(mark_of(v) for v in value)
     if isinstance(value, dict):
-        return tuple((_mark(k), _mark(v)) for k, v in value.items())
+        return tuple((mark_of(k), mark_of(v)) for k, v in value.items())
     return None
 
 
-def _mark(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | None) else id(value)
+class _Same:
+    """An object, equal to itself alone; it is kept alive, or another might get its id."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def mark_of(value: Any) -> Any:
+    """A plain value as it is; what stands for the object itself of any other."""
+    return value if isinstance(value, str | int | float | bool | None) else _Same(value)
 
 
 def _equal(value: Any, old: Any) -> bool:
@@ -143,9 +179,24 @@ def _equal(value: Any, old: Any) -> bool:
     return isinstance(value, plain) and type(value) is type(old) and bool(value == old)
 
 
-def _shown(contents: Any, value: Any) -> str:
+def shown_as(contents: Any, value: Any) -> str:
+    """A value in a few words, with the contents that it had."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)}"
     if contents is not None:
         return f"a {type(value).__name__} of {len(contents)}"
     return repr(value)[:60]
+
+
+def python_state_message(name: str, changes: Sequence[PythonChange]) -> str:
+    """The refusal of a model that leaves something behind in Python."""
+    listed = "; ".join(map(str, changes[:3])) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+    way_out = (
+        "Return it from forward, store it in an attribute of a module (module.h = h), take the hook off"
+        if any(c.outside for c in changes)
+        else "Keep it in a buffer (register_buffer, and write to the tensor), leave it out of forward"
+    )
+    return (
+        f"a call of {name} changes Python state, which a graph cannot hold: {listed}. {way_out}, or "
+        f"use ax.compile, which runs the model's own Python."
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.assumed import same_constant
 from attnres_fx.errors import ArgumentError
 
 
@@ -110,7 +111,8 @@ class CallSignature:
 def _same(value: Any, captured: Any) -> bool:
     if value is captured:
         return True
-    return not isinstance(value, torch.Tensor) and type(value) is type(captured) and bool(value == captured)
+    (held, spec), (known, known_spec) = pytree.tree_flatten(value), pytree.tree_flatten(captured)
+    return spec == known_spec and all(map(same_constant, held, known))
 
 
 def signature_of(

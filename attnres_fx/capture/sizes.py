@@ -20,7 +20,7 @@ def sizes_of(bounds: Any) -> tuple[int, int | None]:
     Args:
         bounds: of a tracer. A lower bound of 2 only says that the tracer set 0 and 1 apart.
     """
-    low = int(bounds.lower)
+    low = int(bounds.lower) if bounds.lower.is_Integer else 0
     high = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**31 else None
     return (0 if low == 2 else low), high
 

@@ -10,7 +10,10 @@ from torch import nn
 from attnres_fx.errors import AttnResError
 
 _STEP = re.compile(r"\.([A-Za-z_]\w*)|\[['\"]([^'\"\]]+)['\"]\]|\[(\d+)\]")
-_VALUE_GUARDS = ("CONSTANT_MATCH", "EQUALS_MATCH", "SEQUENCE_LENGTH", "DICT_LENGTH", "BOOL_MATCH", "NONE_MATCH")
+_NUMPY = re.compile(r"___from_numpy\(L\['module'\](.*)\)$")
+#: Kinds of guards that say that a plain value became part of a graph.
+VALUE_GUARDS = ("CONSTANT_MATCH", "EQUALS_MATCH", "SEQUENCE_LENGTH", "DICT_LENGTH", "BOOL_MATCH", "NONE_MATCH")
+_LARGEST_ARRAY = 1 << 16  # bytes; a larger table is compared by nobody at every call
 _TREE = ("_modules", "_parameters", "_buffers", "training")
 
 
@@ -41,9 +44,9 @@ def watched_values(root: nn.Module, guards: Iterable[tuple[str, str]]) -> tuple[
     """
     found: dict[tuple[str, tuple[Any, ...]], WatchedValue] = {}
     for source, kind in guards:
-        if kind not in _VALUE_GUARDS or not source.startswith("module"):
+        if kind not in VALUE_GUARDS or not source.startswith("module"):
             continue
-        steps = _steps(source.removeprefix("module"))
+        steps = steps_of(source.removeprefix("module"))
         if steps is None:
             continue
         place = _module_and_steps(root, [s for s in steps if s != "__dict__"])
@@ -55,6 +58,12 @@ def watched_values(root: nn.Module, guards: Iterable[tuple[str, str]]) -> tuple[
     return tuple(found.values())
 
 
+def numpy_source(source: str) -> str:
+    """The source of a numpy value of a module that Dynamo makes a tensor of; empty for another source."""
+    match = _NUMPY.match(source)
+    return f"module{match.group(1)}" if match else ""
+
+
 class _Unknown:
     def __repr__(self) -> str:
         return "something else"
@@ -63,7 +72,7 @@ class _Unknown:
 UNKNOWN = _Unknown()
 
 
-def value_at(module: nn.Module, steps: Sequence[Any]) -> Any:
+def value_at(module: Any, steps: Sequence[Any]) -> Any:
     """The plain value there; UNKNOWN where there is none."""
     value: Any = module
     try:
@@ -79,13 +88,15 @@ def value_at(module: nn.Module, steps: Sequence[Any]) -> Any:
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str | complex):
         return value
+    if type(value).__module__ == "numpy" and getattr(value, "nbytes", _LARGEST_ARRAY) < _LARGEST_ARRAY:
+        return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, list | tuple):
         held = [_plain(v) for v in value]
         return UNKNOWN if any(h is UNKNOWN for h in held) else tuple(held)
     return UNKNOWN
 
 
-def _steps(text: str) -> list[Any] | None:
+def steps_of(text: str) -> list[Any] | None:
     """The accessors of a source; None where it is more than accessors."""
     steps: list[Any] = []
     at = 0

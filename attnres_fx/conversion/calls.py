@@ -61,6 +61,7 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             continue
         try:
             if conversion.recapture is not None:
+                program.assumed.check_world(model)
                 program.signature.require_all_but_defaults(args, kwargs)
             return program, flat_arguments(program, args, kwargs)
         except ArgumentError as error:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.assumed import Assumed
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.side_effects import TensorWrite
 from attnres_fx.capture.signature import CallSignature, InputShape, check_shapes
@@ -39,6 +40,7 @@ class CapturedProgram(Program):
         in_spec: Pytree of (args, kwargs), None where the graph takes them as they are.
         lost: What of the original's backward the graph does not hold; such a program runs without gradients.
         autocast: The autocast that the graph was traced under, None where it means the same under any.
+        assumed: What holds of the calls that the graph is right for.
     """
 
     out_spec: Any
@@ -52,6 +54,12 @@ class CapturedProgram(Program):
     in_spec: Any
     lost: tuple[str, ...]
     autocast: Autocast | None
+    assumed: Assumed
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its flat inputs."""
+        return tuple(str(n.target) for n in self.graph.nodes if n.op == "placeholder")
 
 
 def current_autocast() -> Autocast:
@@ -93,6 +101,7 @@ def flat_arguments(program: CapturedProgram, args: tuple[Any, ...], kwargs: Mapp
         raise ArgumentError(
             f"the arguments have another structure than the captured ones: {spec} against {program.in_spec}."
         )
+    program.assumed.check(leaves, lambda: program.names)
     if program.guards is not None:
         _check_guards(program.guards, leaves)
     return leaves
@@ -139,4 +148,5 @@ def captured_graph(root: GraphRunner, program: CapturedProgram) -> CapturedGraph
         program.watched,
         lost=program.lost,
         typed=root.typed,
+        assumed=program.assumed,
     )

@@ -159,6 +159,7 @@ class ConvertedModel(GraphRunner):
             in_spec,
             captured.lost,
             None if captured.typed or self._attnres_conversion.base is None else current_autocast(),
+            captured.assumed,
         )
 
     def _why_no_graph(self, mode: Mode) -> str:

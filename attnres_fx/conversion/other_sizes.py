@@ -25,7 +25,11 @@ def with_sizes(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with all dimensions of these symbols cut, or repeated, to these sizes together."""
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    changed = [_resized(leaf, shape, sizes) for leaf, shape in zip(leaves, shapes, strict=True)]
+    known: dict[int, Any] = {}  # a tensor that is given twice stays one
+    for leaf, shape in zip(leaves, shapes, strict=True):
+        if id(leaf) not in known:
+            known[id(leaf)] = _resized(leaf, shape, sizes)
+    changed = [known[id(leaf)] for leaf in leaves]
     result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(changed, spec)
     return result
 
@@ -33,9 +37,10 @@ def with_sizes(
 def _resized(leaf: Any, shape: InputShape | None, sizes: Mapping[str, int]) -> Any:
     if shape is None or not isinstance(leaf, Tensor):
         return leaf
+    contiguous = leaf.is_contiguous()
     for d, symbol in enumerate(shape.sizes):
         wanted = sizes.get(symbol, leaf.shape[d]) if isinstance(symbol, str) else leaf.shape[d]
         while leaf.shape[d] < wanted:
             leaf = torch.cat([leaf, leaf.narrow(d, 0, min(leaf.shape[d], wanted - leaf.shape[d]))], d)
         leaf = leaf.narrow(d, 0, wanted)
-    return leaf
+    return leaf.contiguous() if contiguous else leaf

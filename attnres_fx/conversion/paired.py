@@ -8,6 +8,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.isolated_run import Mode, isolated_clone, set_mode_
+from attnres_fx.capture.reachable_objects import left_as_it_was
 from attnres_fx.conversion.captured_program import CapturedProgram, flat_arguments, run_program
 from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
@@ -40,13 +41,22 @@ class Pair:
     def originals(self, args: Any, kwargs: Any, *, gradients: bool) -> Outcome:
         bound = self.program.signature.bound_values
         kwargs = {**bound, **kwargs}
-        return outcome_of(self.original, self.original, self.names, args, kwargs, gradients=gradients)
+        with left_as_it_was(self.original, args, kwargs):
+            return outcome_of(
+                self.original, self.original, self.names, args, kwargs, gradients=gradients, asked=self._asked
+            )
 
     def conversions(self, args: Any, kwargs: Any, *, gradients: bool) -> Outcome:
         def call(*args: Any, **kwargs: Any) -> Any:
             return run_program(self.program, self.root, flat_arguments(self.program, args, kwargs))
 
-        return outcome_of(call, self.root, self.names, args, kwargs, gradients=gradients)
+        return outcome_of(call, self.root, self.names, args, kwargs, gradients=gradients, asked=self._asked)
+
+    @property
+    def _asked(self) -> bool | None:
+        """Whether gradients were on when the program was traced, where the model's code asks for it."""
+        assumed = self.program.assumed.gradients
+        return None if assumed is None else assumed[0]
 
     def compared(self, args: Any, kwargs: Any, *, gradients: bool, sizes: str = "") -> VerifyReport:
         gradients = gradients and not self.program.lost

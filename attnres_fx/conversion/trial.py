@@ -46,6 +46,7 @@ def outcome_of(
     kwargs: Mapping[str, Any],
     *,
     gradients: bool,
+    asked: bool | None = None,
     seed: int = 0,
 ) -> Outcome:
     """Call once.
@@ -58,12 +59,13 @@ def outcome_of(
         args: Arguments by position; the call gets copies.
         kwargs: Arguments by keyword; the call gets copies.
         gradients: Whether to differentiate.
+        asked: Whether gradients are on, for a model that asks for that: its arguments need gradients as they are.
         seed: Of torch's random numbers; their state is put back after.
     """
-    args, kwargs, inputs = _copied_arguments(args, kwargs, gradients)
+    args, kwargs, inputs = _copied_arguments(args, kwargs, gradients, as_given=asked is not None)
     parameters = {n: p for n, p in root.named_parameters() if n in names and p.requires_grad}
     devices = list({p.device for p in parameters.values()})
-    with seeded(devices, seed), torch.set_grad_enabled(gradients), fast_path_off():
+    with seeded(devices, seed), torch.set_grad_enabled(gradients if asked is None else asked), fast_path_off():
         result = call(*args, **kwargs)
         outputs = {pytree.keystr(p) or "output": x for p, x in pytree.tree_flatten_with_path(result)[0]}
         grads = _gradients(outputs, {**parameters, **inputs}) if gradients else {}
@@ -72,7 +74,7 @@ def outcome_of(
 
 
 def _copied_arguments(
-    args: Sequence[Any], kwargs: Mapping[str, Any], gradients: bool
+    args: Sequence[Any], kwargs: Mapping[str, Any], gradients: bool, *, as_given: bool
 ) -> tuple[Sequence[Any], Mapping[str, Any], dict[str, Tensor]]:
     """Copies of arguments, and the floating ones among them, by name, that a backward reaches."""
     pairs, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
@@ -81,7 +83,7 @@ def _copied_arguments(
     for path, leaf in pairs:
         if isinstance(leaf, Tensor) and id(leaf) not in copies:
             copy = leaf.detach().clone()
-            if gradients and copy.is_floating_point():
+            if (gradients or as_given) and copy.is_floating_point() and (leaf.requires_grad or not as_given):
                 inputs[f"argument {pytree.keystr(path[1:])}"] = copy.requires_grad_()
                 copy = copy.clone()  # a leaf could not be written to in place
             copies[id(leaf)] = copy
@@ -101,7 +103,8 @@ def _gradients(outputs: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict
         loss.backward()  # type: ignore[union-attr]  # grad() would refuse reentrant checkpoints
     except RuntimeError as error:
         raise BackwardError(str(error)) from error
-    return {name: tensor.grad for name, tensor in wanted.items()}
+    grads = {name: tensor.grad for name, tensor in wanted.items()}
+    return {name: g.to_dense() if g is not None and g.is_sparse else g for name, g in grads.items()}
 
 
 def _weighted_sum(x: Tensor) -> Tensor:

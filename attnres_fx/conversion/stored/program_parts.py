@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from attnres_fx.capture.assumed import Assumed
 from attnres_fx.capture.captured import CapturedGraph, graph_of_export
 from attnres_fx.capture.exported_module import lost_by_export
 from attnres_fx.capture.isolated_run import Mode, in_mode
@@ -57,6 +58,7 @@ class _About:
     reads: tuple[Replacement, ...]
     lost: tuple[str, ...]
     typed: bool
+    assumed: Assumed = dataclasses.field(default_factory=Assumed)
 
 
 _STRUCTURED = {"signature", "in_spec", "out_spec", "guards", "autocast", "graph"}
@@ -105,6 +107,7 @@ def _program(
         "guards": guards_to_data(graph.guards, names),
         "writes": to_plain(graph.writes, error=SaveError),
         "typed": graph.typed,
+        "assumed": to_plain(graph.assumed.in_file(), error=SaveError),
         "lost": list(graph.lost),
         "autocast": to_data(program.autocast),
         "reads": to_plain(list(reads), error=SaveError),
@@ -142,6 +145,7 @@ def program_of(data: Any, root: nn.Module, reader: ProgramReader, device: Device
     guards = guards_from_data(data["guards"], len(about.shapes))
     ranges = dict(about.ranges)
     graph = CapturedGraph(gm, out_spec, about.shapes, ranges, guards, about.writes, lost=about.lost, typed=about.typed)
+    graph.assumed = about.assumed
     signature = _signature(plain, data["signature"])
     return ProgramParts(about.modes, graph, about.reads, signature, in_spec, autocast), structures.missing
 
@@ -155,6 +159,8 @@ def _check(at: str, gm: GraphModule, about: _About, out_spec: Any, root: nn.Modu
     outputs = known["output"].args[0] if "output" in known else None
     if len(about.shapes) != len(inputs) or out_spec is None or not isinstance(outputs, list | tuple):
         raise SaveError(f"the {at} program has not the inputs and outputs that it is said to have")
+    if not about.assumed.fits(len(inputs)):
+        raise SaveError(f"the {at} program takes something for granted of inputs that it does not have")
     if unknown := {s.kind for s in about.shapes if s is not None} - _KINDS:
         raise SaveError(f"an input of the {at} program is of the kind {min(unknown)!r:.40}")
     for read in about.reads:

@@ -189,7 +189,7 @@ OPERATIONS = (
     Operation("contiguous", IDENTITY | COPIES | PASSES, aten="contiguous.default", function=torch.Tensor.contiguous),
     Operation("alias", IDENTITY | Trait.PASSES_ON),
     Operation("clone", IDENTITY, aten="clone.default", function=torch.clone),
-    Operation("detach", STOPS, aten="detach.default", function=torch.detach),
+    Operation("detach", STOPS, also=("_get_data_attr",), aten="detach.default", function=torch.detach),
     Operation("identity", IDENTITY, modules=(nn.Identity,)),
     *(Operation(n, IDENTITY) for n in ("lift_fresh", "lift_fresh_copy", "wait_tensor")),
     # Rows in their order, in another shape

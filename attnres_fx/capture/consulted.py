@@ -1,0 +1,98 @@
+"""What a model's code asks of a call that changes no value: whether gradients are on, and how tensors lie in memory."""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnres_fx.capture.assumed import GlobalValue, HeldValue
+from attnres_fx.capture.watched import UNKNOWN, VALUE_GUARDS, steps_of, value_at
+
+_GRADIENTS = frozenset("requires_grad is_grad_enabled grad_fn is_leaf is_inference is_inference_mode_enabled".split())
+_STRIDES = frozenset("is_contiguous stride is_non_overlapping_and_dense".split())
+_TORCH = str(Path(torch.__file__).parent)
+_GLOBAL = re.compile(r"G\['__import_([^']+)'\](.*)$")
+
+
+def traced_code() -> tuple[CodeType, ...]:
+    """The code that Dynamo is tracing; for a backend, while it is called. Empty where this torch does not tell."""
+    told = getattr(torch._dynamo.utils, "get_traced_code", lambda: None)()
+    return tuple(dict.fromkeys(told or ()))
+
+
+def asks_for_gradients(codes: Iterable[CodeType]) -> bool:
+    """Whether a model's own code asks whether gradients are needed, or on."""
+    return _names(codes, _GRADIENTS)
+
+
+def asks_for_strides(codes: Iterable[CodeType]) -> bool:
+    """Whether a model's own code asks how a tensor lies in memory."""
+    return _names(codes, _STRIDES)
+
+
+def custom_functions(codes: Iterable[CodeType]) -> bool:
+    """Whether a custom `autograd.Function` was traced; on tensors without gradients its backward leaves no trace."""
+    traced = set(codes)
+    return any(getattr(f.__dict__.get("forward"), "__func__", f).__code__ in traced for f in _functions() if _own(f))
+
+
+def _own(function: Any) -> bool:
+    return hasattr(getattr(function.__dict__.get("forward"), "__func__", None), "__code__")
+
+
+def _functions(base: Any = torch.autograd.Function) -> Iterator[Any]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _functions(kind)
+
+
+def _names(codes: Iterable[CodeType], names: frozenset[str]) -> bool:
+    return any(not names.isdisjoint(c.co_names) and not c.co_filename.startswith(_TORCH) for c in codes)
+
+
+def global_values(guards: Iterable[tuple[str, str]]) -> tuple[GlobalValue, ...]:
+    """The plain values of Python modules, torch's own aside, that a trace took for granted.
+
+    Args:
+        guards: Source and kind of each guard, as Dynamo writes them.
+    """
+    found: dict[tuple[str, tuple[Any, ...]], GlobalValue] = {}
+    for source, kind in guards:
+        match = _GLOBAL.match(source)
+        if match is None or kind not in VALUE_GUARDS:
+            continue
+        module, steps = match.group(1).replace("_dot_", "."), steps_of(match.group(2))
+        if not steps or module.split(".")[0] == "torch" or "torch" in steps:
+            continue
+        value = value_at(sys.modules.get(module), steps)
+        if value is not UNKNOWN:
+            found[module, tuple(steps)] = GlobalValue(module, tuple(steps), value)
+    return tuple(found.values())
+
+
+def held_values(root: nn.Module, guards: Iterable[tuple[str, str]]) -> tuple[HeldValue, ...]:
+    """The plain values of classes and closures, torch's own aside, that a trace took for granted.
+
+    Args:
+        root: The traced tree.
+        guards: Source and kind of each guard, as Dynamo writes them; the root is `module`.
+    """
+    found: dict[tuple[int, str], HeldValue] = {}
+    for source, kind in guards:
+        before, _, name = source.rpartition(".")
+        if kind not in VALUE_GUARDS or not name.isidentifier() or not ("type(" in before or "__closure__" in before):
+            continue
+        try:
+            holder = eval(before, {"module": root})  # an expression that Dynamo wrote
+        except Exception:  # Dynamo has functions of its own in some
+            continue
+        module = getattr(holder, "__module__", None) or ""
+        value = value_at(holder, (name,))
+        if not isinstance(holder, nn.Module) and module.split(".")[0] != "torch" and value is not UNKNOWN:
+            found[id(holder), name] = HeldValue(holder, name, value)
+    return tuple(found.values())
