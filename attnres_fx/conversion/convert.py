@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from attnres_fx.capture.capture import capture
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode, outside_inference_mode
+from attnres_fx.capture.module_clone import uncompiled
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.assembly import converted_model
 from attnres_fx.conversion.conversion import Conversion
@@ -72,6 +73,7 @@ def inspect(
         AlreadyConvertedError: The model reads through depth attention already.
         CaptureError: The model cannot be traced.
     """
+    model = uncompiled(model)
     refuse_converted(model)
     mode: Mode = "train" if getattr(model, "training", False) else "eval"
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, modes=(mode,))
@@ -127,6 +129,7 @@ def convert(
         raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
     lowering = checked_lowering(lowering)
     require_known(check)
+    model = uncompiled(model)
     refuse_converted(model)
     with Progress(_name(model)) as progress:
         progress.step("capturing it")

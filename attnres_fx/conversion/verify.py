@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.module_clone import uncompiled
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.comparison import VerifyReport
 from attnres_fx.conversion.converted_model import ConvertedModel
@@ -44,6 +45,7 @@ def verify(
         ArgumentError: The second model is not converted.
         CheckError: The two return other numbers of values, or values of other shapes or dtypes.
     """
+    model, converted = uncompiled(model), uncompiled(converted)
     if not isinstance(converted, ConvertedModel):
         raise ArgumentError(
             f"verify takes an original and what convert made of it; the second is a {type(converted).__name__}. The "
