@@ -11,6 +11,7 @@ from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
+from attnres_fx.conversion.own_python import OwnPython
 from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.errors import AttnResError, CheckError, SaveError
 from attnres_fx.passes.lowering.lower import Lowering
@@ -51,8 +52,7 @@ class Conversion:
         failures: By mode, why there is no program.
         lowering: What is folded into the reads.
         typed: Whether dtypes are written into the graphs.
-        base: The original's class, None where there is no Python of the original.
-        own_forward: The forward that was set on the original itself, by name, where there was one.
+        own: The original's class and the Python around its forward, None where there is no Python of the original.
         guarded: By path, the submodules that raise when they are called by themselves, and the forward that was set on
             each, None where there was none.
         recapture: Captures further kinds of calls, None where that cannot be done.
@@ -69,8 +69,7 @@ class Conversion:
     failures: dict[Mode, str]
     lowering: Lowering
     typed: bool
-    base: type[nn.Module] | None = None
-    own_forward: dict[str, Any] = field(default_factory=dict)
+    own: OwnPython | None = None
     guarded: dict[str, Any] = field(default_factory=dict)
     recapture: Recapture | None = None
     edits: EditGuard | None = None

@@ -22,6 +22,7 @@ from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.deferred import DeferredMode, without_tensors
 from attnres_fx.conversion.edits import refuse_forwards
 from attnres_fx.conversion.loading import pickled_as_file
+from attnres_fx.conversion.own_python import OwnPython
 from attnres_fx.conversion.progress import Progress
 from attnres_fx.conversion.recapturing import Recapturing
 from attnres_fx.conversion.report import ConversionReport, StreamReport, shortened
@@ -133,7 +134,7 @@ def convert(
     refuse_converted(model)
     with Progress(_name(model)) as progress:
         progress.step("capturing it")
-        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, first_only=True)
+        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, first_only=True, hooks="around")
         tree = without_tensors(captured.root)
         progress.step("finding and rewriting its streams")
         converted = _converted(model, captured, config, lowering)
@@ -152,7 +153,7 @@ def convert(
 
 def _pickled(call: ConversionCall, model: ConvertedModel) -> tuple[Any, ...]:
     """What a pickle calls to make the model again; a file's content where the original cannot be pickled."""
-    original = model.original()
+    original = model.original(hooks=True)
     call = call.for_model(model)
     try:
         pickle.dumps((without_tensors(original), call))
@@ -188,7 +189,7 @@ def _converted(model: Model, captured: Captured, config: AttnResConfig, lowering
     conversion = Conversion(report, captured.failures, lowering, typed, pickled=pickled_as_file)
     graphs = {m: (g, replacements[id(g)]) for m, g in captured.graphs.items()}
     if captured.cloned:
-        conversion.base = type(captured.root)
+        conversion.own = OwnPython.taken_off_(captured.root, hooks=not captured.hooks_around)
         conversion.guarded = {p: captured.root.get_submodule(p).__dict__.get("forward") for p in guarded}
         conversion.recapture = Recapturing(config)
     converted = converted_model(captured.root, parameters, graphs, captured.signature, captured.in_spec, conversion)

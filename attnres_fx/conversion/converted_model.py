@@ -11,13 +11,11 @@ from torch.fx import GraphModule
 
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import CAPTURE_LOCK
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.calls import program_for
 from attnres_fx.conversion.captured_program import CapturedProgram, current_autocast, flat_arguments, run_program
 from attnres_fx.conversion.conversion import ADDED, CONSTANTS, Conversion, placement_of
-from attnres_fx.conversion.edits import allow_forwards, refuse_forwards
 from attnres_fx.conversion.files import parts_of, save_parts
 from attnres_fx.conversion.graph_runner import GraphRunner
 from attnres_fx.conversion.report import ConversionReport
@@ -145,7 +143,7 @@ class ConvertedModel(GraphRunner):
             signature,
             in_spec,
             captured.lost,
-            None if captured.typed or self._attnres_conversion.base is None else current_autocast(),
+            None if captured.typed or self._attnres_conversion.own is None else current_autocast(),
         )
 
     def _adopt(self, gm: GraphModule, target: str, mode: Mode) -> str:
@@ -173,29 +171,29 @@ class ConvertedModel(GraphRunner):
     def _why_no_graph(self, mode: Mode) -> str:
         return f"this model has no {mode} graph: {self.failures.get(mode, 'it was not captured').rstrip('.')}."
 
+    __call__ = nn.Module.__call__  # a class's own is part of its graphs
+    _call_impl = nn.Module._call_impl
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         program, inputs = program_for(self, args, kwargs)
         return run_program(program, self, inputs)
 
-    def original(self) -> nn.Module:
+    def original(self, *, hooks: bool = False) -> nn.Module:
         """A clone of the tree with the original's class and forward, on the same tensors.
+
+        Args:
+            hooks: Whether it has the hooks too that fire around the programs, on the model itself.
 
         Raises:
             RewriteError: The model holds no Python of the original: it was made from a graph, or loaded.
         """
         conversion = self._attnres_conversion
-        if conversion.base is None:
+        if conversion.own is None:
             raise RewriteError("this converted model holds no code of its original: it was made from a graph.")
-        allow_forwards(self, conversion.guarded)
-        try:
-            root, _ = clone_tree(self)
-        finally:
-            refuse_forwards(self, conversion.guarded)
+        root = conversion.own.original_of(self, conversion.guarded, hooks=hooks)
         del root.__dict__["_attnres_conversion"]
         for added in ADDED:
             root._modules.pop(added, None)
-        root.__class__ = conversion.base
-        root.__dict__.update(conversion.own_forward)
         return root
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -204,6 +202,9 @@ class ConvertedModel(GraphRunner):
         if conversion.edits is not None:
             conversion.edits.check(self)
         copied = super().__deepcopy__(memo)
+        if conversion.own is not None:
+            modules = {id(m): memo[id(m)] for m in self.modules() if id(m) in memo}
+            copied._attnres_conversion.own = conversion.own.on(modules)
         if conversion.edits is not None:
             copied._attnres_conversion.guard_edits(copied, None)
         return copied

@@ -6,7 +6,7 @@ next call says so instead.
 
 import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,12 +199,3 @@ def guard_forwards(root: nn.Module, guarded: dict[str, Any], paths: Iterable[str
     fresh = [path for path in paths if path not in guarded]
     guarded.update({path: root.get_submodule(path).__dict__.get("forward") for path in fresh})
     refuse_forwards(root, fresh)
-
-
-def allow_forwards(root: nn.Module, own: Mapping[str, Any]) -> None:
-    """Undo `refuse_forwards`; `own` holds the forwards that were set on instances before."""
-    for path, forward in own.items():
-        module = root.get_submodule(path)
-        module.__dict__.pop("forward", None)
-        if forward is not None:
-            module.__dict__["forward"] = forward
