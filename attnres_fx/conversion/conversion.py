@@ -55,6 +55,7 @@ class Conversion:
         own: The original's class and the Python around its forward, None where there is no Python of the original.
         guarded: By path, the submodules that raise when they are called by themselves, and the forward that was set on
             each, None where there was none.
+        branches: Paths of the submodules that the root's own code calls for what it adds.
         recapture: Captures further kinds of calls, None where that cannot be done.
         edits: Compares the tree with what the graphs hold of it.
         placement: Device and dtype that the parameters had when the programs were captured.
@@ -71,6 +72,7 @@ class Conversion:
     typed: bool
     own: OwnPython | None = None
     guarded: dict[str, Any] = field(default_factory=dict)
+    branches: tuple[str, ...] = ()
     recapture: Recapture | None = None
     edits: EditGuard | None = None
     placement: Placement | None = None

@@ -15,12 +15,13 @@ from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode, outside_inference_mode
 from attnres_fx.capture.module_clone import uncompiled
 from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.around_forward import branches_of_root, methods_that_add
 from attnres_fx.conversion.assembly import converted_model
 from attnres_fx.conversion.conversion import Conversion
 from attnres_fx.conversion.conversion_call import ConversionCall
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.deferred import DeferredMode, without_tensors
-from attnres_fx.conversion.edits import refuse_forwards
+from attnres_fx.conversion.edits import refuse_around_forward, refuse_forwards
 from attnres_fx.conversion.loading import pickled_as_file
 from attnres_fx.conversion.own_python import OwnPython
 from attnres_fx.conversion.progress import Progress
@@ -147,6 +148,7 @@ def convert(
         conversion.deferred = {mode: DeferredMode(mode, call, tree) for mode in captured.untried}
         conversion.pickled = functools.partial(_pickled, call)
         refuse_forwards(converted, conversion.guarded)
+        refuse_around_forward(converted, conversion.guarded, conversion.branches)
         conversion.guard_edits(converted, model if isinstance(model, nn.Module) else None)
     return converted
 
@@ -182,15 +184,19 @@ def _converted(model: Model, captured: Captured, config: AttnResConfig, lowering
     analyses = _analyze(captured)
     plans = _plan(analyses, config, _name(model))
     mode, plan = next(iter(plans.items()))
-    guarded = modules_that_add(captured.root, captured.graphs[mode].gm, plan)
+    gm = captured.graphs[mode].gm
+    guarded = modules_that_add(captured.root, gm, plan)
+    methods = methods_that_add(captured.root, gm, plan)
+    branches = branches_of_root(captured.root, gm, plan)
     parameters, replacements = _rewrite(captured, analyses, plans, config)
     report = _report(model, captured, analyses[mode], plan, config)
     typed = any(graph.typed for graph in captured.graphs.values())
     conversion = Conversion(report, captured.failures, lowering, typed, pickled=pickled_as_file)
     graphs = {m: (g, replacements[id(g)]) for m, g in captured.graphs.items()}
     if captured.cloned:
-        conversion.own = OwnPython.taken_off_(captured.root, hooks=not captured.hooks_around)
+        conversion.own = OwnPython.taken_off_(captured.root, methods, hooks=not captured.hooks_around)
         conversion.guarded = {p: captured.root.get_submodule(p).__dict__.get("forward") for p in guarded}
+        conversion.branches = branches
         conversion.recapture = Recapturing(config)
     converted = converted_model(captured.root, parameters, graphs, captured.signature, captured.in_spec, conversion)
     starting = _starting_mode(captured)

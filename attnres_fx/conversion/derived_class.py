@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 from attnres_fx.capture.signature import CallSignature
+from attnres_fx.conversion.around_forward import refusing
 from attnres_fx.conversion.own_python import OwnPython
 
 
@@ -19,8 +20,9 @@ def derived_class(kind: type, own: OwnPython | None, signature: CallSignature) -
         base = own.kind
         forward = functools.wraps(base.forward)(forward)
         forward.__signature__ = _with_first(itself, own.called)  # type: ignore[attr-defined]
+        refused = {name: refusing(getattr(base, name)) for name in own.methods}
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        return type(base.__name__, (kind, base), {"forward": forward, **names})
+        return type(base.__name__, (kind, base), {**refused, "forward": forward, **names})
     forward.__signature__ = _with_first(itself, signature.to_inspect())  # type: ignore[attr-defined]
     forward.__doc__ = f"The original's forward, with the arguments it was captured with: {signature}."
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

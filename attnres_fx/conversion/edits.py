@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.watched import WatchedValue, value_at
+from attnres_fx.conversion.around_forward import refuse_around
 from attnres_fx.errors import EditedError
 
 #: Changes of the original that a converted model follows by being captured again.
@@ -186,6 +187,21 @@ def refuse_forwards(root: nn.Module, paths: Iterable[str]) -> None:
     for path in paths:
         module = root.get_submodule(path)
         module.__dict__["forward"] = functools.partial(refuse_forward, path, type(module).__name__)
+
+
+def refuse_around_forward(root: nn.Module, guarded: dict[str, Any], paths: Iterable[str]) -> None:
+    """Let the submodules at these paths raise when the root's own methods call them.
+
+    Args:
+        root: The converted model.
+        guarded: By path, the submodules that raise already; it gets the new ones, with the forwards set on them.
+        paths: Of the submodules.
+    """
+    for path in paths:
+        if path not in guarded:
+            module = root.get_submodule(path)
+            guarded[path] = own = module.__dict__.get("forward")
+            module.__dict__["forward"] = functools.partial(refuse_around, path, module, own)
 
 
 def guard_forwards(root: nn.Module, guarded: dict[str, Any], paths: Iterable[str]) -> None:

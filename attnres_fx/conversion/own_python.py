@@ -21,29 +21,32 @@ class OwnPython:
         called: The parameters of a call of the original.
         held: By the attribute that held it, the forward that was set on the original itself, and its forward hooks
             where the graphs hold them.
+        methods: Those of the class in which sums of the converted streams are made.
     """
 
     kind: type[nn.Module]
     called: inspect.Signature
     held: dict[str, Any]
+    methods: tuple[str, ...]
 
     @classmethod
-    def taken_off_(cls, root: nn.Module, *, hooks: bool) -> Self:
+    def taken_off_(cls, root: nn.Module, methods: tuple[str, ...], *, hooks: bool) -> Self:
         """Take it off a clone of the original, in place.
 
         Args:
             root: The clone, which becomes a converted model.
+            methods: See the attribute.
             hooks: Whether the graphs hold the forward hooks on the root.
         """
         called = parameters_of_call(root)
         held = take_forward_hooks_(root) if hooks else {}
         if "forward" in root.__dict__:
             held["forward"] = root.__dict__.pop("forward")
-        return cls(type(root), called, held)
+        return cls(type(root), called, held, methods)
 
     def on(self, modules: Mapping[int, nn.Module]) -> Self:
         """The same for a copy of the model, whose modules are given by the ids of this one's."""
-        return type(self)(self.kind, self.called, followed(self.held, dict(modules)))
+        return type(self)(self.kind, self.called, followed(self.held, dict(modules)), self.methods)
 
     def original_of(self, model: nn.Module, guarded: Mapping[str, Any], *, hooks: bool) -> nn.Module:
         """A clone of a converted model's tree that is what was converted, on the same tensors.
