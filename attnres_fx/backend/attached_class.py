@@ -90,7 +90,7 @@ def _attached_class(base: Any, methods: tuple[str, ...]) -> Any:
 
 
 def _refusing_outside_forward(method: Any) -> Any:
-    """A method of an attached model that adds to its streams: it runs inside a compiled forward, and plain on purpose."""
+    """A method of an attached model that adds to its streams: it runs in a compiled forward, and plain on purpose."""
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,13 @@
 """An `nn.Module` to graphs: through Dynamo, or through `torch.export` where Dynamo refuses a model that it takes."""
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import Captured, CapturedGraph
@@ -48,6 +50,7 @@ def capture_module(
     `root`, and are to fire around the graph.
     """
     refuse_prepared(model)
+    _refuse_names_of_graphs(model)
     own: Mode = "train" if model.training else "eval"
     bound = _bind_cache_off(model, args, kwargs)
     kwargs = {**kwargs, **bound}
@@ -176,6 +179,25 @@ def refuse_prepared(model: nn.Module) -> None:
                 f"{path or type(model).__name__} is sharded by FSDP (fully_shard): its parameters are gathered by "
                 f"hooks that no tracer follows. Attach or convert the model first, and shard it afterwards."
             )
+
+
+def _refuse_names_of_graphs(model: nn.Module) -> None:
+    """Raise CaptureError where a model's tensor or submodule has a name that a module of a graph has for its own."""
+    tensors = {n: v for n, v in model.__dict__.items() if isinstance(v, Tensor)}
+    stores: Sequence[Mapping[str, Any]] = (model._parameters, model._buffers, model._modules, tensors)
+    for what, store in zip(("parameter", "buffer", "submodule", "tensor"), stores, strict=True):
+        for name in store:
+            if name in _names_of_a_graph_module():
+                raise CaptureError(
+                    f"{type(model).__name__} has a {what} named {name!r}, and torch.fx.GraphModule, which holds the "
+                    f"graph of a model, has that name for its own: rename it, or capture a module that holds the model "
+                    f"and calls it in forward."
+                )
+
+
+@functools.cache
+def _names_of_a_graph_module() -> frozenset[str]:
+    return frozenset(set(dir(GraphModule(nn.Module(), Graph()))) - set(dir(nn.Module())))
 
 
 def _bind_cache_off(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.Identity)
 _LIBRARIES = ("attnres_fx.", "torch.")
 
 WAY_OUT = (
-    "Let forward do that when an argument asks for it, `model(x, features=True)`: such a call is captured, or compiled, "
-    "when it is first made. Or use the original."
+    "Let forward do that when an argument asks for it, `model(x, features=True)`: such a call is captured, or "
+    "compiled, when it is first made. Or use the original."
 )
 
 

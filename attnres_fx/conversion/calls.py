@@ -36,7 +36,7 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         EditedError: The model was changed in a way that its programs do not see.
     """
     conversion: Conversion = model._attnres_conversion
-    mode: Mode = model.mode
+    mode: Mode = "train" if model.training else "eval"
     if torch.compiler.is_compiling():
         compiled = conversion.programs.get(mode)
         if compiled is None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.own_python import OwnPython
@@ -81,6 +82,16 @@ class Conversion:
     pickled: Callable[[Any], tuple[Any, ...]] | None = None
     deferred: dict[Mode, CaptureMode] = field(default_factory=dict)
     further: dict[Mode, list[CapturedProgram]] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> CallSignature:
+        """The arguments of a call, as they were captured first."""
+        return next(iter(self.programs.values())).signature
+
+    @property
+    def in_spec(self) -> Any:
+        """Pytree of (args, kwargs), None where the graphs take them as they are."""
+        return next(iter(self.programs.values())).in_spec
 
     def guard_edits(self, root: nn.Module, original: nn.Module | None) -> None:
         """From now on compare the converted model's tree, and its original's numbers, at every call.

@@ -17,7 +17,7 @@ from attnres_fx.capture.module_clone import uncompiled
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.around_forward import branches_of_root, methods_that_add
 from attnres_fx.conversion.assembly import converted_model
-from attnres_fx.conversion.conversion import Conversion
+from attnres_fx.conversion.conversion import ADDED, Conversion
 from attnres_fx.conversion.conversion_call import ConversionCall
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.deferred import DeferredMode, without_tensors
@@ -28,6 +28,7 @@ from attnres_fx.conversion.progress import Progress
 from attnres_fx.conversion.recapturing import Recapturing
 from attnres_fx.conversion.report import ConversionReport, StreamReport, shortened
 from attnres_fx.conversion.rewriting import modules_that_add, require_same_reads, rewrite_, same_streams
+from attnres_fx.conversion.taken_names import refuse_taken_names, yielded
 from attnres_fx.conversion.verify import Check, check_conversion, require_known
 from attnres_fx.errors import (
     AlreadyConvertedError,
@@ -133,6 +134,8 @@ def convert(
     require_known(check)
     model = uncompiled(model)
     refuse_converted(model)
+    if isinstance(model, nn.Module) and not isinstance(model, GraphModule):
+        refuse_taken_names(model, ConvertedModel, ADDED)
     with Progress(_name(model)) as progress:
         progress.step("capturing it")
         captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, first_only=True, hooks="around")
@@ -264,6 +267,11 @@ def _report(
     config: AttnResConfig,
 ) -> ConversionReport:
     notes = [*captured.notes, *(f"no {m} graph: {shortened(why)}" for m, why in captured.failures.items())]
+    if captured.cloned and (kept := yielded(captured.root)):
+        notes.append(
+            f"the model keeps its own {', '.join(kept)}: the library's is reached through its class "
+            f"(ConvertedModel.save(converted, path))"
+        )
     done = {s.stream.name for s in plan.streams}
     left = [(s, _why_left(s, config)) for s in streams.streams if s.name not in done]
     return ConversionReport(

@@ -53,6 +53,9 @@ class ConvertedModel(GraphRunner):
     def programs(self, programs: dict[Mode, CapturedProgram]) -> None:
         self._attnres_conversion.programs = programs
 
+    def _state(self) -> Conversion:
+        return self._attnres_conversion
+
     def program_of(self, mode: Mode) -> CapturedProgram:
         """The program of a mode, captured now where the conversion left it for later.
 
@@ -78,7 +81,7 @@ class ConvertedModel(GraphRunner):
         for mode in tuple(self._attnres_conversion.deferred):
             with contextlib.suppress(ModeError):  # the reason is in `failures`
                 self.program_of(mode)
-        return self.programs
+        return self._attnres_conversion.programs
 
     @property
     def failures(self) -> dict[Mode, str]:
@@ -88,12 +91,12 @@ class ConvertedModel(GraphRunner):
     @property
     def signature(self) -> CallSignature:
         """The arguments of a call, as they were captured first."""
-        return next(iter(self.programs.values())).signature
+        return self._attnres_conversion.signature
 
     @property
     def in_spec(self) -> Any:
         """Pytree of (args, kwargs), None where the graphs take them as they are."""
-        return next(iter(self.programs.values())).in_spec
+        return self._attnres_conversion.in_spec
 
     @property
     def lowering(self) -> Lowering:  # type: ignore[override]
@@ -169,7 +172,8 @@ class ConvertedModel(GraphRunner):
         return f"{CONSTANTS}.{name}"
 
     def _why_no_graph(self, mode: Mode) -> str:
-        return f"this model has no {mode} graph: {self.failures.get(mode, 'it was not captured').rstrip('.')}."
+        why = self._attnres_conversion.failures.get(mode, "it was not captured")
+        return f"this model has no {mode} graph: {why.rstrip('.')}."
 
     __call__ = nn.Module.__call__  # a class's own is part of its graphs
     _call_impl = nn.Module._call_impl
@@ -222,7 +226,7 @@ class ConvertedModel(GraphRunner):
         Raises:
             ArgumentError: they do not fit what was captured.
         """
-        return flat_arguments(self.program_of(self.mode), args, kwargs)
+        return flat_arguments(self.program_of(self._mode_now()), args, kwargs)
 
     def replacements(self, mode: Mode | None = None) -> tuple[Replacement, ...]:
         """The depth-attention nodes of a mode's graph.
@@ -233,7 +237,7 @@ class ConvertedModel(GraphRunner):
         Returns:
             One entry per read, in execution order.
         """
-        return self.program_of(mode or self.mode).replacements
+        return self.program_of(mode or self._mode_now()).replacements
 
     def captured(self, mode: Mode) -> CapturedGraph:
         """A copy of a mode's graph as a capture returns it, on this model's own tensors.
@@ -256,7 +260,7 @@ class ConvertedModel(GraphRunner):
             program.writes,
             program.watched,
             lost=program.lost,
-            typed=self.typed,
+            typed=self._attnres_conversion.typed,
         )
 
     def save(self, path: Any) -> None:
@@ -278,7 +282,7 @@ class ConvertedModel(GraphRunner):
         before = {p.dtype for p in self.parameters() if p.is_floating_point()}
         cast = {d: to for d in before if (to := fn(torch.empty(0, dtype=d)).dtype) != d}
         conversion = self._attnres_conversion
-        if cast and self.typed and conversion.recapture is None:
+        if cast and conversion.typed and conversion.recapture is None:
             dtype, wanted = next(iter(cast.items()))
             raise RewriteError(
                 f"this converted model cannot change from {dtype} to {wanted}: its graphs were captured in {dtype}, "
@@ -304,4 +308,5 @@ class ConvertedModel(GraphRunner):
         return conversion.pickled(self)
 
     def extra_repr(self) -> str:
-        return f"{self.signature}, modes={'/'.join((*self.programs, *self._attnres_conversion.deferred))}"
+        conversion = self._attnres_conversion
+        return f"{conversion.signature}, modes={'/'.join((*conversion.programs, *conversion.deferred))}"

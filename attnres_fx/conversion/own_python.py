@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from attnres_fx.capture.module_clone import clone_tree, followed
 from attnres_fx.capture.root_hooks import take_backward_hooks_, take_forward_hooks_
 from attnres_fx.capture.signature import has_own_call, parameters_of_call
+from attnres_fx.conversion.taken_names import yielded
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class OwnPython:
         held: By the attribute that held it, the forward that was set on the original itself, and its forward hooks
             where the graphs hold them.
         methods: Those of the class in which sums of the converted streams are made.
+        names: Those of a converted model's own that the original has itself, and keeps.
     """
 
     kind: type[nn.Module]
     called: inspect.Signature
     held: dict[str, Any]
     methods: tuple[str, ...]
+    names: tuple[str, ...]
 
     @classmethod
     def taken_off_(cls, root: nn.Module, methods: tuple[str, ...], *, hooks: bool) -> Self:
@@ -42,11 +45,11 @@ class OwnPython:
         held = take_forward_hooks_(root) if hooks else {}
         if "forward" in root.__dict__:
             held["forward"] = root.__dict__.pop("forward")
-        return cls(type(root), called, held, methods)
+        return cls(type(root), called, held, methods, yielded(root))
 
     def on(self, modules: Mapping[int, nn.Module]) -> Self:
         """The same for a copy of the model, whose modules are given by the ids of this one's."""
-        return type(self)(self.kind, self.called, followed(self.held, dict(modules)), self.methods)
+        return replace(self, held=followed(self.held, dict(modules)))
 
     def original_of(self, model: nn.Module, guarded: Mapping[str, Any], *, hooks: bool) -> nn.Module:
         """A clone of a converted model's tree that is what was converted, on the same tensors.
