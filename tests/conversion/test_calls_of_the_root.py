@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import attnres_fx as ax
-from attnres_fx.errors import CaptureError
+from attnres_fx.errors import CaptureError, ModeError
 from tests.capture.test_clones import WIDTH, Pair
 
 
@@ -134,3 +134,16 @@ def test_a_call_of_the_class_with_a_hook_that_writes_to_python_is_refused_by_nam
     model.register_forward_hook(note)
     with pytest.raises(CaptureError, match=r"note.*register it on the converted model"):
         ax.convert(model, ({"x": example(2, 3)},))
+
+
+def test_a_backward_through_a_graph_without_gradients_says_why():
+    model = Pair()
+    model.mixes[0].register_full_backward_hook(lambda module, grad_in, grad_out: None)
+    converted = ax.convert(model, (example(2, 3),))
+    assert not converted.training
+    with pytest.raises(ModeError, match=r"the backward hook of mixes\.0.*no train graph.*convert it again"):
+        converted(example(2, 3)).sum().backward()
+    with torch.no_grad():
+        assert not converted(example(2, 3)).requires_grad
+    converted.requires_grad_(False)
+    assert not converted(example(2, 3)).requires_grad
