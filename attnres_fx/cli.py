@@ -157,7 +157,7 @@ def _convert(options: argparse.Namespace) -> int:
     if options.reads:
         print(f"\n{converted.report.reads_table()}")
     if options.save is not None:
-        converted.save(options.save)
+        ax.ConvertedModel.save(converted, options.save)
         print(f"\nsaved to {options.save}")
     return 0
 

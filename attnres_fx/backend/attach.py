@@ -18,6 +18,7 @@ from attnres_fx.backend.plain_runs import plain
 from attnres_fx.capture.capture import capture
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.around_forward import methods_that_add
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import AlreadyConvertedError, AttachError, ConfigError
 from attnres_fx.parameters import AttnResParameters
@@ -66,7 +67,7 @@ def attach(
     plan = plan_depth_reads(streams, selected, config)
     parameters = make_parameters(gm.graph, captured.root, plan, config)
     attached = AttachedParameters(parameters, [read_key(r) for r in plan.reads], _homes(model, gm, plan))
-    _attach_parts_(model, attached)
+    _attach_parts_(model, attached, methods_that_add(model, gm, plan))
     return attached
 
 
@@ -128,13 +129,13 @@ def _name_of(function: Any) -> str:
     return f"{getattr(code, 'co_qualname', code.co_name)} ({code.co_filename}:{code.co_firstlineno})"
 
 
-def _attach_parts_(model: nn.Module, attached: AttachedParameters) -> None:
-    """Let a model and its parts hand their queries to the graph, in place."""
+def _attach_parts_(model: nn.Module, attached: AttachedParameters, methods: tuple[str, ...]) -> None:
+    """Let a model and its parts hand their queries to the graph, in place; these methods of it alone do not."""
     model.add_module(ATTRIBUTE, attached)
     for path in attached.parts:
         part = model.get_submodule(path)
         part.__dict__[HELD] = attached, path
-        attach_class_(part)
+        attach_class_(part, () if path else methods)
 
 
 def _homes(model: nn.Module, gm: GraphModule, plan: ReadPlan) -> dict[str, str]:

@@ -12,7 +12,8 @@ from torch import nn
 
 from attnres_fx.backend.plain_runs import runs_plain
 from attnres_fx.capture.isolated_run import fast_path_off
-from attnres_fx.errors import BackendError
+from attnres_fx.conversion.around_forward import WAY_OUT
+from attnres_fx.errors import BackendError, EagerCallError
 from attnres_fx.ops.marker import PARAMETERS
 from attnres_fx.parameters import check_state
 
@@ -31,9 +32,14 @@ def registered_models() -> list[nn.Module]:
     return list(_MODULES.values())
 
 
-def attach_class_(module: nn.Module) -> None:
-    """Give a module a class that differs from its own in `forward` and `compile` alone, in place."""
-    module.__class__ = _attached_class(cast(Any, type(module)))
+def attach_class_(module: nn.Module, methods: tuple[str, ...] = ()) -> None:
+    """Give a module a class that differs from its own in `forward` and `compile` alone, in place.
+
+    Args:
+        module: The module.
+        methods: Of its class, those that add to an attached stream: outside of a compiled forward they raise.
+    """
+    module.__class__ = _attached_class(cast(Any, type(module)), methods)
     _MODULES[id(module)] = module
 
 
@@ -50,7 +56,7 @@ def has_attached_class(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _attached_class(base: Any) -> Any:
+def _attached_class(base: Any, methods: tuple[str, ...]) -> Any:
     """The class for all modules of one class, so that copies and pickles have it too."""
     original = base.forward
 
@@ -74,16 +80,32 @@ def _attached_class(base: Any) -> Any:
         base._load_from_state_dict(self, state_dict, prefix, *args)
 
     def reduce(self: Any, _: Any) -> Any:
-        return _new_instance, (base,), self.__getstate__()
+        return _new_instance, (base, methods), self.__getstate__()
 
     members = {"forward": functools.wraps(original)(_with_own_code(forward)), "compile": compile}
     members |= {"_attnres_base": base, "__reduce_ex__": reduce, "_load_from_state_dict": load_from_state_dict}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**names, **members})
+    refusing = {name: _refusing_outside_forward(getattr(base, name)) for name in methods}
+    return type(base.__name__, (base,), {**names, **refusing, **members})
 
 
-def _new_instance(base: Any) -> Any:
-    attached = _attached_class(base)
+def _refusing_outside_forward(method: Any) -> Any:
+    """A method of an attached model that adds to its streams: it runs in a compiled forward, and plain on purpose."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.compiler.is_dynamo_compiling() or runs_plain(self.__dict__[HELD][0])):
+            raise EagerCallError(
+                f"{method.__name__} of an attached model was called by itself: it adds plain residuals, and only what "
+                f"forward does is compiled. {WAY_OUT} `with attnres_fx.plain(model):` runs it as it is."
+            )
+        return method(self, *args, **kwargs)
+
+    return run
+
+
+def _new_instance(base: Any, methods: tuple[str, ...] = ()) -> Any:
+    attached = _attached_class(base, methods)
     module = attached.__new__(attached)
     _MODULES[id(module)] = module
     return module

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from attnres_fx.capture.captured import Captured
-from attnres_fx.capture.captured_module import capture_module
+from attnres_fx.capture.captured_module import Hooks, capture_module
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.traced_graph import capture_graph_module, capture_program
 from attnres_fx.errors import ArgumentError, CaptureError
@@ -24,6 +24,7 @@ def capture(
     modes: Sequence[Mode] = ("train", "eval"),
     first_only: bool = False,
     in_aten: bool = False,
+    hooks: Hooks = "traced",
 ) -> Captured:
     """Trace a model in the modes asked for, its own first; a graph module is taken as it is.
 
@@ -37,6 +38,7 @@ def capture(
         modes: for an `nn.Module`, the modes to trace.
         first_only: for an `nn.Module`, whether to stop at the first mode that could be traced.
         in_aten: for an `nn.Module`, whether its graphs shall be of aten operations, for those who only look at them.
+        hooks: for an `nn.Module`, what becomes of the hooks on it: see `capture_module`.
 
     Returns:
         The graphs by mode, and how they are called. The model is as it was, and its tensors are shared.
@@ -60,4 +62,6 @@ def capture(
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: pass an nn.Module, a torch.fx.GraphModule or an ExportedProgram."
         )
-    return capture_module(model, args, kwargs, dynamic_shapes, modes, first_only=first_only, in_aten=in_aten)
+    return capture_module(
+        model, args, kwargs, dynamic_shapes, modes, first_only=first_only, in_aten=in_aten, hooks=hooks
+    )

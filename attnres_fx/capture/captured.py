@@ -63,6 +63,7 @@ class Captured:
         kwargs: example arguments by keyword, with those that the capture bound.
         notes: what a user should know.
         untried: the modes that were left out because one was enough.
+        hooks_around: whether the forward hooks on the model itself are no part of the graphs, and fire around them.
     """
 
     graphs: dict[Mode, CapturedGraph]
@@ -76,6 +77,7 @@ class Captured:
     notes: list[str] = field(default_factory=list)
     cloned: bool = False
     untried: tuple[Mode, ...] = ()
+    hooks_around: bool = False
 
 
 def flatten_arguments_(gm: GraphModule) -> Guards | None:

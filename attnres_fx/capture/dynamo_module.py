@@ -32,6 +32,7 @@ from attnres_fx.capture.side_effects import (
     python_state_message,
     replace_stand_ins_,
 )
+from attnres_fx.capture.signature import parameters_of_call
 from attnres_fx.capture.size_guards import size_guards
 from attnres_fx.capture.sizes import input_shapes
 from attnres_fx.capture.tensor_places import tensor_places
@@ -195,7 +196,7 @@ def _copied(tensor: Tensor, strided: bool) -> Tensor:
 
 def leaf_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """A name for each leaf of the arguments, after the parameters of the model's forward; unique identifiers."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = parameters_of_call(model).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "args")
     names += [f"{rest}_{i}" for i in range(len(args) - len(names))]

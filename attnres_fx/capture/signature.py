@@ -2,11 +2,13 @@
 
 import inspect
 import itertools
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.assumed import same_constant
@@ -115,11 +117,26 @@ def _same(value: Any, captured: Any) -> bool:
     return spec == known_spec and all(map(same_constant, held, known))
 
 
+def has_own_call(model: nn.Module) -> bool:
+    """Whether a model's class says itself what a call of it does."""
+    return type(model).__call__ is not nn.Module.__call__
+
+
+def parameters_of_call(model: nn.Module) -> inspect.Signature:
+    """The parameters of a call of a model: its forward's, unless its class names others in a `__call__` of its own."""
+    anything = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if has_own_call(model):
+        shown = inspect.signature(types.MethodType(type(model).__call__, model))
+        if any(p.kind not in anything for p in shown.parameters.values()):
+            return shown
+    return inspect.signature(model.forward)
+
+
 def signature_of(
-    forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any], bound: Sequence[str] = ()
+    called: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], bound: Sequence[str] = ()
 ) -> CallSignature:
-    """Signature of a model captured with `args` and `kwargs`, named as its `forward` names them."""
-    parameters = list(inspect.signature(forward).parameters.values())
+    """Signature of a model captured with `args` and `kwargs`, named as its call names them."""
+    parameters = list(called.parameters.values())
     ordered = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p.name for p in parameters if p.kind in ordered]
     extra = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "args")

@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from attnres_fx.capture.captured import Captured, CapturedGraph, flatten_arguments_, graph_of_export
 from attnres_fx.capture.isolated_run import Mode, shared_copy
+from attnres_fx.capture.root_hooks import copy_hooks_
 from attnres_fx.capture.signature import CallSignature, child_specs, constants_in
 from attnres_fx.capture.sizes import input_shapes
 from attnres_fx.passes.graph.operations import trains
@@ -27,6 +28,7 @@ def capture_graph_module(model: GraphModule, args: tuple[Any, ...], kwargs: dict
     """A copy of a graph module as a capture: the module of an export, or a symbolic trace."""
     gm = shared_copy(model)
     if not (hasattr(model, "_in_spec") and hasattr(model, "_out_spec")):
+        copy_hooks_(model, gm)  # a copy of a graph module comes without; those of an export check its arguments
         return _captured_trace(gm, args, kwargs)
     guards = flatten_arguments_(gm)
     graph = CapturedGraph(gm, model._out_spec, input_shapes(gm), {}, guards, typed=True)

@@ -7,6 +7,7 @@ from torch import nn
 
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.root_hooks import copy_hooks_
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.conversion import Conversion, placement_of
@@ -27,8 +28,8 @@ def converted_model(
     """A converted model on the modules of a tree.
 
     Args:
-        root: A clone of the original, which becomes the converted model where `conversion.base` is its class; else
-            modules whose tensors a new one takes over.
+        root: A clone of the original, which becomes the converted model where `conversion.own` says what it was; else
+            modules whose tensors and hooks a new one takes over.
         attnres: The added parameters.
         graphs: By mode, with the reads of each; modes may share one.
         signature: The arguments of a call.
@@ -36,15 +37,15 @@ def converted_model(
         conversion: Without programs.
     """
     model: Any
-    if conversion.base is not None:
+    if conversion.own is not None:
         model = root
-        conversion.own_forward = {n: model.__dict__.pop(n) for n in ("forward",) if n in model.__dict__}
     else:
         model = ConvertedModel()
         for store in ("_parameters", "_buffers", "_modules"):
             getattr(model, store).update(getattr(root, store))
         model._non_persistent_buffers_set |= root._non_persistent_buffers_set
-    model.__class__ = derived_class(ConvertedModel, conversion.base, signature)
+        copy_hooks_(root, model)
+    model.__class__ = derived_class(ConvertedModel, conversion.own, signature)
     model.__dict__["_attnres_conversion"] = conversion
     model._modules["attnres"] = attnres
     conversion.placement = placement_of(model)

@@ -1,6 +1,5 @@
 """Which program of a converted model a call runs, and the capture of a call that fits none."""
 
-import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +36,7 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         EditedError: The model was changed in a way that its programs do not see.
     """
     conversion: Conversion = model._attnres_conversion
-    mode: Mode = model.mode
+    mode: Mode = "train" if model.training else "eval"
     if torch.compiler.is_compiling():
         compiled = conversion.programs.get(mode)
         if compiled is None:
@@ -97,9 +96,9 @@ def _further_program(
 
 
 def _accepts(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the original's forward takes arguments of these names."""
+    """Whether a call of the original takes arguments of these names."""
     try:
-        inspect.signature(model._attnres_conversion.base.forward).bind(model, *args, **kwargs)
+        model._attnres_conversion.own.called.bind(*args, **kwargs)
     except TypeError:
         return False
     return True

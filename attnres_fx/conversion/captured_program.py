@@ -17,6 +17,7 @@ from attnres_fx.capture.signature import CallSignature, InputShape, check_shapes
 from attnres_fx.capture.sizes import Guards
 from attnres_fx.capture.watched import WatchedValue
 from attnres_fx.conversion.graph_runner import GraphRunner, Program
+from attnres_fx.conversion.without_gradients import refusing_backward
 from attnres_fx.errors import ArgumentError
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.rewrite.depth_attention import Replacement
@@ -125,7 +126,28 @@ def run_program(program: CapturedProgram, root: nn.Module, inputs: list[Any]) ->
         return outputs
     for write in program.writes:
         setattr(root.get_submodule(write.module), write.name, outputs[write.output])
-    return pytree.tree_unflatten(outputs[: program.out_spec.num_leaves], program.out_spec)
+    returned = outputs[: program.out_spec.num_leaves]
+    if program.lost and torch.is_grad_enabled() and not torch.compiler.is_compiling() and _trains(root, inputs):
+        returned = refusing_backward(returned, _why_without_gradients(program, root))
+    return pytree.tree_unflatten(returned, program.out_spec)
+
+
+def _trains(root: nn.Module, inputs: list[Any]) -> bool:
+    """Whether the original's result would have gradients."""
+    given = (x for x in inputs if isinstance(x, torch.Tensor))
+    return any(t.requires_grad for t in (*root.parameters(), *given))
+
+
+def _why_without_gradients(program: CapturedProgram, root: Any) -> str:
+    conversion = root._attnres_conversion
+    train = conversion.failures.get("train")
+    return (
+        f"the graph of {conversion.report.model} that ran has no gradients: Dynamo refuses the model, and an exported "
+        f"graph loses {' and '.join(program.lost)}. "
+        + (f"So there is no train graph, and the model stays in eval mode ({train}) " if train else "")
+        + "Take that out of the model and convert it again. Hooks on tensors (Tensor.register_hook), and backward "
+        "hooks on the model itself, are kept."
+    )
 
 
 def captured_graph(root: GraphRunner, program: CapturedProgram) -> CapturedGraph:
@@ -147,6 +169,6 @@ def captured_graph(root: GraphRunner, program: CapturedProgram) -> CapturedGraph
         program.writes,
         program.watched,
         lost=program.lost,
-        typed=root.typed,
+        typed=root._state().typed,
         assumed=program.assumed,
     )

@@ -11,8 +11,10 @@ from torch.fx import GraphModule
 
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
+from attnres_fx.conversion.own_python import OwnPython
 from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.errors import AttnResError, CheckError, SaveError
 from attnres_fx.passes.lowering.lower import Lowering
@@ -85,10 +87,10 @@ class Conversion:
         failures: By mode, why there is no program.
         lowering: What is folded into the reads.
         typed: Whether dtypes are written into the graphs.
-        base: The original's class, None where there is no Python of the original.
-        own_forward: The forward that was set on the original itself, by name, where there was one.
+        own: The original's class and the Python around its forward, None where there is no Python of the original.
         guarded: By path, the submodules that raise when they are called by themselves, and the forward that was set on
             each, None where there was none.
+        branches: Paths of the submodules that the root's own code calls for what it adds.
         recapture: Captures further kinds of calls, None where that cannot be done.
         edits: Compares the tree with what the graphs hold of it.
         placement: Device and dtype that the parameters had when the programs were captured.
@@ -103,9 +105,9 @@ class Conversion:
     failures: dict[Mode, str]
     lowering: Lowering
     typed: bool
-    base: type[nn.Module] | None = None
-    own_forward: dict[str, Any] = field(default_factory=dict)
+    own: OwnPython | None = None
     guarded: dict[str, Any] = field(default_factory=dict)
+    branches: tuple[str, ...] = ()
     recapture: Recapture | None = None
     edits: EditGuard | None = None
     placement: Placement | None = None
@@ -114,6 +116,16 @@ class Conversion:
     pickled: Callable[[Any], tuple[Any, ...]] | None = None
     deferred: dict[Mode, CaptureMode] = field(default_factory=dict)
     further: dict[Mode, list[CapturedProgram]] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> CallSignature:
+        """The arguments of a call, as they were captured first."""
+        return next(iter(self.programs.values())).signature
+
+    @property
+    def in_spec(self) -> Any:
+        """Pytree of (args, kwargs), None where the graphs take them as they are."""
+        return next(iter(self.programs.values())).in_spec
 
     def guard_edits(self, root: nn.Module, original: nn.Module | None) -> None:
         """From now on compare the converted model's tree, and its original's numbers, at every call.

@@ -14,18 +14,22 @@ from torch.fx import GraphModule
 from attnres_fx.capture.capture import capture
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode, outside_inference_mode
+from attnres_fx.capture.module_clone import uncompiled
 from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.around_forward import branches_of_root, methods_that_add
 from attnres_fx.conversion.assembly import converted_model
-from attnres_fx.conversion.conversion import Conversion
+from attnres_fx.conversion.conversion import ADDED, Conversion
 from attnres_fx.conversion.conversion_call import ConversionCall
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.deferred import DeferredMode, without_tensors
-from attnres_fx.conversion.edits import refuse_forwards
+from attnres_fx.conversion.edits import refuse_around_forward, refuse_forwards
 from attnres_fx.conversion.loading import pickled_as_file
+from attnres_fx.conversion.own_python import OwnPython
 from attnres_fx.conversion.progress import Progress
 from attnres_fx.conversion.recapturing import Recapturing
 from attnres_fx.conversion.report import ConversionReport, StreamReport, shortened
 from attnres_fx.conversion.rewriting import modules_that_add, require_same_reads, rewrite_, same_streams
+from attnres_fx.conversion.taken_names import refuse_taken_names, yielded
 from attnres_fx.conversion.verify import Check, check_conversion, require_known
 from attnres_fx.errors import (
     AlreadyConvertedError,
@@ -73,6 +77,7 @@ def inspect(
         AlreadyConvertedError: The model reads through depth attention already.
         CaptureError: The model cannot be traced.
     """
+    model = uncompiled(model)
     refuse_converted(model)
     mode: Mode = "train" if getattr(model, "training", False) else "eval"
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, modes=(mode,))
@@ -128,10 +133,13 @@ def convert(
         raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
     lowering = checked_lowering(lowering)
     require_known(check)
+    model = uncompiled(model)
     refuse_converted(model)
+    if isinstance(model, nn.Module) and not isinstance(model, GraphModule):
+        refuse_taken_names(model, ConvertedModel, ADDED)
     with Progress(_name(model)) as progress:
         progress.step("capturing it")
-        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, first_only=True)
+        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, first_only=True, hooks="around")
         tree = without_tensors(captured.root)
         progress.step("finding and rewriting its streams")
         converted = _converted(model, captured, config, lowering)
@@ -144,13 +152,14 @@ def convert(
         conversion.deferred = {mode: DeferredMode(mode, call, tree) for mode in captured.untried}
         conversion.pickled = functools.partial(_pickled, call)
         refuse_forwards(converted, conversion.guarded)
+        refuse_around_forward(converted, conversion.guarded, conversion.branches)
         conversion.guard_edits(converted, model if isinstance(model, nn.Module) else None)
     return converted
 
 
 def _pickled(call: ConversionCall, model: ConvertedModel) -> tuple[Any, ...]:
     """What a pickle calls to make the model again; a file's content where the original cannot be pickled."""
-    original = model.original()
+    original = model.original(hooks=True)
     call = call.for_model(model)
     call = replace(call, kwargs={n: v for n, v in call.kwargs.items() if n not in model.signature.bound})
     try:
@@ -180,15 +189,19 @@ def _converted(model: Model, captured: Captured, config: AttnResConfig, lowering
     analyses = _analyze(captured)
     plans = _plan(analyses, config, _name(model))
     mode, plan = next(iter(plans.items()))
-    guarded = modules_that_add(captured.root, captured.graphs[mode].gm, plan)
+    gm = captured.graphs[mode].gm
+    guarded = modules_that_add(captured.root, gm, plan)
+    methods = methods_that_add(captured.root, gm, plan)
+    branches = branches_of_root(captured.root, gm, plan)
     parameters, replacements = _rewrite(captured, analyses, plans, config)
     report = _report(model, captured, analyses[mode], plan, config)
     typed = any(graph.typed for graph in captured.graphs.values())
     conversion = Conversion(report, captured.failures, lowering, typed, pickled=pickled_as_file)
     graphs = {m: (g, replacements[id(g)]) for m, g in captured.graphs.items()}
     if captured.cloned:
-        conversion.base = type(captured.root)
+        conversion.own = OwnPython.taken_off_(captured.root, methods, hooks=not captured.hooks_around)
         conversion.guarded = {p: captured.root.get_submodule(p).__dict__.get("forward") for p in guarded}
+        conversion.branches = branches
         conversion.recapture = Recapturing(config)
     converted = converted_model(captured.root, parameters, graphs, captured.signature, captured.in_spec, conversion)
     starting = _starting_mode(captured)
@@ -256,6 +269,11 @@ def _report(
     config: AttnResConfig,
 ) -> ConversionReport:
     notes = [*captured.notes, *(f"no {m} graph: {shortened(why)}" for m, why in captured.failures.items())]
+    if captured.cloned and (kept := yielded(captured.root)):
+        notes.append(
+            f"the model keeps its own {', '.join(kept)}: the library's is reached through its class "
+            f"(ConvertedModel.save(converted, path))"
+        )
     done = {s.stream.name for s in plan.streams}
     left = [(s, _why_left(s, config)) for s in streams.streams if s.name not in done]
     return ConversionReport(

@@ -9,7 +9,6 @@ from torch import nn
 
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import CAPTURE_LOCK
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.calls import program_for
@@ -21,7 +20,6 @@ from attnres_fx.conversion.captured_program import (
     run_program,
 )
 from attnres_fx.conversion.conversion import ADDED, Conversion, adopt_attribute, placement_of
-from attnres_fx.conversion.edits import allow_forwards, refuse_forwards
 from attnres_fx.conversion.files import parts_of, save_parts
 from attnres_fx.conversion.graph_runner import GraphRunner
 from attnres_fx.conversion.report import ConversionReport
@@ -58,6 +56,9 @@ class ConvertedModel(GraphRunner):
     def programs(self, programs: dict[Mode, CapturedProgram]) -> None:
         self._attnres_conversion.programs = programs
 
+    def _state(self) -> Conversion:
+        return self._attnres_conversion
+
     def program_of(self, mode: Mode) -> CapturedProgram:
         """The program of a mode, captured now where the conversion left it for later.
 
@@ -90,7 +91,7 @@ class ConvertedModel(GraphRunner):
         for mode in tuple(self._attnres_conversion.deferred):
             with contextlib.suppress(ModeError):  # the reason is in `failures`
                 self.program_of(mode)
-        return self.programs
+        return self._attnres_conversion.programs
 
     @property
     def failures(self) -> dict[Mode, str]:
@@ -100,12 +101,12 @@ class ConvertedModel(GraphRunner):
     @property
     def signature(self) -> CallSignature:
         """The arguments of a call, as they were captured first."""
-        return next(iter(self.programs.values())).signature
+        return self._attnres_conversion.signature
 
     @property
     def in_spec(self) -> Any:
         """Pytree of (args, kwargs), None where the graphs take them as they are."""
-        return next(iter(self.programs.values())).in_spec
+        return self._attnres_conversion.in_spec
 
     @property
     def lowering(self) -> Lowering:  # type: ignore[override]
@@ -158,12 +159,16 @@ class ConvertedModel(GraphRunner):
             signature,
             in_spec,
             captured.lost,
-            None if captured.typed or self._attnres_conversion.base is None else current_autocast(),
+            None if captured.typed or self._attnres_conversion.own is None else current_autocast(),
             captured.assumed,
         )
 
     def _why_no_graph(self, mode: Mode) -> str:
-        return f"this model has no {mode} graph: {self.failures.get(mode, 'it was not captured').rstrip('.')}."
+        why = self._attnres_conversion.failures.get(mode, "it was not captured")
+        return f"this model has no {mode} graph: {why.rstrip('.')}."
+
+    __call__ = nn.Module.__call__  # a class's own is part of its graphs
+    _call_impl = nn.Module._call_impl
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original computes, with its residual streams read by attention over depth.
@@ -182,8 +187,11 @@ class ConvertedModel(GraphRunner):
         program, inputs = program_for(self, args, kwargs)
         return run_program(program, self, inputs)
 
-    def original(self) -> nn.Module:
+    def original(self, *, hooks: bool = False) -> nn.Module:
         """A clone of the tree with the original's class and forward, on the same tensors.
+
+        Args:
+            hooks: Whether it has the hooks too that fire around the programs, on the model itself.
 
         Returns:
             The model as it was before the conversion, without `attnres`.
@@ -192,18 +200,12 @@ class ConvertedModel(GraphRunner):
             RewriteError: The model holds no Python of the original: it was made from a graph, or loaded.
         """
         conversion = self._attnres_conversion
-        if conversion.base is None:
+        if conversion.own is None:
             raise RewriteError("this converted model holds no code of its original: it was made from a graph.")
-        allow_forwards(self, conversion.guarded)
-        try:
-            root, _ = clone_tree(self)
-        finally:
-            refuse_forwards(self, conversion.guarded)
+        root = conversion.own.original_of(self, conversion.guarded, hooks=hooks)
         del root.__dict__["_attnres_conversion"]
         for added in ADDED:
             root._modules.pop(added, None)
-        root.__class__ = conversion.base
-        root.__dict__.update(conversion.own_forward)
         return root
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -212,6 +214,9 @@ class ConvertedModel(GraphRunner):
         if conversion.edits is not None:
             conversion.edits.check(self)
         copied = super().__deepcopy__(memo)
+        if conversion.own is not None:
+            modules = {id(m): memo[id(m)] for m in self.modules() if id(m) in memo}
+            copied._attnres_conversion.own = conversion.own.on(modules)
         if conversion.edits is not None:
             copied._attnres_conversion.guard_edits(copied, None)
         return copied
@@ -229,7 +234,7 @@ class ConvertedModel(GraphRunner):
         Raises:
             ArgumentError: They do not fit what was captured.
         """
-        return flat_arguments(self.program_of(self.mode), args, kwargs)
+        return flat_arguments(self.program_of(self._mode_now()), args, kwargs)
 
     def replacements(self, mode: Mode | None = None) -> tuple[Replacement, ...]:
         """The depth-attention nodes of a mode's graph.
@@ -240,7 +245,7 @@ class ConvertedModel(GraphRunner):
         Returns:
             One entry per read, in execution order.
         """
-        return self.program_of(mode or self.mode).replacements
+        return self.program_of(mode or self._mode_now()).replacements
 
     def captured(self, mode: Mode) -> CapturedGraph:
         """A copy of a mode's graph as a capture returns it, on this model's own tensors.
@@ -272,7 +277,7 @@ class ConvertedModel(GraphRunner):
         before = {p.dtype for p in self.parameters() if p.is_floating_point()}
         cast = {d: to for d in before if (to := fn(torch.empty(0, dtype=d)).dtype) != d}
         conversion = self._attnres_conversion
-        if cast and self.typed and conversion.recapture is None:
+        if cast and conversion.typed and conversion.recapture is None:
             dtype, wanted = next(iter(cast.items()))
             raise RewriteError(
                 f"this converted model cannot change from {dtype} to {wanted}: its graphs were captured in {dtype}, "
@@ -298,4 +303,5 @@ class ConvertedModel(GraphRunner):
         return conversion.pickled(self)
 
     def extra_repr(self) -> str:
-        return f"{self.signature}, modes={'/'.join((*self.programs, *self._attnres_conversion.deferred))}"
+        conversion = self._attnres_conversion
+        return f"{conversion.signature}, modes={'/'.join((*conversion.programs, *conversion.deferred))}"

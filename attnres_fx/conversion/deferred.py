@@ -57,7 +57,7 @@ class DeferredMode:
                 self.mode == "train"
             )  # the model may be half way: its root has switched, its children have not
             args, kwargs = self.call.example_for(model)
-            captured = capture_module(source, args, kwargs, self.call.dynamic_shapes, (self.mode,))
+            captured = capture_module(source, args, kwargs, self.call.dynamic_shapes, (self.mode,), hooks="stateless")
             for note in captured.notes:
                 model.report.add_note(note)
             graph = captured.graphs[self.mode]
@@ -73,7 +73,9 @@ class DeferredMode:
             program = model.captured_program(self.mode, graph, reads, model.signature, captured.in_spec, training)
             if plain:
                 progress.step(f"comparing the {self.mode} program with the original")
-                check_program(source, model, self.mode, program, captured, self.call.check)
+                original = model.original(hooks=True)
+                original.train(training)
+                check_program(original, model, self.mode, program, captured, self.call.check)
             else:
                 bar_unchecked_ones(model, program)
         return program

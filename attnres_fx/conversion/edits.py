@@ -6,7 +6,7 @@ next call says so instead.
 
 import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.watched import WatchedValue, value_at
+from attnres_fx.conversion.around_forward import refuse_around
 from attnres_fx.errors import EditedError
 
 #: Changes of the original that a converted model follows by being captured again.
@@ -188,6 +189,21 @@ def refuse_forwards(root: nn.Module, paths: Iterable[str]) -> None:
         module.__dict__["forward"] = functools.partial(refuse_forward, path, type(module).__name__)
 
 
+def refuse_around_forward(root: nn.Module, guarded: dict[str, Any], paths: Iterable[str]) -> None:
+    """Let the submodules at these paths raise when the root's own methods call them.
+
+    Args:
+        root: The converted model.
+        guarded: By path, the submodules that raise already; it gets the new ones, with the forwards set on them.
+        paths: Of the submodules.
+    """
+    for path in paths:
+        if path not in guarded:
+            module = root.get_submodule(path)
+            guarded[path] = own = module.__dict__.get("forward")
+            module.__dict__["forward"] = functools.partial(refuse_around, path, module, own)
+
+
 def guard_forwards(root: nn.Module, guarded: dict[str, Any], paths: Iterable[str]) -> None:
     """Let further submodules raise when they are called by themselves.
 
@@ -199,12 +215,3 @@ def guard_forwards(root: nn.Module, guarded: dict[str, Any], paths: Iterable[str
     fresh = [path for path in paths if path not in guarded]
     guarded.update({path: root.get_submodule(path).__dict__.get("forward") for path in fresh})
     refuse_forwards(root, fresh)
-
-
-def allow_forwards(root: nn.Module, own: Mapping[str, Any]) -> None:
-    """Undo `refuse_forwards`; `own` holds the forwards that were set on instances before."""
-    for path, forward in own.items():
-        module = root.get_submodule(path)
-        module.__dict__.pop("forward", None)
-        if forward is not None:
-            module.__dict__["forward"] = forward

@@ -80,9 +80,9 @@ def parts_of(model: Any) -> ModelParts:
         root=model,
         attnres=model.attnres,
         programs=tuple(parts),
-        failures=model.failures,
+        failures=conversion.failures,
         report=model.report,
-        lowering=model.lowering,
+        lowering=conversion.lowering,
         training=model.training,
     )
 

@@ -89,7 +89,14 @@ class GraphRunner(nn.Module):
     @property
     def mode(self) -> Mode:
         """The mode whose program runs."""
+        return self._mode_now()
+
+    def _mode_now(self) -> Mode:
         return "train" if self.training else "eval"
+
+    def _state(self) -> Any:
+        """What holds `programs`, `lowering` and `typed`."""
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Choose the train or the eval program.
@@ -101,7 +108,7 @@ class GraphRunner(nn.Module):
         try:
             self.program_of(wanted)
         except ModeError as error:
-            raise ModeError(f"{error} It stays in {self.mode} mode.") from error
+            raise ModeError(f"{error} It stays in {self._mode_now()} mode.") from error
         return super().train(mode)
 
     def program_of(self, mode: Mode) -> Program:
@@ -127,7 +134,7 @@ class GraphRunner(nn.Module):
         Raises:
             ModeError: that program was not captured.
         """
-        program = self.program_of(mode or self.mode)
+        program = self.program_of(mode or self._mode_now())
         return GraphModule(self, copy_graph(program.lowered.graph if lowered else program.graph))
 
     def _why_no_graph(self, mode: Mode) -> str:
@@ -142,7 +149,7 @@ class GraphRunner(nn.Module):
 
     def _lowered(self, graph: Graph, training: bool) -> LoweredProgram:
         gm = GraphModule(self, copy_graph(graph))
-        results = lower_(gm, self.lowering, training=training)
+        results = lower_(gm, self._state().lowering, training=training)
         paths = dict.fromkeys(path for r in results for f in r.replaced for path in getattr(f, "modules", ()))
         _forget_tensors(gm.graph)
         return LoweredProgram(
@@ -150,7 +157,7 @@ class GraphRunner(nn.Module):
             type(gm).forward,
             tuple(str(r) for r in results if r.modified),
             tuple((path, _norm_module(self, path)) for path in paths),
-            self.typed,
+            self._state().typed,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -159,9 +166,10 @@ class GraphRunner(nn.Module):
         super()._apply(fn, recurse)
         after = fn(torch.empty(0, device=before)).device
         if after != before:
-            trained = self.programs.get("train")
-            moved = {id(p): self._moved(p, after, p is trained) for p in self.programs.values()}
-            self.programs = {mode: moved[id(p)] for mode, p in self.programs.items()}
+            state = self._state()
+            trained = state.programs.get("train")
+            moved = {id(p): self._moved(p, after, p is trained) for p in state.programs.values()}
+            state.programs = {mode: moved[id(p)] for mode, p in state.programs.items()}
         return self
 
     def _moved(self, program: P, device: torch.device, training: bool) -> P:

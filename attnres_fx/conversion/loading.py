@@ -49,7 +49,7 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
 def pickled_as_file(model: ConvertedModel) -> tuple[Any, ...]:
     """What a pickle calls to load a model whose original cannot be converted again: it holds what `save` writes."""
     file = io.BytesIO()
-    model.save(file)
+    ConvertedModel.save(model, file)
     return _from_bytes, (file.getvalue(),)
 
 

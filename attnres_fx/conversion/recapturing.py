@@ -40,7 +40,7 @@ class Recapturing:
             ArgumentError: The call cannot be captured, or does not have the reads of the model.
         """
         try:
-            captured = capture_module(source, args, dict(kwargs), None, (mode,), as_called=True)
+            captured = capture_module(source, args, dict(kwargs), None, (mode,), as_called=True, hooks="stateless")
             graph = captured.graphs[mode]
             streams = analyze_(graph.gm)
             names = {s.stream.name for s in converted.report.streams}

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.module_clone import uncompiled
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.comparison import VerifyReport
 from attnres_fx.conversion.converted_model import ConvertedModel
@@ -44,12 +45,14 @@ def verify(
         ArgumentError: The second model is not converted.
         CheckError: The two return other numbers of values, or values of other shapes or dtypes.
     """
+    model, converted = uncompiled(model), uncompiled(converted)
     if not isinstance(converted, ConvertedModel):
         raise ArgumentError(
             f"verify takes an original and what convert made of it; the second is a {type(converted).__name__}. The "
             f"original of an attached model is what `with attnres_fx.plain(model) as original:` gives."
         )
-    pair = Pair(model, converted, converted.mode, converted.program_of(converted.mode))
+    mode: Mode = "train" if converted.training else "eval"
+    pair = Pair(model, converted, mode, converted.program_of(mode))
     return pair.compared(tuple(args), dict(kwargs or {}), gradients=True)
 
 
@@ -69,7 +72,7 @@ def check_conversion(
     right are barred from programs of a module, whose calls can be captured again.
     """
     original = model.module() if isinstance(model, ExportedProgram) else model
-    for mode, program in converted.programs.items():
+    for mode, program in converted._attnres_conversion.programs.items():
         check_program(original, converted, mode, program, captured, check)
 
 
@@ -84,7 +87,7 @@ def check_program(
     """Do for one program what `check_conversion` says."""
     tensors = [*pytree.tree_leaves((captured.args, captured.kwargs)), *converted.parameters()]
     without_data = any(isinstance(t, Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors)
-    without_example = not captured.args and not captured.kwargs and converted.signature.args
+    without_example = not captured.args and not captured.kwargs and converted._attnres_conversion.signature.args
     if not check or without_data or without_example:
         bar_unchecked_ones(converted, program)
         return

@@ -123,7 +123,7 @@ def name_as_the_model_does(gm: GraphModule, model: nn.Module) -> None:
 def _in_aten(converted: ConvertedModel, mode: Mode) -> tuple[GraphModule, tuple[Replacement, ...], Any]:
     """A graph in aten operations, which say what they read and write, its reads, and its outputs' structure."""
     program = converted.program_of(mode)
-    if converted.typed:
+    if converted._attnres_conversion.typed:
         return converted.graph_module(mode), program.replacements, program.out_spec
     captured = converted.captured(mode)
     gm, out_spec = flat_aten(converted, captured)
@@ -191,13 +191,14 @@ def stages_of(
             roots,
             i,
             {m: c.stages[i] for m, c in by_mode.items()},
-            lowering or converted.lowering,
+            lowering or converted._attnres_conversion.lowering,
             {m: c.sublayers[i] for m, c in by_mode.items() if c.sublayers},
         )
         for i in range(len(starts))
     ]
     specs = {m: c.out_spec for m, c in chains.items()}
-    convention = CallConvention(converted.signature, converted.in_spec, dict(converted.programs), specs)
+    conversion = converted._attnres_conversion
+    convention = CallConvention(conversion.signature, conversion.in_spec, dict(conversion.programs), specs)
     return Stages(
         stages,
         {m: c.split for m, c in by_mode.items()},
