@@ -54,7 +54,8 @@ class Assumed:
         same: For each flat argument the first place that holds the same tensor; empty where it is not known.
         gradients: Whether gradients were on, then whether each flat argument needs one; None where nothing asked.
         trained: Whether each parameter needs a gradient, by name; None where nothing asked.
-        strides: Of each flat argument, None where it is contiguous; None where nothing asked.
+        strides: Of each flat argument, None where it is contiguous, empty where only that was asked; None where nothing
+            asked.
         dtype: The default dtype; empty where any will do.
         globals: Values of Python modules that are part of the graph.
         held: Values of classes and closures that are part of the graph.
@@ -87,7 +88,7 @@ class Assumed:
                 "the model asks which tensors need gradients or whether they are on, and the graph was captured with "
                 "others."
             )
-        if self.strides is not None and self.strides != strides_of(leaves):
+        if self.strides is not None and not all(map(_same_strides, self.strides, strides_of(leaves))):
             raise ArgumentError("the model asks for strides, and the graph was captured with others.")
 
     def check_world(self, model: nn.Module) -> None:
@@ -149,6 +150,10 @@ def strides_of(leaves: Sequence[Any]) -> Strides:
         tuple(x.stride()) if isinstance(x, Tensor) and x.layout is torch.strided and not x.is_contiguous() else None
         for x in leaves
     )
+
+
+def _same_strides(captured: tuple[int, ...] | None, given: tuple[int, ...] | None) -> bool:
+    return captured == given or (captured == () and given is not None)
 
 
 def same_constant(value: Any, captured: Any) -> bool:

@@ -1,5 +1,6 @@
 """What a model's code asks of a call that changes no value: whether gradients are on, and how tensors lie in memory."""
 
+import dis
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from attnres_fx.capture.assumed import GlobalValue, HeldValue
 from attnres_fx.capture.watched import UNKNOWN, VALUE_GUARDS, steps_of, value_at
 
 _GRADIENTS = frozenset("requires_grad is_grad_enabled grad_fn is_leaf is_inference is_inference_mode_enabled".split())
-_STRIDES = frozenset("is_contiguous stride is_non_overlapping_and_dense".split())
+_CONTIGUOUS = frozenset(["is_contiguous"])
 _TORCH = str(Path(torch.__file__).parent)
 _GLOBAL = re.compile(r"G\['__import_([^']+)'\](.*)$")
 
@@ -30,9 +31,20 @@ def asks_for_gradients(codes: Iterable[CodeType]) -> bool:
     return _names(codes, _GRADIENTS)
 
 
+def asks_if_contiguous(codes: Iterable[CodeType]) -> bool:
+    """Whether a model's own code asks if a tensor is contiguous."""
+    return _names(codes, _CONTIGUOUS)
+
+
 def asks_for_strides(codes: Iterable[CodeType]) -> bool:
-    """Whether a model's own code asks how a tensor lies in memory."""
-    return _names(codes, _STRIDES)
+    """Whether a model's own code asks for the strides of a tensor; those of a convolution are no method."""
+    own = [c for c in codes if "stride" in c.co_names and not c.co_filename.startswith(_TORCH)]
+    return any(i.argval == "stride" and _is_method(i) for c in own for i in dis.get_instructions(c))
+
+
+def _is_method(instruction: dis.Instruction) -> bool:
+    marked = instruction.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and bool((instruction.arg or 0) & 1)
+    return instruction.opname == "LOAD_METHOD" or marked
 
 
 def custom_functions(codes: Iterable[CodeType]) -> bool:

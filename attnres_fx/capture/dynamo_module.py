@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from attnres_fx.capture.assumed import Assumed, gradients_of, strides_of, trained_in
+from attnres_fx.capture.assumed import Assumed, Strides, gradients_of, strides_of, trained_in
 from attnres_fx.capture.bound_graph import bind_graph
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.consulted import (
     asks_for_gradients,
     asks_for_strides,
+    asks_if_contiguous,
     custom_functions,
     global_values,
     held_values,
@@ -107,12 +108,19 @@ def _assumed(call: ExampleCall, recording: Recording) -> Assumed:
     return Assumed(
         gradients=(on, *gradients_of(leaves)[1:]) if asked else None,
         trained=trained if asked else None,
-        strides=strides_of(leaves) if asks_for_strides(recording.codes) else None,
+        strides=_strides_asked(leaves, recording),
         dtype=str(torch.get_default_dtype()),
     )
 
 
 _TracedCall = tuple[Recording, list[Any], list[TensorWrite], list[PythonChange]]
+
+
+def _strides_asked(leaves: Sequence[Any], recording: Recording) -> Strides | None:
+    """The strides of the arguments as far as the model's code asks for them."""
+    if asks_for_strides(recording.codes):
+        return strides_of(leaves)
+    return tuple(s and () for s in strides_of(leaves)) if asks_if_contiguous(recording.codes) else None
 
 
 def _recorded(

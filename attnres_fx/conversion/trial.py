@@ -82,13 +82,21 @@ def _copied_arguments(
     copies: dict[int, Any] = {}
     for path, leaf in pairs:
         if isinstance(leaf, Tensor) and id(leaf) not in copies:
-            copy = leaf.detach().clone()
+            copy = _strided_copy(leaf.detach())
             if (gradients or as_given) and copy.is_floating_point() and (leaf.requires_grad or not as_given):
                 inputs[f"argument {pytree.keystr(path[1:])}"] = copy.requires_grad_()
-                copy = copy.clone()  # a leaf could not be written to in place
+                copy = _strided_copy(copy)  # a leaf could not be written to in place
             copies[id(leaf)] = copy
     copied_args, copied_kwargs = pytree.tree_unflatten([copies.get(id(x), x) for _, x in pairs], spec)
     return copied_args, copied_kwargs, inputs
+
+
+def _strided_copy(tensor: Tensor) -> Tensor:
+    """A copy that lies in its memory as the tensor does."""
+    if tensor.is_contiguous() or tensor.layout is not torch.strided or 0 in tensor.stride():
+        return tensor.clone()
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor)
 
 
 def _gradients(outputs: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

@@ -118,6 +118,14 @@ def test_a_branch_on_strides_follows_the_call(turned):
         torch.testing.assert_close(converted(x), model(x))
 
 
+def test_cuts_of_longer_tensors_are_one_kind_of_call():
+    model = AsksForStrides()
+    converted = ax.convert(model, (torch.randn(2, 4, WIDTH)[:, :3],))
+    for length in range(5, 16):
+        cut = torch.randn(2, length, WIDTH)[:, :3]
+        torch.testing.assert_close(converted(cut), model(cut))
+
+
 @pytest.mark.parametrize("once", [False, True])
 def test_one_tensor_given_twice_and_two_tensors_are_two_kinds_of_calls(once):
     model, x, y = Two(), example(), example(1)
