@@ -83,7 +83,7 @@ class Assumed:
             return
         if self.same and self.same != aliases(leaves):
             raise ArgumentError("one tensor is given as several arguments, and the graph was captured otherwise.")
-        if self.gradients is not None and self.gradients != gradients_of(leaves):
+        if self.gradients is not None and not _transformed() and self.gradients != gradients_of(leaves):
             raise ArgumentError(
                 "the model asks which tensors need gradients or whether they are on, and the graph was captured with "
                 "others."
@@ -93,7 +93,7 @@ class Assumed:
 
     def check_world(self, model: nn.Module) -> None:
         """Raise ArgumentError where the model's parameters or Python's globals are not what was assumed of them."""
-        if self.trained is not None and self.trained != trained_in(model, self.trained):
+        if self.trained is not None and not _transformed() and self.trained != trained_in(model, self.trained):
             raise ArgumentError("other parameters need gradients than when the graph was captured.")
         if self.dtype and self.dtype != str(torch.get_default_dtype()):
             raise ArgumentError(f"the default dtype is {torch.get_default_dtype()} and was {self.dtype}.")
@@ -120,6 +120,11 @@ class Assumed:
         """What of it still tells in another process: plain constants and all that is told from the arguments."""
         plain = {n: v for n, v in self.constants.items() if isinstance(v, bool | int | float | str | None)}
         return Assumed(plain, self.same, self.gradients, strides=self.strides)
+
+
+def _transformed() -> bool:
+    """Whether a functorch transform is at work, whose tensors say nothing of the gradients that it takes."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def constants_of(leaves: Sequence[Any]) -> dict[str, Any]:

@@ -161,7 +161,9 @@ def _pickled(call: ConversionCall, model: ConvertedModel) -> tuple[Any, ...]:
     """What a pickle calls to make the model again; a file's content where the original cannot be pickled."""
     original = model.original(hooks=True)
     call = call.for_model(model)
-    call = replace(call, kwargs={n: v for n, v in call.kwargs.items() if n not in model._attnres_conversion.signature.bound})
+    call = replace(
+        call, kwargs={n: v for n, v in call.kwargs.items() if n not in model._attnres_conversion.signature.bound}
+    )
     try:
         pickle.dumps((without_tensors(original), call))
     except Exception:  # whatever an object raises that refuses to be pickled

@@ -70,7 +70,9 @@ class DeferredMode:
             _put_back(graph.gm, stand_ins)
             training = self.mode == "train"
             # The example repeats what the first capture bound: only its signature says that a call may leave that out.
-            program = model.captured_program(self.mode, graph, reads, model._attnres_conversion.signature, captured.in_spec, training)
+            program = model.captured_program(
+                self.mode, graph, reads, model._attnres_conversion.signature, captured.in_spec, training
+            )
             if plain:
                 progress.step(f"comparing the {self.mode} program with the original")
                 original = model.original(hooks=True)

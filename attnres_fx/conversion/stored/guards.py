@@ -77,7 +77,11 @@ def _is_place(place: Any, count: int) -> bool:
 
 
 def _check(expression: Any, places: Any, depth: int = 0) -> None:
-    if type(expression) is int or (type(expression) is float and depth) or (isinstance(expression, str) and expression in places):
+    if (
+        type(expression) is int
+        or (type(expression) is float and depth)
+        or (isinstance(expression, str) and expression in places)
+    ):
         return
     if isinstance(expression, list) and len(expression) > 1 and depth < _DEEPEST:
         name, *operands = expression
