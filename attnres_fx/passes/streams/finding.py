@@ -39,7 +39,7 @@ def find_streams(graph: Graph) -> StreamSet:
     chains = [StreamChain(tuple(chain)) for chain in link_post_norm(convertible)]
     chains, over_time = _without_recurrences(chains, sums)
     refusals += over_time
-    streams = nest_streams(name_streams([c.to_stream() for c in chains]), chains)
+    streams = nest_streams(name_streams([c.to_stream() for c in chains], [c.branch_paths() for c in chains]), chains)
     refusals += without_those_inside(find_refusals(graph, sums), chains)
     refusals += find_interruptions(streams, chains)
     refusals = [*refuse_depth_readers(sums.nodes), *refusals]
