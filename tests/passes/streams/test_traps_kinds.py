@@ -6,7 +6,7 @@ from torch import nn
 
 import attnres_fx as ax
 from attnres_fx.passes import analyze_
-from tests.support.stream_text import captured, check_trap, rows, toy
+from tests.support.stream_text import captured, check_preserved, check_trap, rows, toy
 
 
 class DropPath(nn.Module):
@@ -137,3 +137,17 @@ def check_reads(program, expected, streams="main"):
     for spelling in ("symbolic", "dynamo", "export"):
         found = analyze_(captured(model, (rows(),), spelling)).select(streams)
         assert [r.name for s in found for r in s.depth_reads] == expected, spelling
+
+
+# --- other spellings of a sum ------------------------------------------------------------------------
+def test_the_mean_of_a_stack_is_half_a_sum():
+    def program(m, x):
+        h = m.norm_4(x)
+        for i in (1, 2):
+            h = torch.stack([h, h + 2 * getattr(m, f"mlp_{i}")(getattr(m, f"norm_{i}")(h))]).mean(0)
+        return m.norm_f(h)
+
+    check_reads(program, ["norm_2", "norm_f"])
+    model = toy(program)
+    converted = ax.convert(model, (rows(),), config=ax.AttnResConfig(variant="full"), check=False)
+    check_preserved(model, converted, (rows(),))
