@@ -6,7 +6,7 @@ After:
     h1 = h0 + torch.mm(a, w)
 
 Only where the addend has the result's shape and the product depends on it: a bias stays where it is.
-So are `stack([h, f]).sum(0)`, `h.index_add(...)`, `h.scatter_add(...)` and `lerp(h, f, w)` with a constant
+So are `stack([h, f]).sum(0)` and its mean, `h.index_add(...)`, `h.scatter_add(...)` and `lerp(h, f, w)` with a constant
 weight. The `0 + x` that Python's `sum` begins with becomes `x`.
 """
 
@@ -131,7 +131,7 @@ def _split_product(graph: Graph, node: Node) -> bool:
 
 
 def _split_sum_of_stack(graph: Graph, node: Node) -> bool:
-    """`stack([h, f], d).sum(d)` is `h + f`."""
+    """`stack([h, f], d).sum(d)` is `h + f`, and their mean half of that."""
     parts = _stacked(node)
     if len(parts) < 2 or not any(_depends_on((q,), p) for p in parts for q in parts if p is not q):
         return False
@@ -139,13 +139,15 @@ def _split_sum_of_stack(graph: Graph, node: Node) -> bool:
     with graph.inserting_before(node):
         for part in parts[1:]:
             total = emit(graph, "add", (total, part), like=node)
+        if op_name(node) == "mean":
+            total = emit(graph, "mul", (total, 1 / len(parts)), like=node)
     node.replace_all_uses_with(total)
     return True
 
 
 def _stacked(node: Node) -> list[Node]:
-    """The tensors of `stack(tensors, d).sum(d)`; none where a node is something else."""
-    if op_name(node) != "sum" or not node.args or not isinstance(stack := node.args[0], Node):
+    """The tensors of `stack(tensors, d).sum(d)`, or of their mean; none where a node is something else."""
+    if op_name(node) not in ("sum", "mean") or not node.args or not isinstance(stack := node.args[0], Node):
         return []
     if op_name(stack) != "stack" or not _sums_along(node, stack):
         return []

@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from attnres_fx.passes.graph.module_paths import module_path
 from attnres_fx.passes.graph.nodes import source_line
-from attnres_fx.passes.graph.operations import may_be_in_norm
+from attnres_fx.passes.graph.operations import is_dropout, is_light, may_be_in_norm
 from attnres_fx.passes.streams.consumer import consumer_path
 from attnres_fx.passes.streams.formal_sum import Extended
 from attnres_fx.passes.streams.root_states import RootRead, RootStates
@@ -70,6 +70,24 @@ class StreamChain:
         dimension = self.parts[0].features.dimension
         assert width is not None
         return Stream("", self._root(), tuple(terms), tuple(named), width, self.post_norm, dimension=dimension)
+
+    def branch_paths(self) -> list[str]:
+        """The modules that compute its sublayers, seen through what is done to their outputs element by element.
+
+        A mask, a scale or a drop path that a model applies in train mode alone is no part of what they are called.
+        """
+        depends, roots = self.sums.dependence, {p.root for p in self.parts}
+        stack = [a for p in self.parts for t in p.terms if (a := self.sums.addend(t)) is not None]
+        seen, paths = set(stack), []
+        while stack:
+            node = stack.pop()
+            if not (is_light(node) or is_dropout(node)):
+                paths.append(module_path(node))
+                continue
+            fresh = [n for n in node.all_input_nodes if n not in seen and any(depends.is_branch(n, r) for r in roots)]
+            seen.update(fresh)
+            stack += fresh
+        return paths
 
     def _chain_reads(self) -> list[tuple[RootStates, RootRead]]:
         """All reads; of a post-norm stream only the norms', since its other states are already normed."""

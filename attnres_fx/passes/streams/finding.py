@@ -1,6 +1,7 @@
 """From the formal sums of a graph to its residual streams."""
 
 from functools import partial
+from itertools import pairwise
 
 from torch.fx import Graph, Node
 
@@ -8,7 +9,7 @@ from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.streams.beside import sums_beside
 from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.feature_dimensions import LAST
-from attnres_fx.passes.streams.formal_sum import FormalSums, Root
+from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Root
 from attnres_fx.passes.streams.interpretation import find_formal_sums
 from attnres_fx.passes.streams.interruptions import find_interruptions
 from attnres_fx.passes.streams.names import name_streams
@@ -39,7 +40,7 @@ def find_streams(graph: Graph) -> StreamSet:
     chains = [StreamChain(tuple(chain)) for chain in link_post_norm(convertible)]
     chains, over_time = _without_recurrences(chains, sums)
     refusals += over_time
-    streams = nest_streams(name_streams([c.to_stream() for c in chains]), chains)
+    streams = nest_streams(name_streams([c.to_stream() for c in chains], [c.branch_paths() for c in chains]), chains)
     refusals += without_those_inside(find_refusals(graph, sums), chains)
     refusals += find_interruptions(streams, chains)
     refusals = [*refuse_depth_readers(sums.nodes), *refusals]
@@ -72,12 +73,32 @@ def _without_recurrences(chains: list[StreamChain], sums: FormalSums) -> tuple[l
     kept, refusals = [], []
     for chain in chains:
         addends = {t: [a] for p in chain.parts for t in p.terms if (a := sums.addend(t)) is not None}
-        steps = slices.over_time(addends, [n for p in chain.parts for n in p.nodes])
-        if steps and steps.keys() >= set(list(addends)[1:]):  # the first may begin the sum in its own way
+        steps = slices.over_time(addends, [n for p in chain.parts for n in p.carried()])
+        if not steps.keys() >= set(list(addends)[1:]):  # the first may begin the sum in its own way
+            steps = {}
+        if steps := steps or _steps_of_root(chain, slices):
             refusals.append(refuse_recurrence(chain.parts[0].root, next(iter(steps.values()))))
         else:
             kept.append(chain)
     return kept, refusals
+
+
+def _steps_of_root(chain: StreamChain, slices: Slices) -> dict[Node, Node]:
+    """The steps of a sum over time that begins anew from each slice of its root: `h_t = x[:, t] + f(h_(t-1))`."""
+    part, depends = chain.parts[0], chain.sums.dependence
+    sums = {n: s for n in part.nodes if isinstance(s := chain.sums.states[n], Extended)}
+    if len(chain.parts) > 1 or len(part.terms) > 1 or len(sums) < 2:
+        return {}
+    order = list(sums)
+    if not all(depends.at_all(later, earlier) for earlier, later in pairwise(order)):
+        return {}
+    begun = [n for n in part.nodes if len(chain.sums.terms(n)) > 1]
+    for steps in (order, order[1:]):  # the first may begin in its own way
+        taken = {n: (sums[n].state, sums[n].addend) for n in steps}
+        found = slices.over_time(taken, begun, part.root) if len(steps) > 1 else {}
+        if found.keys() >= set(steps) and found:
+            return found
+    return {}
 
 
 def _refuse_width(stream: RootStates) -> Refusal:

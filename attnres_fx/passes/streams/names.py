@@ -7,17 +7,18 @@ from dataclasses import replace
 from attnres_fx.passes.streams.stream import Read, Stream
 
 
-def name_streams(streams: list[Stream]) -> list[Stream]:
-    """Name each stream after the module path its terms and reads share, and its reads; number what repeats.
+def name_streams(streams: list[Stream], branches: Sequence[Sequence[str]]) -> list[Stream]:
+    """Name each stream after the module path its sublayers and reads share, and its reads; number what repeats.
 
     Args:
         streams: Without names; their reads are named after a module, or not at all.
+        branches: The paths of the modules that compute the sublayers of each.
     """
     seen: Counter[str] = Counter()
     taken: Counter[str] = Counter()
     named = []
-    for stream in streams:
-        paths = [p for p in (*(t.module for t in stream.terms), *(r.module for r in stream.depth_reads)) if p]
+    for stream, computed_by in zip(streams, branches, strict=True):
+        paths = [p for p in (*computed_by, *(r.module for r in stream.depth_reads)) if p]
         name = _numbered(_common_path(paths) or "stream", seen)
         reads = tuple(_named(read, name, taken) for read in stream.reads)
         named.append(replace(stream, name=name, reads=reads))

@@ -10,6 +10,7 @@ from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.graph.operations import asks_only_metadata
 from attnres_fx.passes.streams.chain import StreamChain
+from attnres_fx.passes.streams.formal_sum import Extended
 from attnres_fx.passes.streams.refusals import Refusal, carried_on
 from attnres_fx.passes.streams.root_states import RootStates
 from attnres_fx.passes.streams.stream import Stream
@@ -29,7 +30,7 @@ def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Strea
         The streams with `nested_in` and `around`, in their order.
     """
     numbers = range(len(chains))
-    inside = {(o, i): how for i in numbers for o in numbers if (how := _inside(chains[o], chains[i]))}
+    inside = {(o, i): how for i in numbers for o in numbers if (how := _inside(chains[o], chains[i], streams[i]))}
     around = _skips_around(chains, [pair for pair, how in inside.items() if how == "one sublayer"])
     nested: dict[int, int] = {}
     for outer, inner in inside:
@@ -59,12 +60,13 @@ def _skips_around(chains: list[StreamChain], inside: list[tuple[int, int]]) -> d
     return found
 
 
-def _inside(outer: StreamChain, inner: StreamChain) -> Literal["", "one sublayer", "sublayers"]:
+def _inside(outer: StreamChain, inner: StreamChain, stream: Stream) -> Literal["", "one sublayer", "sublayers"]:
     """Whether one stream is computed inside a sublayer of another, or of several.
 
     Its sublayers depend on the other stream, and a term of that depends on it. If nothing of it depends on that term it
     is inside one sublayer. Lanes that read each other layer by layer stand side by side; but one value that is made in
-    a sublayer and added to once in each later one is no lane, unless a result is made of the sum.
+    a sublayer and added to once in each later one is no lane, unless a result is made of the sum. `stream` is the
+    inner one with its sublayers counted: terms that no read separates are one.
     """
     depends, root = inner.sums.dependence, inner.parts[0].root
     if outer is inner:
@@ -78,13 +80,17 @@ def _inside(outer: StreamChain, inner: StreamChain) -> Literal["", "one sublayer
         return ""
     begins_inside = depends.at_all(root, outer.parts[0].root)
     if any(a is first or depends.at_all(a, first) for a in addends):
-        return "sublayers" if begins_inside and inner.num_sublayers == 1 and not _goes_past(inner, terms) else ""
+        return "sublayers" if begins_inside and stream.num_sublayers == 1 and not _goes_past(inner, terms) else ""
     return "one sublayer" if begins_inside or not _goes_past(inner, [first]) else ""
 
 
 def _goes_past(inner: StreamChain, terms: Collection[Node]) -> bool:
     """Whether a stream reaches the results of a graph by another way than through these terms."""
-    seen, stack = set(terms), [n for p in inner.parts for n in p.nodes]
+    return _reach_results([n for p in inner.parts for n in p.nodes], terms)
+
+
+def _reach_results(nodes: Collection[Node], terms: Collection[Node]) -> bool:
+    seen, stack = set(terms), list(nodes)
     while stack:
         node = stack.pop()
         if node.op == "output":
@@ -109,7 +115,23 @@ def injected_into(stream: RootStates, others: list[RootStates]) -> RootStates | 
         The states it is added inside of; None where it is the root of a stream of its own.
     """
     met = _only_added_to(stream)
-    return next((o for o in others if o is not stream and _computes(o, met, stream)), None) if met else None
+    if met:
+        return next((o for o in others if o is not stream and _computes(o, met, stream)), None)
+    return next((o for o in others if o is not stream and _takes_all_sums(o, stream)), None)
+
+
+def _takes_all_sums(outer: RootStates, inner: RootStates) -> bool:
+    """Whether all that one root is added to is computed from another stream, and written into it alone.
+
+    `z = z - f(g(z) - y)` in every layer is one stream, of z, also where its z began as a projection of y.
+    """
+    depends, states = inner.sums.dependence, inner.sums.states
+    added = [s for n in inner.nodes if isinstance(s := states[n], Extended)]
+    if len(inner.terms) > 1 or depends.at_all(inner.root, outer.root):
+        return False
+    if not all(depends.at_all(s.addend, outer.root) for s in added):
+        return False
+    return not _reach_results([s.node for s in added], outer.terms)
 
 
 def _only_added_to(stream: RootStates) -> list[Node]:

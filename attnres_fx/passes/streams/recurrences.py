@@ -50,12 +50,15 @@ class Slices:
                 places[found.sequence].add(found.place)
         self._sequences = {n for n, found in places.items() if len(found) > 1}
 
-    def over_time(self, steps: Mapping[Node, Collection[Node]], states: Collection[Node]) -> dict[Node, Node]:
+    def over_time(
+        self, steps: Mapping[Node, Collection[Node]], states: Collection[Node], sequence: Node | None = None
+    ) -> dict[Node, Node]:
         """The steps of sums over time.
 
         Args:
             steps: The additions that may be steps, each with what it adds.
             states: The sums, which a step computes with; they are not looked into.
+            sequence: A value that the steps may take slices of, and that is not looked into either.
 
         Returns:
             By step, a sequence that it takes a slice of, where another step takes another slice and all of them
@@ -64,26 +67,26 @@ class Slices:
         if not self._sequences:
             return {}
         bits = _Bits()
-        reached = self._reached(set(states), bits)
+        reached = self._reached(set(states), bits, sequence)
         taken: dict[Node, dict[Node, int]] = defaultdict(dict)
         weights: dict[Node, int] = {}
         for step, values in steps.items():
             seen = reduce(or_, (reached.get(v, 0) for v in values), 0)
             weights[step] = seen & bits.of_weights
-            for sequence, mask in bits.of_sequence.items():
+            for source, mask in bits.of_sequence.items():
                 if seen & mask:
-                    taken[sequence][step] = seen & mask
+                    taken[source][step] = seen & mask
         found: dict[Node, Node] = {}
-        for sequence, by_step in taken.items():
+        for source, by_step in taken.items():
             of_weights = {weights[s] for s in by_step}
             same = len(by_step) > 1 and len(set(by_step.values())) == 1
             # What modulates each call of one module is cut along its features. A step without weights needs no other.
-            over_features = sequence in bits.of_features and (of_weights != {0} or len(by_step) == 1)
+            over_features = source in bits.of_features and (of_weights != {0} or len(by_step) == 1)
             if len(of_weights) == 1 and not same and not over_features and (len(by_step) > 1 or of_weights == {0}):
-                found |= dict.fromkeys(by_step, sequence)
+                found |= dict.fromkeys(by_step, source)
         return found
 
-    def _reached(self, states: set[Node], bits: "_Bits") -> dict[Node, int]:
+    def _reached(self, states: set[Node], bits: "_Bits", sequence: Node | None) -> dict[Node, int]:
         """The slices and the weights that each node is computed from, without what its sums were computed from."""
         reached: dict[Node, int] = {}
         of_state: set[Node] = set()
@@ -92,7 +95,7 @@ class Slices:
             if node in states or not of_state.isdisjoint(inputs):
                 of_state.add(node)
             part = self._slice.get(node)
-            if node in states:
+            if node in states or node is sequence:
                 reached[node] = 0
             elif part is not None and part.sequence in self._sequences and part.sequence not in of_state:
                 within = reached[part.sequence]

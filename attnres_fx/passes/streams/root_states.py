@@ -50,6 +50,16 @@ class RootStates:
         width = shape_of(root)[self.features.dimension]
         self.fixed_width = width if isinstance(width, int) else None
 
+    def carried(self) -> list[Node]:
+        """The states without those that something beside the chain was added to: what a sublayer adds on its way in."""
+        chain = set(self.chain)
+        beside: set[Node] = set()
+        for node in self.nodes:
+            added = isinstance(self.sums.states[node], Extended) and node not in chain
+            if added or not beside.isdisjoint(self.sums.parents(node)):
+                beside.add(node)
+        return [n for n in self.nodes if n not in beside]
+
     def _chain(self) -> tuple[Node, ...]:
         """The terms of the state that has most of them: the stream itself, as opposed to side states."""
         sums = [n for n in self.nodes if isinstance(self.sums.states[n], Extended | Merged)]

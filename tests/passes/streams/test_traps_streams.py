@@ -192,7 +192,7 @@ def test_two_streams_that_read_each_other_are_both_main():
           2: mul
           mlp_2 reads 1
           norm_3 reads 2
-        stream attn_4 from positions
+        stream stream#2 from positions
           1: mul
           attn_4 reads 1
     """
