@@ -20,6 +20,7 @@ from attnres_fx.partition.planner.objective import Partition
 from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.passes.schedule import DepthSchedule
+from attnres_fx.shown import brief
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,9 @@ class Plan:
 
     def __str__(self) -> str:
         return self.table()
+
+    def __repr__(self) -> str:
+        return brief(str(self))
 
     def table(self) -> str:
         """Stages with their blocks, times and bytes, then ranks and totals.
