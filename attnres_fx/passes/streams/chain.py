@@ -7,7 +7,7 @@ from torch.fx import Node
 from attnres_fx.passes.graph.module_paths import module_path
 from attnres_fx.passes.graph.operations import may_be_in_norm
 from attnres_fx.passes.streams.consumer import consumer_path
-from attnres_fx.passes.streams.formal_sum import Extended
+from attnres_fx.passes.streams.formal_sum import Extended, Mapped
 from attnres_fx.passes.streams.makers import made_by, part_of
 from attnres_fx.passes.streams.places import Places
 from attnres_fx.passes.streams.root_states import RootRead, RootStates
@@ -67,7 +67,7 @@ class StreamChain:
             extra = [t for t in self._seen(part, read) if depths.get(t, len(chain)) >= prefix]
             terms += [self._term(t, None, places) for t in extra if t not in known]
             known.update(extra)
-            line = places.of_read(self._first(read), (read.core, *chain[prefix : prefix + 1]))
+            line = places.of_read(self._first(read), (self._sum(read.core), *chain[prefix : prefix + 1]))
             named.append(self._read(read, cuts.index(prefix), tuple(t.name for t in extra), line))
         width = self.parts[0].fixed_width
         dimension = self.parts[0].features.dimension
@@ -89,6 +89,12 @@ class StreamChain:
 
     def _first(self, read: RootRead) -> Node:
         return next(c for c in read.consumers if c in self.sums.live.returned)
+
+    def _sum(self, state: Node) -> Node:
+        """The sum that a state is a factor or a view of."""
+        while isinstance(mapped := self.sums.states[state], Mapped):
+            state = mapped.state
+        return state
 
     def _root(self, places: Places) -> Term:
         node = self.parts[0].root

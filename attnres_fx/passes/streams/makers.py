@@ -54,7 +54,7 @@ def _named(node: Node) -> str:
     """The module whose code a maker is, or the name of an input; nothing of a parameter."""
     if is_parameter(node):
         return ""
-    return node.name if node.op == "placeholder" else module_path(node)
+    return str(node.target) if node.op == "placeholder" else module_path(node)
 
 
 def _makers(root: Node, sums: FormalSums) -> list[Node]:
