@@ -16,13 +16,20 @@ _NARROWEST = 8
 _PATH = re.compile(r"/(?:[^/()\s]+/)+?(?=[^/()\s]+/[^/()\s]+:\d+)")
 
 
-def table(rows: Sequence[Mapping[str, object]], *, wrapped: Collection[str] = (), width: int = WIDTH) -> str:
+def table(
+    rows: Sequence[Mapping[str, object]],
+    *,
+    wrapped: Collection[str] = (),
+    right: Collection[str] = (),
+    width: int = WIDTH,
+) -> str:
     """Rows as a table that fits a screen: the widest columns give way first.
 
     Args:
         rows: By the headers of the columns, the same in each.
         wrapped: The columns whose cells go on in the next line. The cells of others lose their beginning: of a module
             path and of a file the end tells most.
+        right: The columns that stand at the right, beside those of numbers alone.
         width: Columns of the screen.
 
     Returns:
@@ -38,7 +45,7 @@ def table(rows: Sequence[Mapping[str, object]], *, wrapped: Collection[str] = ()
     while cap > _NARROWEST and sum(_widths(headers, widest, cap)) > room:
         cap -= 1
     widths = _widths(headers, widest, cap)
-    numbers = [all(isinstance(r[h], int | float) for r in rows) for h in headers]
+    numbers = [h in right or all(isinstance(r[h], int | float) for r in rows) for h in headers]
     lines = [_row(headers, widths, numbers), _row(["-" * w for w in widths], widths, numbers)]
     for text in texts:
         cells = [_fitted(t, w, h in wrapped) for h, t, w in zip(headers, text, widths, strict=True)]

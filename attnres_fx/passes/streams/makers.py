@@ -1,5 +1,6 @@
 """Which modules make the value that a stream begins with: embeddings, seen through what is done to them after that."""
 
+import re
 from collections.abc import Collection
 
 from torch.fx import Node
@@ -11,6 +12,8 @@ from attnres_fx.passes.streams.formal_sum import Extended, FormalSums
 from attnres_fx.passes.streams.recurrences import is_parameter
 
 _SHOWN = 3
+#: What Dynamo calls an argument `x`.
+_LOCAL = re.compile(r"^[lL]_(\w+)_$")
 
 
 def made_by(root: Node, sums: FormalSums, inside: Collection[str]) -> str:
@@ -54,7 +57,7 @@ def _named(node: Node) -> str:
     """The module whose code a maker is, or the name of an input; nothing of a parameter."""
     if is_parameter(node):
         return ""
-    return str(node.target) if node.op == "placeholder" else module_path(node)
+    return _LOCAL.sub(r"\1", str(node.target)) if node.op == "placeholder" else module_path(node)
 
 
 def _makers(root: Node, sums: FormalSums) -> list[Node]:
