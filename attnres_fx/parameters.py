@@ -10,6 +10,7 @@ from torch import nn
 
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import ConfigError
+from attnres_fx.shown import brief
 
 
 class DepthRead(nn.Module):
@@ -59,6 +60,9 @@ class DepthReads(nn.Module):
         super().__init__()
         for read in reads:
             self.add_module(attribute_name(read.name), read)
+
+    def __repr__(self) -> str:
+        return brief(super().__repr__(), "see .names", 2_000)
 
     def __len__(self) -> int:
         return len(self._modules)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
@@ -14,8 +13,11 @@ from attnres_fx.backend.converted_form import converted_form
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import AttachError
 from attnres_fx.ops import depth_weights as weights_of
+from attnres_fx.shown import WIDTH, brief, table
 
 _SHADES = " ░▒▓█"
+#: How wide the map may be where a cell is one shade and no number, beside the names of the reads.
+_STRIP = 60
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class ReadWeights:
     stream: str
     sources: tuple[str, ...]
     weights: Tensor
+
+    def mean(self) -> list[float]:
+        """[S]: the weights, averaged over tokens."""
+        weights = self.weights
+        return (weights.flatten(1).mean(1) if weights.dim() > 1 else weights).tolist()
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{s} {w:.2f}" for s, w in zip(self.sources, self.mean(), strict=True))
+        return brief(f"ReadWeights({self.name!r}, [{', '.join(map(str, self.weights.shape))}]: {shown})", length=1_000)
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,19 @@ class DepthWeights:
 
     def __str__(self) -> str:
         columns = self.sources
-        rows = []
-        for read in self.reads:
-            mean = read.weights.flatten(1).mean(1) if read.weights.dim() > 1 else read.weights
-            cells = dict(zip(map(column, read.sources), mean.tolist(), strict=True))
-            rows.append([read.name, *(_cell(cells.get(c)) for c in columns)])
-        return tabulate(rows, headers=["read", *columns], tablefmt="simple", disable_numparse=True)
+        cells = {r.name: dict(zip(map(column, r.sources), r.mean(), strict=True)) for r in self.reads}
+        name = max((len(n) for n in cells), default=0)
+        if name + 9 * len(columns) <= WIDTH:
+            rows = [{"read": n, **{c: _cell(found.get(c)) for c in columns}} for n, found in cells.items()]
+            return table(rows)
+        each = -(-len(columns) // _STRIP)
+        several = "one shade a source" if each == 1 else f"one shade for {each} sources"
+        header = f"{columns[0]} … {columns[-1]}, {several}"
+        rows = [{"read": n, header: _strip(found, columns, each)} for n, found in cells.items()]
+        return table(rows)
+
+    def __repr__(self) -> str:
+        return brief(str(self), 'see .reads, or ["name"]')
 
 
 def column(source: str) -> str:
@@ -75,10 +93,20 @@ def column(source: str) -> str:
     return source.split("[")[0]
 
 
+def _strip(cells: Mapping[str, float], columns: Sequence[str], each: int) -> str:
+    """The weights as shades side by side, those of `each` sources added; a dot where none is seen."""
+    groups = [[cells[c] for c in columns[i : i + each] if c in cells] for i in range(0, len(columns), each)]
+    return "".join(_shade(sum(g)) if g else "." for g in groups)
+
+
+def _shade(weight: float) -> str:
+    return _SHADES[min(int(weight * len(_SHADES)), len(_SHADES) - 1)]
+
+
 def _cell(weight: float | None) -> str:
     if weight is None:
         return ""
-    return f"{_SHADES[min(int(weight * len(_SHADES)), len(_SHADES) - 1)] * 2} {weight:.2f}"
+    return f"{_shade(weight) * 2} {weight:.2f}"
 
 
 def depth_weights(

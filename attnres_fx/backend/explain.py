@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from tabulate import tabulate
 from torch import nn
 
 from attnres_fx.backend.attachment import require_attached, unwrapped
 from attnres_fx.backend.compile_log import CompiledGraph
 from attnres_fx.config import AttnResConfig
+from attnres_fx.shown import brief, counted, paragraph, table
 
 __all__ = ["Explanation", "explain"]
 
@@ -31,7 +31,7 @@ class Explanation:
     def __str__(self) -> str:
         head = (
             f"{self.model}: attached, variant {self.config.variant}, output {self.config.output}, "
-            f"{len(self.reads)} reads, {len(self.graphs)} graphs compiled"
+            f"{counted(len(self.reads), 'read')}, {counted(len(self.graphs), 'graph')} compiled"
         )
         rows = [
             {
@@ -46,7 +46,11 @@ class Explanation:
             }
             for i, g in enumerate(self.graphs)
         ]
-        return "\n".join([head, "", tabulate(rows, headers="keys", tablefmt="simple")]) if rows else head
+        lines = ["", table(rows, wrapped=("inputs", "kernels", "passes"))] if rows else []
+        return "\n".join([paragraph(head), *lines])
+
+    def __repr__(self) -> str:
+        return brief(str(self), "see .graphs")
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnres_fx.conversion.trial import HeldTensor, Outcome
 from attnres_fx.errors import CheckError
+from attnres_fx.shown import brief
 
 _OUTPUTS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 _GRADIENTS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-2, torch.bfloat16: 2e-1}
@@ -94,6 +95,9 @@ class VerifyReport:
         table = tabulate(rows, headers="keys", tablefmt="simple", floatfmt=".2e")
         where = f", {self.sizes}" if self.sizes else ""
         return f"{self.mode} mode, zero queries{where}: {counts} {verdict}; the largest of each:\n\n{table}"
+
+    def __repr__(self) -> str:
+        return brief(str(self), "see .differences")
 
     def _worst_of(self, kind: str, count: int = 4) -> list[Difference]:
         of_kind = [d for d in self.differences if d.kind == kind]

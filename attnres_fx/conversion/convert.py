@@ -34,6 +34,8 @@ from attnres_fx.conversion.verify import Check, check_conversion, require_known
 from attnres_fx.errors import (
     AlreadyConvertedError,
     ConfigError,
+    ScheduleError,
+    StreamError,
 )
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import (
@@ -48,7 +50,7 @@ from attnres_fx.passes import (
 )
 from attnres_fx.passes.lowering.read_calls import OPERATORS
 from attnres_fx.passes.rewrite.parameters import make_parameters
-from attnres_fx.passes.streams.selection import select_streams
+from attnres_fx.passes.streams.selection import select_streams, why_left
 
 log = logging.getLogger(__name__)
 
@@ -60,29 +62,52 @@ def inspect(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    config: AttnResConfig | None = None,
     dynamic_shapes: Any = None,
 ) -> StreamReport:
-    """Find the residual streams of a model; the model is left as it is.
+    """Find the residual streams of a model, and what `convert` would do with them; the model is left as it is.
 
     Args:
         model: An `nn.Module`, a `GraphModule` or an `ExportedProgram`.
         args: Example arguments.
         kwargs: Example keyword arguments.
+        config: What `convert` would get; `AttnResConfig()` by default.
         dynamic_shapes: As `torch.export.export` takes them; by default batch and sequence are free.
 
     Returns:
-        A report: print it, or look at `.streams` and `.refusals`.
+        A report: print it, or look at `.streams`, `.converted`, `.left`, `.refusals` and `.error`.
 
     Raises:
         AlreadyConvertedError: The model reads through depth attention already.
         CaptureError: The model cannot be traced.
     """
     model = uncompiled(model)
+    config = _checked(config)
     refuse_converted(model)
     mode: Mode = "train" if getattr(model, "training", False) else "eval"
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, modes=(mode,))
     found = analyze_(next(iter(captured.graphs.values())).gm)
-    return StreamReport(_name(model), found.streams, found.refusals, tuple(captured.notes))
+    return _stream_report(found, config, _name(model), tuple(captured.notes))
+
+
+def _stream_report(found: StreamSet, config: AttnResConfig, name: str, notes: tuple[str, ...]) -> StreamReport:
+    """What a conversion would do, found out by doing it as far as the plan."""
+    error = ""
+    selected: tuple[Stream, ...] = ()
+    try:
+        selected = select_streams(found, config, name)
+        plan_depth_reads(found, selected, config)
+    except (StreamError, ScheduleError) as raised:
+        error, selected = f"{type(raised).__name__}: {raised}", ()
+    done = tuple(s.name for s in selected)
+    left = () if error else tuple((s, why_left(s, config)) for s in found.streams if s.name not in done)
+    return StreamReport(name, found.streams, found.refusals, notes, config, done, left, error)
+
+
+def _checked(config: AttnResConfig | None) -> AttnResConfig:
+    if not isinstance(config, AttnResConfig | None):
+        raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
+    return config or AttnResConfig()
 
 
 @outside_inference_mode()  # what is made here is trained later, whatever mode it is made in
@@ -128,9 +153,7 @@ def convert(
         RewriteError: Two graphs of a symbolic trace do not have the same reads.
         CheckError: The result does not compute what the original computes.
     """
-    config = config or AttnResConfig()
-    if not isinstance(config, AttnResConfig):
-        raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
+    config = _checked(config)
     lowering = checked_lowering(lowering)
     require_known(check)
     model = uncompiled(model)
@@ -277,7 +300,7 @@ def _report(
             f"(ConvertedModel.save(converted, path))"
         )
     done = {s.stream.name for s in plan.streams}
-    left = [(s, _why_left(s, config)) for s in streams.streams if s.name not in done]
+    left = [(s, why_left(s, config)) for s in streams.streams if s.name not in done]
     return ConversionReport(
         model=_name(model),
         config=config,
@@ -288,11 +311,3 @@ def _report(
         deferred=captured.untried,
         notes=tuple(notes),
     )
-
-
-def _why_left(stream: Stream, config: AttnResConfig) -> str:
-    if stream.nested_in is not None and config.streams == "main":
-        return f"inside a sublayer of {stream.nested_in!r}; streams='all' converts it too"
-    if stream.around is not None and config.streams == "main":
-        return f"a skip around {stream.around!r}, which holds the sublayers; streams='all' converts it too"
-    return f"not named in streams={config.streams!r}"

@@ -15,6 +15,7 @@ from attnres_fx.errors import ModeError
 from attnres_fx.passes.graph.copying import copy_graph, on_device
 from attnres_fx.passes.graph.operations import hooked
 from attnres_fx.passes.lowering.lower import Lowering, lower_
+from attnres_fx.shown import brief
 
 #: Type, eps, shape and parameters present of a norm module.
 NormModule = tuple[type, float | None, tuple[int, ...], tuple[str, ...]] | None
@@ -85,6 +86,9 @@ class GraphRunner(nn.Module):
     programs: Mapping[Mode, Program]
     lowering: Lowering
     typed = True
+
+    def __repr__(self) -> str:
+        return brief(super().__repr__(), "see .report for the reads, .named_modules() for the tree")
 
     @property
     def mode(self) -> Mode:

@@ -1,18 +1,23 @@
 """What was found and what was changed, as data and as tables."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tabulate import tabulate
-
 from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.report_text import (
+    choice_lines,
+    converted_table,
+    fed_by,
+    left_lines,
+    note_lines,
+    reads_table,
+    short_line,
+    stream_table,
+)
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, StreamPlan
 from attnres_fx.passes.streams.refusals import Refusal
 from attnres_fx.passes.streams.stream import Stream
-
-_STYLE = "simple"
-_SHOWN_OF_A_KIND = 4
+from attnres_fx.shown import brief, counted, paragraph, short_paths
 
 
 @dataclass(frozen=True)
@@ -24,32 +29,54 @@ class StreamReport:
         streams: The streams, in graph order.
         refusals: What looks like a stream and is none, with the reason.
         notes: What the capture has to say.
+        config: What the model would be converted with.
+        converted: Names of the streams that `convert` would rewrite.
+        left: The streams that it would leave alone, with the reason.
+        error: The error that `convert` would raise instead; empty where it would not.
     """
 
     model: str
     streams: tuple[Stream, ...]
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    config: AttnResConfig = field(default_factory=AttnResConfig)
+    converted: tuple[str, ...] = ()
+    left: tuple[tuple[Stream, str], ...] = ()
+    error: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {_count(len(self.streams), 'residual stream')}"]
+        reads = sum(len(s.depth_reads) for s in self.streams)
+        lines = [f"{self.model}: {counted(len(self.streams), 'residual stream')}"]
         if self.streams:
-            rows = [_stream_row(s) for s in self.streams]
-            lines += ["", tabulate(rows, headers="keys", tablefmt=_STYLE)]
-        return "\n".join([*lines, *_left_lines((), self.refusals), *_note_lines(self.notes)])
+            lines = [f"{lines[0]}, {counted(reads, 'read')}", "", stream_table(self.streams, self.converted)]
+        if self.error:
+            lines += ["", paragraph(short_paths(f"convert raises {self.error}"))]
+        elif self.converted:
+            lines += choice_lines(self.streams, self.converted, self.config.streams)
+        return "\n".join([*lines, *left_lines(self.left, self.refusals), *note_lines(self.notes)])
+
+    def __repr__(self) -> str:
+        return brief(str(self), "see .streams, .left and .refusals")
 
     def reads_table(self) -> str:
-        """One line a read: name, sublayers before it, line of the user's source.
+        """One line a read: name, the sublayer it feeds, sublayers before it, line of the layer's code.
 
         Returns:
-            A table to print.
+            A table to print. What sees the root alone is no read.
         """
         rows = [
-            {"stream": s.name, "read": r.name, "after": r.position, "line": _short(r.line)}
+            {
+                "stream": s.name,
+                "read": r.name,
+                "feeds": feeds[r.name] or "-",
+                "after": r.position,
+                "line": short_line(r.line),
+            }
             for s in self.streams
-            for r in s.reads
+            for feeds in (fed_by(s),)
+            for r in s.depth_reads
         ]
-        return tabulate(rows, headers="keys", tablefmt=_STYLE)
+        return reads_table(rows, len(self.streams))
 
 
 @dataclass(frozen=True)
@@ -117,20 +144,22 @@ class ConversionReport:
 
     def __str__(self) -> str:
         head = (
-            f"{self.model}: {_count(len(self.streams), 'stream')} read by attention over depth, "
-            f"{_count(self.num_reads, 'read')}, {self.num_parameters:,} parameters added"
+            f"{self.model}: {counted(len(self.streams), 'stream')} read by attention over depth, "
+            f"{counted(self.num_reads, 'read')}, {self.num_parameters:,} parameters added"
         )
         options = f"variant {self.config.variant}, output {self.config.output}, modes {'/'.join(self.modes)}"
         if self.deferred:
             options += f" ({'/'.join(self.deferred)} when first needed)"
         if self.difference is not None:
             options += f", outputs differ by {self.difference:.1e} at zero queries"
-        rows = [_converted_row(s) for s in self.streams]
-        table = tabulate(rows, headers="keys", tablefmt=_STYLE)
-        return "\n".join([head, options, "", table, *_left_lines(self.left, self.refusals), *_note_lines(self.notes)])
+        lines = [paragraph(head), paragraph(options), "", converted_table(self.streams)]
+        return "\n".join([*lines, *left_lines(self.left, self.refusals), *note_lines(self.notes)])
+
+    def __repr__(self) -> str:
+        return brief(str(self), "see .streams, .reads, .left and .refusals")
 
     def reads_table(self) -> str:
-        """One line a read: name, block, sources, parameters.
+        """One line a read: name, the sublayer it feeds, block, sources, parameters.
 
         Returns:
             A table to print.
@@ -139,84 +168,17 @@ class ConversionReport:
             {
                 "stream": s.stream.name,
                 "read": r.read,
+                "feeds": feeds[r.read] or "-",
                 "block": r.block + 1,
                 "sources": len(r.sources),
                 "which": _joined(r.sources),
                 "parameters": r.num_parameters,
             }
             for s in self.streams
+            for feeds in (fed_by(s.stream),)
             for r in s.reads
         ]
-        return tabulate(rows, headers="keys", tablefmt=_STYLE)
-
-
-def _stream_row(stream: Stream) -> dict[str, object]:
-    return {
-        "stream": stream.name,
-        "root": stream.root.module or stream.root.node,
-        "sublayers": stream.num_sublayers,
-        "reads": len(stream.depth_reads),
-        "width": _width(stream),
-        "norm": "post" if stream.post_norm else "pre",
-        "nested in": stream.nested_in or "",
-        "first line": _short(stream.terms[0].line) if stream.terms else "",
-    }
-
-
-def _converted_row(converted: StreamPlan) -> dict[str, object]:
-    stream, schedule = converted.stream, converted.schedule
-    sizes = [len(b) for b in schedule.blocks]
-    return {
-        "stream": stream.name,
-        "sublayers": stream.num_sublayers,
-        "reads": len(converted.reads),
-        "width": _width(stream),
-        "norm": "post" if stream.post_norm else "pre",
-        "blocks": "-" if schedule.variant == "full" else _runs(sizes),
-        "most sources": max((len(r.sources) for r in converted.reads), default=0),
-        "parameters": converted.num_parameters,
-    }
-
-
-def _width(stream: Stream) -> int | str:
-    """The width of a stream, and where it is if that is not the last dimension."""
-    return stream.width if stream.dimension == -1 else f"{stream.width} in dimension {stream.dimension}"
-
-
-def _runs(sizes: Sequence[int]) -> str:
-    """Block sizes in short: `8 of 6`, or `3 of 6 + 1 of 4`."""
-    runs: list[list[int]] = []
-    for size in sizes:
-        if runs and runs[-1][1] == size:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, size])
-    return " + ".join(f"{count} of {size}" for count, size in runs)
-
-
-def _left_lines(left: Sequence[tuple[Stream, str]], refusals: Sequence[Refusal]) -> list[str]:
-    lines = [
-        f"left alone: {s.name} ({_count(s.num_sublayers, 'sublayer')}): {why}"
-        for s, why in left[: 2 * _SHOWN_OF_A_KIND]
-    ]
-    if len(left) > 2 * _SHOWN_OF_A_KIND:
-        lines.append(f"left alone: … and {len(left) - 2 * _SHOWN_OF_A_KIND} more streams; see .left")
-    shown: Counter[str] = Counter()
-    for refusal in refusals:
-        shown[refusal.kind] += 1
-        if shown[refusal.kind] <= _SHOWN_OF_A_KIND:
-            kind = "interrupted" if refusal.kind == "interrupted" else f"refused ({refusal.kind})"
-            lines.append(f"{kind}: {refusal.place}: {refusal.reason}")
-    lines += [f"… and {n - _SHOWN_OF_A_KIND} more ({k})" for k, n in shown.items() if n > _SHOWN_OF_A_KIND]
-    return ["", *lines] if lines else []
-
-
-def _note_lines(notes: Sequence[str]) -> list[str]:
-    return ["", *(f"note: {n}" for n in notes)] if notes else []
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+        return reads_table(rows, len(self.streams))
 
 
 def _joined(labels: Sequence[str]) -> str:
@@ -226,8 +188,3 @@ def _joined(labels: Sequence[str]) -> str:
 def shortened(text: str, length: int = 160) -> str:
     """A text cut at a word."""
     return text if len(text) <= length else f"{text[:length].rsplit(' ', 1)[0]} …"
-
-
-def _short(line: str) -> str:
-    """The last two parts of a path, and the line number."""
-    return "/".join(line.split("/")[-2:])

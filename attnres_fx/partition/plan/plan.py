@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tabulate import tabulate
-
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.plain_data import to_plain
 from attnres_fx.errors import PlanError
@@ -20,6 +18,7 @@ from attnres_fx.partition.planner.objective import Partition
 from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.passes.schedule import DepthSchedule
+from attnres_fx.shown import brief, paragraph, table
 
 
 @dataclass(frozen=True)
@@ -183,6 +182,9 @@ class Plan:
     def __str__(self) -> str:
         return self.table()
 
+    def __repr__(self) -> str:
+        return brief(str(self))
+
     def table(self) -> str:
         """Stages with their blocks, times and bytes, then ranks and totals.
 
@@ -195,7 +197,6 @@ class Plan:
             f"{self.num_stages} ranks x {self.virtual_stages}, {self.schedule}, {self.num_microbatches} microbatches"
         )
         rows = [self._row(c) for c in range(len(self.starts))]
-        table = tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True, colalign=_ALIGN)
         memory = ", ".join(size(b) for b in part.memory_bytes)
         counts = self.traffic
         used = counts.exact if options.cache else counts.naive
@@ -209,7 +210,7 @@ class Plan:
             f"{_seconds(part.slowest_seconds)}, at most {part.gap:.1%} above the best",
             *(f"note: {note}" for note in self.notes),
         ]
-        return "\n".join([head, "", table, "", *lines])
+        return "\n".join([paragraph(head), "", table(rows, right=_RIGHT), "", *map(paragraph, lines)])
 
     def _row(self, c: int) -> dict[str, str]:
         part, stop = self.partition, (*self.starts[1:], len(self.costs.sublayers))[c]
@@ -261,7 +262,7 @@ class Plan:
             raise PlanError(f"the plan cannot be drawn to {str(path)!r}: {error}.") from error
 
 
-_ALIGN = ("right", "right", "left", "left", "left", *["right"] * 5)
+_RIGHT = ("stage", "rank", "forward ms", "backward ms", "sends", "parameters", "activations")
 
 
 def _seconds(count: float) -> str:

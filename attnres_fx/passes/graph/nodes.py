@@ -1,7 +1,6 @@
 """What every pass needs of a graph: values, places in the user's source, and one way to insert nodes."""
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
@@ -12,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.fx.proxy import _COPY_META_FIELDS
 
+from attnres_fx.passes.graph.frames import frames_of
 from attnres_fx.passes.graph.module_paths import module_path
 
 _KEPT_META = {*_COPY_META_FIELDS, "stack_trace", "nn_module_stack", "source_fn_stack"}
@@ -67,13 +67,10 @@ def same_row_sizes(before: Node, after: Node) -> bool:
     return bool(x) and bool(y) and sizes_agree(x[-1], y[-1])
 
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-
-
 def source_line(node: Node) -> str:
-    """`file:line` of the user's code that made a node; `""` where the tracer kept no stack."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    """`file:line` of the user's code that made a node, torch's aside; `""` where the tracer kept no stack."""
+    frames = frames_of(node)
+    return str(frames[-1]) if frames else ""
 
 
 def describe(node: Node) -> str:

@@ -5,7 +5,7 @@ from here.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
@@ -125,9 +125,9 @@ class StreamPlan:
 
     stream: Stream
     schedule: DepthSchedule
-    reads: tuple[DepthReadPlan, ...]
-    terms: tuple[TermPlan, ...] = ()
-    unread_ends: tuple[BlockEnd, ...] = ()
+    reads: tuple[DepthReadPlan, ...] = field(repr=False)
+    terms: tuple[TermPlan, ...] = field(default=(), repr=False)
+    unread_ends: tuple[BlockEnd, ...] = field(default=(), repr=False)
 
     @property
     def num_parameters(self) -> int:
@@ -145,7 +145,7 @@ class ReadPlan:
     """
 
     streams: tuple[StreamPlan, ...]
-    reads: tuple[DepthReadPlan, ...]
+    reads: tuple[DepthReadPlan, ...] = field(repr=False)
 
 
 def plan_depth_reads(

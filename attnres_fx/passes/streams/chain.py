@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable
 from torch.fx import Node
 
 from attnres_fx.passes.graph.module_paths import module_path
-from attnres_fx.passes.graph.nodes import source_line
 from attnres_fx.passes.graph.operations import is_dropout, is_light, may_be_in_norm
 from attnres_fx.passes.streams.consumer import consumer_path
-from attnres_fx.passes.streams.formal_sum import Extended
+from attnres_fx.passes.streams.formal_sum import Extended, Mapped
+from attnres_fx.passes.streams.makers import made_by, part_of
+from attnres_fx.passes.streams.places import Places
 from attnres_fx.passes.streams.root_states import RootRead, RootStates
 from attnres_fx.passes.streams.stream import Read, Stream, Term
 from attnres_fx.passes.streams.work import work_of
@@ -58,18 +59,22 @@ class StreamChain:
         prefixes = [_prefix(self._seen(part, read), chain) for part, read in reads]
         cuts = sorted({1, len(chain), *prefixes})
         sublayer = {t: sum(cut <= depths[t] for cut in cuts) - 1 for t in chain[1:]}
-        terms = [self._term(t, sublayer[t]) for t in chain[1:]]
+        places = Places(chain[1:])
+        terms = [self._term(t, sublayer[t], places) for t in chain[1:]]
         known = set(chain)
         named = []
         for (part, read), prefix in zip(reads, prefixes, strict=True):
             extra = [t for t in self._seen(part, read) if depths.get(t, len(chain)) >= prefix]
-            terms += [self._term(t, None) for t in extra if t not in known]
+            terms += [self._term(t, None, places) for t in extra if t not in known]
             known.update(extra)
-            named.append(self._read(read, cuts.index(prefix), tuple(t.name for t in extra)))
+            line = places.of_read(self._first(read), (self._sum(read.core), *chain[prefix : prefix + 1]))
+            named.append(self._read(read, cuts.index(prefix), tuple(t.name for t in extra), line))
         width = self.parts[0].fixed_width
         dimension = self.parts[0].features.dimension
         assert width is not None
-        return Stream("", self._root(), tuple(terms), tuple(named), width, self.post_norm, dimension=dimension)
+        root = self._root(places)
+        made = made_by(self.parts[0].root, self.sums, {t.module for t in terms})
+        return Stream("", root, tuple(terms), tuple(named), width, self.post_norm, dimension=dimension, made_by=made)
 
     def branch_paths(self) -> list[str]:
         """The modules that compute its sublayers, seen through what is done to their outputs element by element.
@@ -100,18 +105,34 @@ class StreamChain:
             return read.terms
         return (self.parts[0].root, *(t for p in before for t in p.terms), *read.terms[1:])
 
-    def _root(self) -> Term:
-        node = self.parts[0].root
-        return Term(node.name, node.name, -1, module_path(node), source_line(node))
+    def _first(self, read: RootRead) -> Node:
+        return next(c for c in read.consumers if c in self.sums.live.returned)
 
-    def _term(self, node: Node, sublayer: int | None) -> Term:
+    def _sum(self, state: Node) -> Node:
+        """The sum that a state is a factor or a view of."""
+        while isinstance(mapped := self.sums.states[state], Mapped):
+            state = mapped.state
+        return state
+
+    def _root(self, places: Places) -> Term:
+        node = self.parts[0].root
+        return Term(node.name, node.name, -1, module_path(node), places.of_write(node))
+
+    def _term(self, node: Node, sublayer: int | None, places: Places) -> Term:
         state = self.sums.states[node]
         assert isinstance(state, Extended)
         addend = state.addend
-        return Term(addend.name, node.name, sublayer, module_path(addend), source_line(node))
+        return Term(
+            addend.name,
+            node.name,
+            sublayer,
+            module_path(addend),
+            places.of_write(node),
+            part_of(addend, self.sums.root[node], self.sums),
+        )
 
-    def _read(self, read: RootRead, position: int, extras: tuple[str, ...]) -> Read:
-        first = next(c for c in read.consumers if c in self.sums.live.returned)
+    def _read(self, read: RootRead, position: int, extras: tuple[str, ...], line: str) -> Read:
+        first = self._first(read)
         return Read(
             name="output" if first.op == "output" else consumer_path(first, read.site),
             state=read.core.name,
@@ -120,7 +141,7 @@ class StreamChain:
             extras=extras,
             consumers=tuple(c.name for c in read.consumers),
             module=consumer_path(first, read.site),
-            line=source_line(first) or source_line(read.core),
+            line=line,
         )
 
 

@@ -2,6 +2,7 @@
 
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import AlreadyConvertedError, NoStreamError, NotAdditiveError, StreamError, StreamWidthError
+from attnres_fx.passes.streams.remarks import remarks
 from attnres_fx.passes.streams.stream import Stream, StreamSet
 
 
@@ -28,10 +29,19 @@ def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tupl
     selected = streams.select(config.streams)
     if selected:
         return selected
-    if wide := [r for r in streams.refusals if r.kind == "width"]:
-        why = "; ".join(f"the stream from {r.place} is left alone: {r.reason}" for r in wide)
+    why = "; ".join(remarks(streams.refusals))
+    if any(r.kind == "width" for r in streams.refusals):
         raise StreamWidthError(f"{name} has no residual stream that can be converted: {why}.")
-    raise NoStreamError(_no_stream_message(streams, name))
+    raise NoStreamError(_no_stream_message(streams, why, name))
+
+
+def why_left(stream: Stream, config: AttnResConfig) -> str:
+    """Why a stream is not among those that a config asks for."""
+    if stream.nested_in is not None and config.streams == "main":
+        return f"inside a sublayer of {stream.nested_in!r}; streams='all' converts it too"
+    if stream.around is not None and config.streams == "main":
+        return f"a skip around {stream.around!r}, which holds the sublayers; streams='all' converts it too"
+    return f"not named in streams={config.streams!r}"
 
 
 _ERRORS: dict[str, type[StreamError]] = {
@@ -41,9 +51,13 @@ _ERRORS: dict[str, type[StreamError]] = {
 }
 
 
-def _no_stream_message(streams: StreamSet, name: str) -> str:
-    why = "; ".join(f"{r.place}: {r.reason}" for r in streams.refusals)
-    return (
-        f"{name} has no residual stream: no addition x + f(x) was found in which f does more than elementwise "
-        f"work on x." + (f" What came near: {why}." if why else "") + " See attnres_fx.inspect(model, args, kwargs)."
-    )
+def _no_stream_message(streams: StreamSet, why: str, name: str) -> str:
+    """What is true of a model without a stream: one that is refused is an addition x + f(x) as well."""
+    if streams.streams:
+        names = ", ".join(repr(s.name) for s in streams.streams)
+        said = f"has no main residual stream; streams='all' converts {names}"
+    elif why:
+        said = f"has no residual stream that can be converted: {why}"
+    else:
+        said = "has no residual stream: no addition x + f(x) was found in which f does more than elementwise work on x"
+    return f"{name} {said}. See attnres_fx.inspect(model, args, kwargs)."

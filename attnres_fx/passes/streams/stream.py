@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from attnres_fx.errors import StreamNameError
 from attnres_fx.passes.streams.formal_sum import FormalSums
 from attnres_fx.passes.streams.refusals import Refusal
+from attnres_fx.shown import counted
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Term:
         written_by: The addition that writes it; the value itself for the root.
         sublayer: Index of the sublayer that it belongs to; -1 for the root, None for a term outside the chain.
         module: Path of the module that computes it.
-        line: `file:line` of the addition in the user's source; empty where the tracer kept none.
+        line: `file:line` of the addition in the layer's code; empty where the tracer kept none.
+        made_by: Path of the part that makes it, seen through dropout, factors and views.
     """
 
     node: str
@@ -29,6 +31,7 @@ class Term:
     sublayer: int | None
     module: str
     line: str
+    made_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Read:
         extras: Terms it sees that the chain does not go on with.
         consumers: The nodes that consume it.
         module: Path of the module that consumes it first.
-        line: `file:line` of that in the user's source; empty where the tracer kept none.
+        line: `file:line` of that in the code of the layer that the stream runs through, which may call the module;
+            empty where the tracer kept none.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Stream:
         nested_in: The stream whose sublayer it is inside; None for the others.
         around: A stream inside one of its sublayers that does more than it does itself; None for the others.
         dimension: Which dimension of the root holds the features; -1 for the last.
+        made_by: The modules that make the root, or the inputs, as a person would name them.
     """
 
     name: str
@@ -87,6 +92,13 @@ class Stream:
     nested_in: str | None = None
     around: str | None = None
     dimension: int = -1
+    made_by: str = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"Stream({self.name!r} from {self.made_by or self.root.module or self.root.node}, "
+            f"{counted(self.num_sublayers, 'sublayer')}, {counted(len(self.depth_reads), 'read')}, width {self.width})"
+        )
 
     @property
     def is_main(self) -> bool:
