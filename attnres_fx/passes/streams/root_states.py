@@ -106,8 +106,13 @@ class RootStates:
                 continue
             if not self.sums.dependence.at_all(node, self.root) and node is not self.root:
                 continue
-            if node is self.root or not may_be_in_norm(node) or len(inside) > 64:
+            if node is self.root or not may_be_in_norm(node) or len(inside) > 64 or self._adds_to_another(node):
                 return False
             inside.add(node)
             stack.extend(node.all_input_nodes)
         return reached and any(map(is_norm_step, inside)) and all(c in inside for c in read.consumers)
+
+    def _adds_to_another(self, node: Node) -> bool:
+        """Whether a node is a sum of another root's: what is normed behind it is that, and a branch that ends here."""
+        other = self.sums.root.get(node, self.root) is not self.root
+        return other and isinstance(self.sums.states[node], Extended | Merged)
