@@ -15,13 +15,12 @@ from torch import Tensor
 
 from tests.support.brute_force_states import Handle, Map, Notes, ReadNote, State, Terms
 from tests.support.brute_force_terms import merge_weights, merged_terms, rows_term, spread_term
+from tests.support.plain_maps import factor, move
 from tests.support.plain_programs import (
     PlainProgram,
     StepModules,
     coefficient,
-    factor,
     injected,
-    move,
     start,
 )
 from tests.support.residual_programs import REPLACEMENTS, WIDTH, Step

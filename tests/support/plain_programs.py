@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.plain_maps import factor, merged, move
 from tests.support.residual_programs import SHAPE, WIDTH, Step
 
 #: The row that `index_add` and its like write to.
@@ -56,10 +57,10 @@ class StepModules(nn.Module):
         return F.dropout(y, 0.3, True) if name == "dropout" else y
 
     def over_time(self, u: Any) -> Any:
-        """A delta rule over the first rows: each step takes its own slice, and all the same weights."""
+        """A recurrence over the first rows: each step takes its own slice, and all the same weights."""
         s = u[0] * 0.5
         for i in (1, 2):
-            s = s + torch.sigmoid(u[i]) * (u[i] - self.other(s))
+            s = 0.5 * s + self.other(torch.tanh(u[i] * s))
         return u * torch.sigmoid(s.mean(-1, keepdim=True))
 
 
@@ -239,7 +240,7 @@ def _plain_rows(m: StepModules, step: Step, h: Any) -> Any:
         return h
     return {
         "cat with a sum": lambda: torch.cat([h[:1], h[1:] + v[1:]], 0),
-        "cat of two sums": lambda: torch.cat([h[:1] - v[:1], v[1:] + h[1:]], 0),
+        "cat of two sums": lambda: torch.cat([h[:1] - v[:1], h[1:] + v[1:]], 0),
         "slice_scatter": lambda: torch.slice_scatter(h, h[1:] + v[1:], 0, 1),
         "index_add": lambda: torch.index_add(h, 0, ROW, v[1:2]),
         "index_copy": lambda: torch.index_copy(h, 0, ROW, h.index_select(0, ROW) + v[1:2]),
@@ -247,16 +248,6 @@ def _plain_rows(m: StepModules, step: Step, h: Any) -> Any:
         "scatter_add": lambda: torch.scatter_add(h, 0, torch.ones_like(v[:1], dtype=torch.int64), v[1:2]),
         "cat in the place": lambda: torch.cat([v[:1], h[1:]], 0),
         "slice_scatter in the place": lambda: torch.slice_scatter(h, v[:1], 0, 0, 1),
-    }[how]()
-
-
-def merged(how: str, h: Any, earlier: Any) -> Any:
-    return {
-        "h + e": lambda: h + earlier,
-        "e + h": lambda: earlier + h,
-        "halves": lambda: 0.5 * h + 0.5 * earlier,
-        "lerp": lambda: torch.lerp(h, earlier, 0.25),
-        "difference": lambda: h - 0.5 * earlier,
     }[how]()
 
 
@@ -279,41 +270,6 @@ def injected(m: StepModules, x: Any, like: Any) -> Any:
 def coefficient(how: str) -> float:
     """What a way of adding multiplies the branch by."""
     return {"alpha": 0.5, "sub": -1.0}.get(how, 1.0)
-
-
-def factor(m: StepModules, name: str, h: Any) -> Any:
-    if name == "half":
-        return h / 2
-    if name == "quarter on the left":
-        return 0.25 * h
-    if name == "negative":
-        return -h
-    if name == "carry":
-        return h * m.carry
-    if name == "masked_fill":
-        return h.masked_fill(m.carry < 0.8, 0.0)
-    return h * torch.sigmoid(m.embed.weight.mean())
-
-
-def move(name: str, h: Any) -> Any:
-    return {
-        "sequence first": lambda: h.transpose(0, -2),
-        "flattened": lambda: h.reshape(-1, WIDTH),
-        "all but the first token": lambda: h[1:],
-        "roll": lambda: torch.roll(h, 1, -2),
-        "flip": lambda: torch.flip(h, (-2,)),
-        "permute and back": lambda: h.transpose(0, -1).transpose(-1, 0),
-        "cat and split": lambda: torch.cat([h.split((2, WIDTH - 2), -1)[0], h.split((2, WIDTH - 2), -1)[1]], -1),
-        "narrow and cat": lambda: torch.cat([h.narrow(0, 0, 1), h[1:]], 0),
-        "features in two": lambda: torch.cat([h.chunk(2, -1)[0], h.chunk(2, -1)[1]], dim=-1),
-        "unbind and stack": lambda: torch.stack([h.unbind(-1)[i] for i in range(WIDTH)], -1),
-        "float64": lambda: h.to(torch.float64),
-        "float32 and back": lambda: h.float().double(),
-        "roll time": lambda: torch.roll(h, 1, 2),
-        "all but the first time": lambda: h[:, :, 1:],
-        "cat of times": lambda: torch.cat([h[..., :1], h[..., 1:]], -1),
-        "transpose and back": lambda: h.transpose(1, 2).clone().transpose(1, 2).contiguous(),
-    }[name]()
 
 
 def example() -> Tensor:
