@@ -5,7 +5,11 @@ STAMP := $(VENV)/.installed
 # Output of the demo; any writable folder.
 OUT ?= demo-output
 
-.PHONY: install demo test test-quick check wheel clean
+# Random residual programs that `make fuzz` tries, and the seed they are drawn from.
+FUZZ ?= 2000
+SEED ?= 1
+
+.PHONY: install demo test test-quick fuzz check wheel clean
 
 install: $(STAMP)
 
@@ -26,6 +30,11 @@ test: $(STAMP)
 # Each test with its first parameter set, without the slow ones.
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# Random residual programs against their definition; the seed of a failure is in the name of its test.
+fuzz: $(STAMP)
+	@echo "$(FUZZ) programs from seed $(SEED); the same again: make fuzz FUZZ=$(FUZZ) SEED=$(SEED)"
+	ATTNRES_FUZZ=$(FUZZ) ATTNRES_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -n 2 --dist worksteal tests/passes/streams/test_random_programs.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,26 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.brute_force_states import Handle, Notes, ReadNote, State, Terms
-from tests.support.residual_programs import (
-    WIDTH,
+from tests.support.brute_force_states import Handle, Map, Notes, ReadNote, State, Terms
+from tests.support.brute_force_terms import merge_weights, merged_terms, rows_term, spread_term
+from tests.support.plain_maps import factor, move
+from tests.support.plain_programs import (
     PlainProgram,
-    Step,
     StepModules,
     coefficient,
-    factor,
     injected,
-    move,
     start,
 )
+from tests.support.residual_programs import REPLACEMENTS, WIDTH, Step
 
 
-def depth_attention(sources: list[Tensor], query: Tensor, key_weight: Tensor, gain: float) -> Tensor:
-    """out = gain * sum_i softmax_i(<query, v_i / rms(v_i) * key_weight>) v_i, in float64."""
-    values = torch.stack([s.double() for s in sources])
+def depth_attention(
+    sources: list[Tensor], query: Tensor, key_weight: Tensor, gain: float, dimension: int = -1
+) -> Tensor:
+    """out = gain * sum_i softmax_i(<query, v_i / rms(v_i) * key_weight>) v_i, in float64, over one dimension."""
+    values = torch.stack([s.double().movedim(dimension, -1) for s in sources])
     keys = values / (values.square().mean(-1, keepdim=True) + 1e-6).sqrt() * key_weight.double()
     weights = torch.einsum("s...d,d->s...", keys, query.double()).softmax(0)
-    return gain * torch.einsum("s...,s...d->...d", weights, values)
+    return (gain * torch.einsum("s...,s...d->...d", weights, values)).movedim(-1, dimension)
 
 
 def read_parameters(name: str) -> tuple[Tensor, Tensor]:
@@ -78,36 +79,49 @@ class Interpreter:
         states: list[Handle] = []
         outputs: list[Tensor | Handle] = []
         late: list[tuple[str, StepModules, Handle]] = []
+        remembered: dict[int, Handle] = {}
+        if self.program.dimension == 1:
+            x = x.transpose(1, 2).contiguous()
         for i, step in enumerate(self.program.steps):
-            m = getattr(self.program, f"s{i}")
-            name = f"s{i}"
+            name = self.program.owner(i)
+            m = getattr(self.program, name)
             if step.kind == "start":
                 other = self.read(states[step.other], f"{name}.norm") if step.other >= 0 else None
                 states.append(self.new(len(states), [(0, start(m, step, x, other))], 1))
                 continue
             h = states[step.stream]
-            if step.kind in ("write", "flat write"):
-                states[step.stream] = self.write(m, name, step, h, states)
-            elif step.kind == "factor":
-                terms = [(n, factor(m, step.options[0], t)) for n, t in self.carried(h)]
-                seen = [(n, factor(m, step.options[0], t)) for n, t in h.mapped_seen()]
-                states[step.stream] = self.new(step.stream, terms, h.state.count, h.state.extra, seen)
-            elif step.kind == "move":
-                moved = (*h.maps, lambda t, step=step: move(step.options[0], t))
-                states[step.stream] = Handle(h.storage, moved)
-            elif step.kind == "inject":
-                states[step.stream] = self.extended(h, injected(m, x, h.viewed(h.state.total)))
-            elif step.kind == "side":
-                states[step.stream] = self.side(m, name, h)
-            elif step.kind == "head":
-                outputs.append(m.up(m.norm(self.read(h, f"{name}.norm"))))
+            if step.kind in ("head", "global skip"):
+                y = m.up(m.norm(self.read(h, f"{name}.norm")))
+                outputs.append(x + y if step.kind == "global skip" else y)
             elif step.kind == "late head":
                 late.append((name, m, h))
             elif step.kind == "output":
                 outputs.append(h)
+            elif step.kind == "remember":
+                remembered[i] = h
+            elif step.kind == "recall":
+                states[step.stream] = self.merged(step, h, remembered[step.other])
+            elif step.kind != "dead":
+                states[step.stream] = self.changed(m, name, step, x, h, states)
         ends = [m.up(m.norm(self.read(h, f"{name}.norm"))) for name, m, h in late]
         shown = [self.read(o, "output") if isinstance(o, Handle) else o for o in outputs]
         return (*shown, *ends)
+
+    def changed(self, m: StepModules, name: str, step: Step, x: Tensor, h: Handle, states: list[Handle]) -> Handle:
+        """What a step makes of the state of its stream."""
+        if step.kind in ("write", "flat write"):
+            return self.write(m, name, step, h, states)
+        if step.kind == "factor":
+            return self.mapped(h, lambda t: factor(m, step.options[0], t))
+        if step.kind == "move":
+            return Handle(h.storage, (*h.maps, lambda t: move(step.options[0], t)))
+        if step.kind == "inject":
+            return self.extended(h, injected(m, x, h.viewed(h.state.total)))
+        if step.kind == "side":
+            return self.side(m, name, h)
+        if step.kind == "positions":
+            return self.positions(m, name, h)
+        return self.write_some(m, name, step, h)
 
     # --- writing ---
 
@@ -122,6 +136,34 @@ class Interpreter:
 
     def extended(self, h: Handle, term: Tensor) -> Handle:
         return self.new(h.state.stream, [*self.carried(h), (h.state.count, term)], h.state.count + 1)
+
+    def mapped(self, h: Handle, what: Map) -> Handle:
+        """A state times something: a state of its own. A narrower term is multiplied in the dtype of the state."""
+        dtype = h.viewed(h.state.total).dtype
+        terms = [(n, what(t.to(dtype))) for n, t in self.carried(h)]
+        seen = [(n, what(t.to(dtype))) for n, t in h.mapped_seen()]
+        return self.new(h.state.stream, terms, h.state.count, h.state.extra, seen)
+
+    def merged(self, step: Step, h: Handle, earlier: Handle) -> Handle:
+        """Two states of one stream: coefficients of common terms add up. The root alone is one more term."""
+        a, b = merge_weights(step.options[0])
+        if earlier.state.count == 1 < h.state.count:
+            return self.extended(self.mapped(h, lambda t: a * t), b * earlier.viewed(earlier.state.total))
+        terms = merged_terms(h.mapped_terms(), a, earlier.mapped_terms(), b)
+        return self.new(h.state.stream, terms, max(h.state.count, earlier.state.count))
+
+    def write_some(self, m: StepModules, name: str, step: Step, h: Handle) -> Handle:
+        """A branch that is spread over rows, or added to some of them, or stands in their place."""
+        branch, how = step.options
+        shown = self.read(h, f"{name}.up" if branch == "raw" else f"{name}.norm")
+        shape = shown.shape
+        reads_rows = how == "cat of what the rows read"
+        v = m.branch(branch, (shown[1:] if reads_rows else shown).clone())
+        if step.kind == "spread":
+            return self.extended(h, spread_term(how, v, shape))
+        term, kept = rows_term(how, v, shape)
+        before = self.mapped(h, lambda t: t * kept) if how in REPLACEMENTS else h
+        return self.extended(before, term)
 
     def write(self, m: StepModules, name: str, step: Step, h: Handle, states: list[Handle]) -> Handle:
         branch, how = step.options
@@ -150,6 +192,16 @@ class Interpreter:
         aside = self.new(h.state.stream, [*h.mapped_seen(), (-1, t)], h.state.count, extra=True)
         return self.extended(h, m.down(m.norm_2(self.read(aside, f"{name}.norm_2"))))
 
+    def positions(self, m: StepModules, name: str, h: Handle) -> Handle:
+        """A value added for one consumer: it sees one more term, once there are others; the stream has none of it."""
+        if h.state.count == 1:
+            shown = self.read(h, name) + m.carry
+        else:
+            position = m.carry.expand(h.viewed(h.state.total).shape)
+            aside = self.new(h.state.stream, [*h.mapped_seen(), (-1, position)], h.state.count, extra=True)
+            shown = self.read(aside, f"{name}.norm")
+        return self.extended(h, m.down(torch.tanh(m.up(m.norm(shown)))))
+
     # --- reading ---
 
     def read(self, h: Handle, consumer: str) -> Tensor:
@@ -167,7 +219,8 @@ class Interpreter:
         assert self.setting is not None
         sources = self.sources(state)
         query, key_weight = self.parameters[self.names[state.number]]
-        return depth_attention(sources, query, key_weight, len(sources) if self.setting.output == "sum" else 1.0)
+        gain = len(sources) if self.setting.output == "sum" else 1.0
+        return depth_attention(sources, query, key_weight, gain, self.program.dimension)
 
     def sources(self, state: State) -> list[Tensor]:
         """The terms grouped as the variant wants them: sublayers or blocks; extra terms by themselves."""

@@ -1,5 +1,6 @@
 """What the brute force holds: states as lists of terms, handles on them, and notes of a first run."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -83,13 +84,12 @@ class Notes:
         return len(self.cuts(stream)) - 1
 
     def named(self) -> dict[int, str]:
-        """Names of the reads that see more than the root; repeats of `output` numbered in state order."""
+        """Names of the reads that see more than the root; repeats numbered, stream by stream, in state order."""
         names: dict[int, str] = {}
-        outputs = 0
-        for number in sorted(self.reads):
-            read = self.reads[number]
+        seen: Counter[str] = Counter()
+        for number, read in sorted(self.reads.items(), key=lambda item: (item[1].stream, item[0])):
             if read.prefix == 1 and not read.extra:
                 continue
-            outputs += read.name == "output"
-            names[number] = f"output#{outputs}" if read.name == "output" and outputs > 1 else read.name
+            seen[read.name] += 1
+            names[number] = f"{read.name}#{seen[read.name]}" if seen[read.name] > 1 else read.name
         return names

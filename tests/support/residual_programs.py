@@ -1,98 +1,206 @@
-"""Random residual programs: a list of steps, and a plain module that executes it.
+"""Random residual programs: a list of steps (`plain_programs` executes them as the module they describe).
 
 A program has one stream or two. Steps act on a stream's current state; every consumer of a state is a
 module of its own, named after the step (`s3.norm`), so that reads can be named without looking at a graph.
+Steps that share modules name each other's reads, and are numbered.
 """
 
-import operator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 WIDTH = 6
+#: The shape of a program's input.
+SHAPE = (4, 5, WIDTH)
 
 STARTS = ("embed", "two embeddings", "input")
-BRANCHES = ("mlp", "raw", "in-place activation", "parallel", "adapter", "scaled", "narrow", "cross")
-ADDS = ("h + v", "v + h", "torch.add", "alpha", "sub", "sum", "add_", "iadd", "add_ then zero v", "h + v then double v")
+#: Branches that work in any layout, and those that take the last dimension for the features.
+BRANCHES = (
+    *("mlp", "raw", "in-place activation", "parallel", "adapter", "scaled", "narrow", "bfloat16"),
+    *("drop path", "drop path by bernoulli", "dropout"),
+)
+ROW_BRANCHES = ("cross", "recurrence")
+ADDS = (
+    *("h + v", "v + h", "torch.add", "alpha", "sub", "sum", "add_", "iadd", "add_ then zero v", "h + v then double v"),
+    *("lerp", "halves"),
+)
 IN_PLACE = ("add_", "iadd", "add_ then zero v")
 PARALLEL_ORDERS = ("(h+a)+b", "h+(a+b)", "(a+b)+h", "(b+h)+a", "a+(h+b)", "in place")
-FACTORS = ("half", "negative", "carry", "scalar", "masked_fill", "quarter on the left")
-MOVES = ("sequence first", "all but the first token", "flattened")
+FACTORS = ("half", "negative", "scalar", "quarter on the left")
+ROW_FACTORS = ("carry", "masked_fill")
+#: Movements of rows. The shapes that they make are in `moved_shape`.
+MOVES = (
+    *("sequence first", "all but the first token", "flattened", "roll", "flip", "permute and back", "cat and split"),
+    *("narrow and cat", "features in two", "unbind and stack", "float64", "float32 and back"),
+)
+CHANNEL_MOVES = ("roll time", "all but the first time", "cat of times", "transpose and back", "float32 and back")
+#: How a branch is added to the rows after the first, to the second row, or stands in the place of the first.
+TAIL_WRITES = ("cat with a sum", "cat of what the rows read", "slice_scatter", "cat of two sums")
+ROW_WRITES = ("index_add", "index_copy", "index_put", "scatter_add")
+REPLACEMENTS = ("cat in the place", "slice_scatter in the place")
+ASSIGNMENTS = ("slice added to", "slice assigned")
+SPREADS = ("mean of the tokens", "mean of all", "mean on the left")
+MERGES = ("h + e", "e + h", "halves", "lerp", "difference")
+DEAD = ("sum", "read", "reduction", "sublayer")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One instruction. kind: what it does; stream: which stream it acts on; options: how."""
+    """One instruction.
+
+    kind: what it does; stream: which stream it acts on; options: how; other: another stream, or the step that
+    remembered a state; modules: the step whose modules it uses, -1 for its own.
+    """
 
     kind: str
     stream: int = 0
     options: tuple[str, ...] = ()
     other: int = -1
+    modules: int = -1
 
     def __str__(self) -> str:
         parts = [self.kind, f"stream {self.stream}", *self.options]
-        return ", ".join(parts) + (f", other {self.other}" if self.other >= 0 else "")
+        parts += [f"other {self.other}"] if self.other >= 0 else []
+        return ", ".join(parts) + (f", modules of s{self.modules}" if self.modules >= 0 else "")
 
 
 @dataclass
 class _Sketch:
-    """What the generator must know of a stream to keep a program valid."""
+    """What the generator must know of a stream to keep a program valid.
+
+    read: whether something but sums read the stream past its root. remembered: by the step that remembered a state,
+    how many terms it had beside the root, and its shape.
+    """
 
     start: str
     terms: int = 0
+    read: bool = False
     rows_in_order: bool = True
+    shape: tuple[int, ...] = SHAPE
     reaches: set[int] = field(default_factory=set)
     root_reaches: set[int] = field(default_factory=set)
+    remembered: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
 
 @st.composite
-def programs(draw: Any) -> tuple[Step, ...]:
-    """A valid program of one stream, or of two of which the second may start on the first."""
-    count = draw(st.integers(1, 2))
+def programs(draw: Any, assignments: bool = False) -> tuple[Step, ...]:
+    """A valid program of one stream, or of two of which the second may start on the first.
+
+    assignments: whether rows may be assigned to, which a symbolic trace cannot see.
+    """
+    count = draw(st.sampled_from((1, 1, 2)))
     steps = [Step("start", 0, (draw(st.sampled_from(STARTS if count == 1 else STARTS[:2])),))]
     sketches = [_Sketch(steps[0].options[0], reaches={0})]
-    for _ in range(draw(st.integers(1, 6 if count == 1 else 3))):
-        steps.append(_step(draw, sketches, 0))
+    for _ in range(draw(st.integers(1, 7 if count == 1 else 3))):
+        steps.append(_step(draw, steps, sketches, 0, assignments))
     if count == 2:
         how = draw(st.sampled_from((*STARTS[:2], "from")))
         steps.append(Step("start", 1, (how,), 0 if how == "from" else -1))
         reached = sketches[0].reaches if how == "from" else set()
-        sketches.append(_Sketch(how, reaches={1} | reached, root_reaches=set(reached)))
+        shape = sketches[0].shape if how == "from" else SHAPE
+        sketches.append(_Sketch(how, shape=shape, reaches={1} | reached, root_reaches=set(reached)))
         for _ in range(draw(st.integers(1, 4))):
-            steps.append(_step(draw, sketches, draw(st.integers(0, 1))))
+            steps.append(_step(draw, steps, sketches, draw(st.integers(0, 1)), assignments))
     for i, sketch in enumerate(sketches):
         if sketch.terms == 0:
             steps.append(Step("write", i, ("mlp", "h + v")))
         steps.append(Step("head", i))
-    return tuple(steps)
+    return (*steps[:-1], _skipping(draw, steps[-1], sketches))
 
 
-def _step(draw: Any, sketches: list[_Sketch], stream: int) -> Step:
+@st.composite
+def channel_programs(draw: Any) -> tuple[Step, ...]:
+    """A valid program of one stream whose features are in dimension 1: [batch, WIDTH, tokens]."""
+    steps = [Step("start", 0, ("embed",)), Step("write", 0, ("mlp", "h + v"))]
+    for _ in range(draw(st.integers(1, 5))):
+        kind = draw(
+            st.sampled_from(("write", "write", "write", "factor", "move", "head", "late head", "side", "output"))
+        )
+        options = {
+            "write": lambda: _channel_write(draw),
+            "factor": lambda: (draw(st.sampled_from(FACTORS)),),
+            "move": lambda: (draw(st.sampled_from(CHANNEL_MOVES)),),
+        }
+        steps.append(Step(kind, 0, options[kind]() if kind in options else ()))
+    return (*steps, Step("head", 0))
+
+
+def _channel_write(draw: Any) -> tuple[str, ...]:
+    # Dropout that is always active beside a BatchNorm that is not in training: no mode runs that.
+    branch = draw(st.sampled_from([b for b in BRANCHES if b != "dropout"]))
+    hows = PARALLEL_ORDERS[:-1] if branch == "parallel" else [a for a in ADDS if a not in IN_PLACE]
+    return branch, draw(st.sampled_from(hows))
+
+
+def _skipping(draw: Any, head: Step, sketches: list[_Sketch]) -> Step:
+    """The last head, or one whose result is added to the program's input, around a stack that does more by itself."""
+    sketch = sketches[0]
+    may = len(sketches) == 1 and sketch.start != "input" and sketch.shape == SHAPE and sketch.terms >= 4
+    return Step("global skip", 0) if may and draw(st.booleans()) else head
+
+
+def _step(draw: Any, steps: list[Step], sketches: list[_Sketch], stream: int, assignments: bool) -> Step:
     sketch = sketches[stream]
-    kinds = ["write"] * 6 + ["flat write", "factor", "move", "head", "late head", "side"]
+    kinds = ["write"] * 8 + ["flat write", "factor", "move", "move", "head", "late head", "side", "spread", "rows"]
+    kinds += ["remember", "dead", "positions"]
     if sketch.terms >= 1:
         kinds.append("inject")
     if stream == 0:
         kinds.append("output")
+    recalled = [i for i, (terms, shape) in sketch.remembered.items() if _may_merge(sketch, terms, shape)]
+    kinds += ["recall"] * 3 if recalled else []
     kind = draw(st.sampled_from(kinds))
     if kind in ("write", "flat write"):
-        return _write(draw, sketches, stream, kind)
-    if kind == "factor":
-        return Step(kind, stream, (draw(st.sampled_from(FACTORS)),))
-    if kind == "move":
-        sketch.rows_in_order = False
-        return Step(kind, stream, (draw(st.sampled_from(MOVES)),))
-    if kind in ("inject", "side"):
+        return _write(draw, steps, sketches, stream, kind)
+    if kind == "recall":
+        which = draw(st.sampled_from(recalled))
+        sketch.terms += sketch.remembered[which][0] == 0
+        return Step(kind, stream, (draw(st.sampled_from(MERGES)),), which)
+    if kind == "remember":
+        sketch.remembered[len(steps)] = (sketch.terms, sketch.shape)
+    elif kind in ("inject", "side", "spread", "rows", "positions"):
+        sketch.read |= sketch.terms > 0 and kind != "inject"
         sketch.terms += 1
-    return Step(kind, stream)
+    return Step(kind, stream, _options(draw, kind, sketch, assignments))
 
 
-def _write(draw: Any, sketches: list[_Sketch], stream: int, kind: str) -> Step:
+def _may_merge(sketch: _Sketch, terms: int, shape: tuple[int, ...]) -> bool:
+    """Whether a stream can be merged with an earlier state: the root alone is one more term where terms were read."""
+    return shape == sketch.shape and (terms > 0 or sketch.read)
+
+
+def _options(draw: Any, kind: str, sketch: _Sketch, assignments: bool) -> tuple[str, ...]:
+    if kind == "factor":
+        return (draw(st.sampled_from((*FACTORS, *ROW_FACTORS))),)
+    if kind == "dead":
+        return (draw(st.sampled_from(DEAD)),)
+    if kind == "move":
+        name = draw(st.sampled_from([m for m in MOVES if m != "all but the first token" or sketch.shape[0] > 3]))
+        sketch.rows_in_order = False
+        sketch.shape = moved_shape(name, sketch.shape)
+        return (name,)
+    if kind == "spread":
+        return draw(st.sampled_from(("mlp", "raw"))), draw(st.sampled_from(SPREADS))
+    if kind == "rows":
+        ways = (*TAIL_WRITES, *ROW_WRITES, *REPLACEMENTS, *(ASSIGNMENTS if assignments else ()))
+        return draw(st.sampled_from(("mlp", "raw", "adapter", "drop path"))), draw(st.sampled_from(ways))
+    return ()
+
+
+def moved_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a movement of rows makes."""
+    if name == "sequence first":
+        return (shape[1], shape[0], *shape[2:]) if len(shape) > 2 else shape
+    if name == "flattened":
+        return (prod(shape[:-1]), WIDTH)
+    return (shape[0] - 1, *shape[1:]) if name == "all but the first token" else shape
+
+
+def _write(draw: Any, steps: list[Step], sketches: list[_Sketch], stream: int, kind: str) -> Step:
     sketch = sketches[stream]
-    branch = draw(st.sampled_from(BRANCHES))
+    branch = draw(st.sampled_from((*BRANCHES, *ROW_BRANCHES[: 1 if len(sketches) > 1 else 2])))
     other = -1
     if branch == "cross":
         other = _readable(sketches, stream)
@@ -102,9 +210,12 @@ def _write(draw: Any, sketches: list[_Sketch], stream: int, kind: str) -> Step:
     in_place = sketch.rows_in_order and sketch.start != "input"
     adds = [a for a in ADDS if in_place or a not in IN_PLACE]
     orders = [o for o in PARALLEL_ORDERS if in_place or o != "in place"]
+    sketch.read |= sketch.terms > 0
     sketch.terms += 1
     how = draw(st.sampled_from(orders if branch == "parallel" else adds))
-    return Step(kind, stream, (branch, how), other)
+    earlier = [i for i, s in enumerate(steps) if s.kind == "write" and s.stream == stream and s.modules < 0]
+    shared = draw(st.sampled_from((-1, -1, -1, *earlier[-2:])))
+    return Step(kind, stream, (branch, how), other, shared)
 
 
 def _readable(sketches: list[_Sketch], stream: int) -> int:
@@ -114,174 +225,3 @@ def _readable(sketches: list[_Sketch], stream: int) -> int:
         if i != stream and not started_here:
             return i
     return -1
-
-
-# --- the plain program -------------------------------------------------------------------------------
-
-
-class StepModules(nn.Module):
-    """The modules one step may use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.norm_2 = nn.LayerNorm(WIDTH)
-        self.cross = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, WIDTH)
-        self.down = nn.Linear(WIDTH, WIDTH)
-        self.other = nn.Linear(WIDTH, WIDTH)
-        self.embed = nn.Linear(WIDTH, WIDTH)
-        self.embed_2 = nn.Linear(WIDTH, WIDTH)
-        self.carry = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
-
-    def branch(self, name: str, h: Any, other: Any = None) -> Any:
-        """What a sublayer writes, from the state it reads."""
-        if name == "raw":
-            return torch.tanh(self.up(h))
-        n = self.norm(h)
-        if name == "in-place activation":
-            return self.down(torch.relu_(self.up(n)))
-        if name == "adapter":
-            y = self.up(n)
-            return y + self.down(torch.tanh(y))
-        if name == "scaled":
-            return 0.25 * self.up(n)
-        if name == "narrow":
-            return self.up(n).to(torch.float32)
-        if name == "cross":
-            return self.up(n) + self.other(self.cross(other)).reshape(-1, WIDTH).mean(0)
-        return self.down(torch.tanh(self.up(n)))
-
-
-class PlainProgram(nn.Module):
-    """A program executed straightforwardly, as the residual model it describes. x: [batch, tokens, WIDTH].
-
-    A move may flatten a state or take its first rows away, so branches work on rows alone.
-    """
-
-    def __init__(self, steps: tuple[Step, ...], seed: int) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.steps = steps
-            for i in range(len(steps)):
-                self.add_module(f"s{i}", StepModules())
-            for parameter in self.parameters():
-                nn.init.normal_(parameter, std=0.6)
-            self.double().eval()
-
-    def forward(self, x: Any) -> Any:
-        states: list[Any] = []
-        outputs: list[Any] = []
-        late: list[tuple[StepModules, Any]] = []
-        for i, step in enumerate(self.steps):
-            m = getattr(self, f"s{i}")
-            if step.kind == "start":
-                states.append(start(m, step, x, states[step.other] if step.other >= 0 else None))
-                continue
-            h = states[step.stream]
-            if step.kind == "write":
-                other = states[step.other] if step.other >= 0 else None
-                states[step.stream] = _plain_write(m, step, h, other)
-            elif step.kind == "flat write":
-                other = states[step.other] if step.other >= 0 else None
-                flat = _plain_write(m, step, h.reshape(-1, WIDTH), other)
-                states[step.stream] = flat.reshape(h.shape)
-            elif step.kind == "factor":
-                states[step.stream] = factor(m, step.options[0], h)
-            elif step.kind == "move":
-                states[step.stream] = move(step.options[0], h)
-            elif step.kind == "inject":
-                states[step.stream] = h + injected(m, x, h)
-            elif step.kind == "side":
-                t = m.up(m.norm(h))
-                states[step.stream] = h + m.down(m.norm_2(h + t))
-            elif step.kind == "head":
-                outputs.append(m.up(m.norm(h)))
-            elif step.kind == "late head":
-                late.append((m, h))
-            elif step.kind == "output":
-                outputs.append(h)
-        return (*outputs, *(m.up(m.norm(h)) for m, h in late))
-
-
-def start(m: StepModules, step: Step, x: Any, other: Any) -> Any:
-    how = step.options[0]
-    if how == "input":
-        return x
-    if how == "from":
-        return m.embed(m.norm(other))
-    return m.embed(x) + m.embed_2(x) if how == "two embeddings" else m.embed(x)
-
-
-def _plain_write(m: StepModules, step: Step, h: Any, other: Any) -> Any:
-    branch, how = step.options
-    if branch == "parallel":
-        n = m.norm(h)
-        a, b = m.up(n), torch.tanh(m.down(n))
-        if how == "in place":
-            h.add_(a)
-            return h.add_(b)
-        return {
-            "(h+a)+b": lambda: (h + a) + b,
-            "h+(a+b)": lambda: h + (a + b),
-            "(a+b)+h": lambda: (a + b) + h,
-            "(b+h)+a": lambda: (b + h) + a,
-            "a+(h+b)": lambda: a + (h + b),
-        }[how]()
-    v = m.branch(branch, h, other)
-    if how == "add_":
-        return h.add_(v)
-    if how == "iadd":
-        return operator.iadd(h, v)
-    if how == "add_ then zero v":
-        h.add_(v)
-        v.zero_()
-        return h
-    if how == "h + v then double v":
-        h = h + v
-        v.mul_(2.0)
-        return h
-    return {
-        "h + v": lambda: h + v,
-        "v + h": lambda: v + h,
-        "torch.add": lambda: torch.add(h, v),
-        "alpha": lambda: torch.add(h, v, alpha=0.5),
-        "sub": lambda: h - v,
-        "sum": lambda: sum([h, v]),
-    }[how]()
-
-
-def injected(m: StepModules, x: Any, like: Any) -> Any:
-    return m.embed(x).reshape(-1, WIDTH).mean(0) * torch.ones_like(like)
-
-
-def coefficient(how: str) -> float:
-    """What a way of adding multiplies the branch by."""
-    return {"alpha": 0.5, "sub": -1.0}.get(how, 1.0)
-
-
-def factor(m: StepModules, name: str, h: Any) -> Any:
-    if name == "half":
-        return h / 2
-    if name == "quarter on the left":
-        return 0.25 * h
-    if name == "negative":
-        return -h
-    if name == "carry":
-        return h * m.carry
-    if name == "masked_fill":
-        return h.masked_fill(m.carry < 0.8, 0.0)
-    return h * torch.sigmoid(m.embed.weight[0, 0])
-
-
-def move(name: str, h: Any) -> Any:
-    if name == "sequence first":
-        return h.transpose(0, -2)
-    if name == "flattened":
-        return h.reshape(-1, WIDTH)
-    return h[1:]
-
-
-def example() -> Tensor:
-    return torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(1)).double()

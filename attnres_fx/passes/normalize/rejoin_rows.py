@@ -15,6 +15,7 @@ they are joined, he takes them from the sum. Features (the last dimension) are j
 how rotary embeddings are written.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -79,23 +80,24 @@ class _Rejoiner:
         self.parts = Parts(graph)
 
     def run(self) -> list[str]:
-        return [name for n in self.joins if (name := n.name) and self._replace(n, self._match(n))]
+        return [name for n in self.joins if (name := n.name) and self._replace(n)]
 
-    def _replace(self, node: Node, match: _Match | None) -> bool:
-        total = None if match is None else self._rejoined(match)
+    def _replace(self, node: Node) -> bool:
+        total = next((t for m in self._matches(node) if (t := self._rejoined(m)) is not None), None)
         if total is None:
             return False
         node.replace_all_uses_with(total)
         self.graph.erase_node(node)
         return True
 
-    def _match(self, node: Node) -> _Match | None:
+    def _matches(self, node: Node) -> Iterator[_Match]:
+        """A join as pieces of each tensor that it has pieces of: what stands in a place of rows may be a piece too."""
         join = _flat(node)
         if join is None:
-            return None
+            return
         parts = [self.parts.of(p) for p in join.parts]
-        first = next((p for p in parts if p is not None), None)
-        for source in [p.source for p in first.pieces] if first is not None else ():
+        sources = dict.fromkeys(p.source for part in parts if part is not None for p in part.pieces)
+        for source in sources:
             if not same_shape(source, node) or not _same_dtype(source, node):
                 continue
             chosen = [self._piece_of(p, source, join) for p in parts]
@@ -103,8 +105,7 @@ class _Rejoiner:
             if lie_side_by_side(chosen, sizes):
                 pairs = zip(parts, chosen, strict=True)
                 sums = tuple(p.sums() if p is not None and c is not None else [] for p, c in pairs)
-                return _Match(node, join, source, tuple(chosen), sums)
-        return None
+                yield _Match(node, join, source, tuple(chosen), sums)
 
     def _piece_of(self, part: Part | None, source: Node, join: Join) -> Piece | None:
         """What a part is of a tensor, or of what takes the same view of the same tensor."""

@@ -13,6 +13,7 @@ them from the sum.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -207,12 +208,20 @@ def _is_rows_of(node: Node, write: _Write) -> bool:
     if op_name(node) not in _WRITES[name][2] or _unchanged(node.args[0]) is not _unchanged(write.whole):
         return False
     if op_name(node) in ("index_select", "gather"):
-        return tuple(node.args[1:3]) == tuple(args[1:3])
+        return node.args[1] == args[1] and _are_same(node.args[2], args[2])
     picked = node.args[1]
     picked = list(picked) if isinstance(picked, list | tuple) else [picked]
     if name == "index_put":
-        return picked == list(args[1]) if isinstance(args[1], list | tuple) else False
-    return bool(args[1] == 0 and picked == [args[2]])
+        written = list(args[1]) if isinstance(args[1], list | tuple) else []
+        return len(picked) == len(written) > 0 and all(map(_are_same, picked, written))
+    return bool(args[1] == 0 and len(picked) == 1 and _are_same(picked[0], args[2]))
+
+
+def _are_same(index: Any, other: Any) -> bool:
+    """Whether two indices are one: a tracer may take the same attribute twice."""
+    if isinstance(index, Node) and isinstance(other, Node) and index.op == other.op == "get_attr":
+        return index.target == other.target
+    return bool(index == other)
 
 
 def _is_piece_written(node: Node, write: _Write) -> bool:
