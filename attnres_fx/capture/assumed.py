@@ -52,7 +52,8 @@ class Assumed:
     Attributes:
         constants: The flat arguments that are no tensors, by their places.
         same: For each flat argument the first place that holds the same tensor; empty where it is not known.
-        gradients: Whether gradients were on, then whether each flat argument needs one; None where nothing asked.
+        gradients: Whether gradients were on (None where the graph is the same either way), then whether each flat
+            argument needs one; None where nothing asked.
         trained: Whether each parameter needs a gradient, by name; None where nothing asked.
         strides: Of each flat argument, None where it is contiguous, empty where only that was asked; None where nothing
             asked.
@@ -63,7 +64,7 @@ class Assumed:
 
     constants: Mapping[str, Any] = field(default_factory=dict)
     same: tuple[int, ...] = ()
-    gradients: tuple[bool, ...] | None = None
+    gradients: tuple[bool | None, ...] | None = None
     trained: Mapping[str, bool] | None = None
     strides: Strides | None = None
     dtype: str = ""
@@ -83,7 +84,8 @@ class Assumed:
             return
         if self.same and self.same != aliases(leaves):
             raise ArgumentError("one tensor is given as several arguments, and the graph was captured otherwise.")
-        if self.gradients is not None and not _transformed() and self.gradients != gradients_of(leaves):
+        given = zip(self.gradients or (), gradients_of(leaves), strict=self.gradients is not None)
+        if not _transformed() and any(assumed not in (None, now) for assumed, now in given):
             raise ArgumentError(
                 "the model asks which tensors need gradients or whether they are on, and the graph was captured with "
                 "others."

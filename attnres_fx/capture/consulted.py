@@ -1,9 +1,9 @@
 """What a model's code asks of a call that changes no value: whether gradients are on, and how tensors lie in memory."""
 
-import dis
+import contextlib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -14,8 +14,16 @@ from torch import nn
 from attnres_fx.capture.assumed import GlobalValue, HeldValue
 from attnres_fx.capture.watched import UNKNOWN, VALUE_GUARDS, steps_of, value_at
 
-_GRADIENTS = frozenset("requires_grad is_grad_enabled grad_fn is_leaf is_inference is_inference_mode_enabled".split())
-_CONTIGUOUS = frozenset(["is_contiguous"])
+#: What a model may ask.
+GRADIENTS, CONTIGUOUS, STRIDES = "gradients", "contiguous", "strides"
+#: Where Dynamo answers it; no documented way says that it did.
+_ANSWERS = {
+    "method_attr_requires_grad": GRADIENTS,
+    "method_attr_grad_fn": GRADIENTS,
+    "method_attr_is_leaf": GRADIENTS,
+    "method_is_contiguous": CONTIGUOUS,
+    "method_stride": STRIDES,
+}
 _TORCH = str(Path(torch.__file__).parent)
 _GLOBAL = re.compile(r"G\['__import_([^']+)'\](.*)$")
 
@@ -26,25 +34,34 @@ def traced_code() -> tuple[CodeType, ...]:
     return tuple(dict.fromkeys(told or ()))
 
 
-def asks_for_gradients(codes: Iterable[CodeType]) -> bool:
-    """Whether a model's own code asks whether gradients are needed, or on."""
-    return _names(codes, _GRADIENTS)
+@contextlib.contextmanager
+def noted_questions() -> Iterator[set[str]]:
+    """What the code that Dynamo traces meanwhile asks, torch's own code aside."""
+    asked: set[str] = set()
+    tensors, functions = (
+        getattr(torch._dynamo.variables, name, None) for name in ("TensorVariable", "TorchInGraphFunctionVariable")
+    )
 
+    def noted(original: Callable[..., Any], question: str, about: Any = None) -> Callable[..., Any]:
+        def answer(variable: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+            known = about is None or getattr(variable, "value", None) is about
+            if known and not tx.f_code.co_filename.startswith(_TORCH):
+                asked.add(question)
+            return original(variable, tx, *args, **kwargs)
 
-def asks_if_contiguous(codes: Iterable[CodeType]) -> bool:
-    """Whether a model's own code asks if a tensor is contiguous."""
-    return _names(codes, _CONTIGUOUS)
+        return answer
 
-
-def asks_for_strides(codes: Iterable[CodeType]) -> bool:
-    """Whether a model's own code asks for the strides of a tensor; those of a convolution are no method."""
-    own = [c for c in codes if "stride" in c.co_names and not c.co_filename.startswith(_TORCH)]
-    return any(i.argval == "stride" and _is_method(i) for c in own for i in dis.get_instructions(c))
-
-
-def _is_method(instruction: dis.Instruction) -> bool:
-    marked = instruction.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and bool((instruction.arg or 0) & 1)
-    return instruction.opname == "LOAD_METHOD" or marked
+    places: list[tuple[Any, str, str, Any]] = [(tensors, name, q, None) for name, q in _ANSWERS.items()]
+    places.append((functions, "call_function", GRADIENTS, torch.is_grad_enabled))
+    there = [(owner, name, q, about) for owner, name, q, about in places if name in getattr(owner, "__dict__", {})]
+    originals = [owner.__dict__[name] for owner, name, _, _ in there]
+    try:
+        for (owner, name, question, about), original in zip(there, originals, strict=True):
+            setattr(owner, name, noted(original, question, about))
+        yield asked
+    finally:
+        for (owner, name, _, _), original in zip(there, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def custom_functions(codes: Iterable[CodeType]) -> bool:
@@ -61,10 +78,6 @@ def _functions(base: Any = torch.autograd.Function) -> Iterator[Any]:
     for kind in base.__subclasses__():
         yield kind
         yield from _functions(kind)
-
-
-def _names(codes: Iterable[CodeType], names: frozenset[str]) -> bool:
-    return any(not names.isdisjoint(c.co_names) and not c.co_filename.startswith(_TORCH) for c in codes)
 
 
 def global_values(guards: Iterable[tuple[str, str]]) -> tuple[GlobalValue, ...]:

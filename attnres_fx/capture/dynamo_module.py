@@ -13,9 +13,9 @@ from attnres_fx.capture.assumed import Assumed, Strides, gradients_of, strides_o
 from attnres_fx.capture.bound_graph import bind_graph
 from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.consulted import (
-    asks_for_gradients,
-    asks_for_strides,
-    asks_if_contiguous,
+    CONTIGUOUS,
+    GRADIENTS,
+    STRIDES,
     custom_functions,
     global_values,
     held_values,
@@ -58,6 +58,8 @@ def trace_module(call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]
     model = call.model
     recording, leaves, writes, changes = _recorded(call, mode, free)
     assumed = _assumed(call, recording)
+    if assumed.gradients is not None and not call.as_called and _same_without_gradients(call, mode, free, recording):
+        assumed = replace(assumed, gradients=(None, *assumed.gradients[1:]))
     exactly = _AsCalled(
         gradients=assumed.gradients is None or not call.as_called or torch.is_grad_enabled(),
         strided=assumed.strides is not None,
@@ -100,7 +102,7 @@ class _AsCalled:
 
 def _assumed(call: ExampleCall, recording: Recording) -> Assumed:
     """What the graph takes for granted of gradients and strides, where the model's code asks for them."""
-    asked, leaves = asks_for_gradients(recording.codes), call.leaves
+    asked, leaves = GRADIENTS in recording.asked, call.leaves
     trained = trained_in(call.model)
     floating = [x.requires_grad for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     asked |= custom_functions(recording.codes) and not all((*trained.values(), *floating))
@@ -116,11 +118,24 @@ def _assumed(call: ExampleCall, recording: Recording) -> Assumed:
 _TracedCall = tuple[Recording, list[Any], list[TensorWrite], list[PythonChange]]
 
 
+def _same_without_gradients(
+    call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]], recording: Recording
+) -> bool:
+    """Whether the graph of a call is the same where gradients are off: then it is right for both."""
+    if GRADIENTS not in recording.asked:
+        return True  # a custom function computes the same
+    try:
+        other, *_ = _recorded(call, mode, free, _AsCalled(gradients=False))
+    except (DynamoRefusal, CaptureError):
+        return False
+    return str(other.gm.graph) == str(recording.gm.graph)
+
+
 def _strides_asked(leaves: Sequence[Any], recording: Recording) -> Strides | None:
     """The strides of the arguments as far as the model's code asks for them."""
-    if asks_for_strides(recording.codes):
+    if STRIDES in recording.asked:
         return strides_of(leaves)
-    return tuple(s and () for s in strides_of(leaves)) if asks_if_contiguous(recording.codes) else None
+    return tuple(s and () for s in strides_of(leaves)) if CONTIGUOUS in recording.asked else None
 
 
 def _recorded(

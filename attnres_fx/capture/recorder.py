@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from attnres_fx.capture.consulted import traced_code
+from attnres_fx.capture.consulted import noted_questions, traced_code
 from attnres_fx.capture.outside_state import OutsideState
 from attnres_fx.capture.written_objects import written_objects
 from attnres_fx.errors import AttnResError, CaptureError
@@ -53,6 +53,7 @@ class Recording:
         outside: What the objects held that Dynamo's code wrote to.
         codes: The code that was traced.
         sources: What Dynamo calls the origin of each input, in order; empty where it does not say.
+        asked: What the module asked of the call that changes no value (`consulted`).
     """
 
     module: nn.Module
@@ -65,6 +66,7 @@ class Recording:
     outside: OutsideState
     codes: tuple[types.CodeType, ...]
     sources: tuple[str, ...]
+    asked: frozenset[str]
 
 
 @dataclass
@@ -75,11 +77,6 @@ class _Recorder:
     outside: OutsideState = field(default_factory=lambda: OutsideState(()))
     codes: tuple[types.CodeType, ...] = ()
     sources: tuple[str, ...] = ()
-
-    @property
-    def told(self) -> tuple[tuple[types.CodeType, ...], tuple[str, ...]]:
-        """What the last graph was traced from: code, and the origins of inputs."""
-        return self.codes, self.sources
 
     def __call__(self, gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         self.graphs.append(gm)
@@ -118,7 +115,7 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], gr
         return [False] * len(guards)  # the code runs once, here: nothing has to be checked before it runs again
 
     call = torch.compile(_entry(), backend=recorder, fullgraph=True, dynamic=False, options={"guard_filter_fn": note})
-    with isolated_dynamo(), torch.set_grad_enabled(gradients):
+    with isolated_dynamo(), torch.set_grad_enabled(gradients), noted_questions() as asked:
         try:
             result = call(module, tuple(args), dict(kwargs))
         except AttnResError:
@@ -133,7 +130,8 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], gr
         what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."
         raise DynamoRefusal(RuntimeError(f"Dynamo traced {what}"))
     gm, inputs, outputs = recorder.graphs[0], recorder.inputs, recorder.outputs
-    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting, recorder.outside, *recorder.told)
+    told = (recorder.outside, recorder.codes, recorder.sources, frozenset(asked))
+    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting, *told)
 
 
 def _entry() -> Callable[..., Any]:

@@ -57,7 +57,7 @@ class Pair:
     def _asked(self) -> bool | None:
         """Whether gradients were on when the program was traced, where the model's code asks for it."""
         assumed = self.program.assumed.gradients
-        return None if assumed is None else assumed[0]
+        return None if assumed is None else assumed[0] is not False
 
     def compared(self, args: Any, kwargs: Any, *, gradients: bool, sizes: str = "") -> VerifyReport:
         gradients = gradients and not self.program.lost
