@@ -29,6 +29,7 @@ class CapturedGraph:
         watched: values of the model that became part of the graph.
         unkept: what a first call changes of the model's Python state and calls of the graph do not.
         lost: what of the model's backward the graph does not hold, in words.
+        flags: the `training` flags of submodules that the trace read, by path; None where that is not known.
         typed: whether the graph has dtypes and devices of the example written into it, as an exported one has.
     """
 
@@ -42,6 +43,7 @@ class CapturedGraph:
     unkept: tuple[PythonChange, ...] = ()
     lost: tuple[str, ...] = ()
     typed: bool = False
+    flags: tuple[tuple[str, bool], ...] | None = None
 
 
 @dataclass

@@ -18,7 +18,7 @@ from attnres_fx.capture.side_effects import PythonChange, TensorWrite, attribute
 from attnres_fx.capture.size_guards import size_guards
 from attnres_fx.capture.sizes import input_shapes
 from attnres_fx.capture.tensor_places import tensor_places
-from attnres_fx.capture.watched import watched_values
+from attnres_fx.capture.watched import flags_in, watched_values
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -49,8 +49,18 @@ def trace_module(call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]
     guards, ranges = size_guards(values, names)
     shapes = input_shapes(bound.gm)
     own = {(w.module, w.name) for w in writes} | {(c.module, c.name) for c in changes}
-    watched = tuple(v for v in watched_values(clone, recording.watched) if (v.module, str(v.steps[0])) not in own)
-    return CapturedGraph(bound.gm, bound.out_spec, shapes, ranges, guards, bound.writes, watched, tuple(changes))
+    found = watched_values(clone, recording.watched)
+    return CapturedGraph(
+        bound.gm,
+        bound.out_spec,
+        shapes,
+        ranges,
+        guards,
+        bound.writes,
+        tuple(v for v in found if (v.module, v.name) not in own),
+        tuple(changes),
+        flags=flags_in(recording.module, recording.watched),
+    )
 
 
 def _recorded(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from attnres_fx.capture.guard_places import Guarded, guarded
 from attnres_fx.errors import AttnResError
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -45,7 +46,7 @@ class Recording:
         inputs: What its placeholders were given, in order.
         outputs: The stand-ins it returned, in order.
         result: The module's output, built from the stand-ins.
-        watched: What Dynamo took for granted: the source of each value as Dynamo writes it, and the kind of guard.
+        watched: What Dynamo took for granted.
         lasting: The source of each tensor that was there before the call, by its id.
     """
 
@@ -54,7 +55,7 @@ class Recording:
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     result: Any
-    watched: tuple[tuple[str, str], ...]
+    watched: tuple[Guarded, ...]
     lasting: dict[int, str]
 
 
@@ -88,11 +89,11 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         DynamoRefusal: Dynamo, or the module's own code, raised; or there is not one graph.
     """
     recorder = _Recorder()
-    watched: list[tuple[str, str]] = []
+    watched: list[Guarded] = []
     lasting: dict[int, str] = {}
 
     def note(guards: Sequence[Any]) -> list[bool]:
-        watched.extend((str(g.name), str(g.guard_type)) for g in guards)
+        watched.extend(map(guarded, guards))
         lasting.update({id(g.value): str(g.name) for g in guards if g.has_value and isinstance(g.value, Tensor)})
         return [False] * len(guards)  # the code runs once, here: nothing has to be checked before it runs again
 
@@ -108,7 +109,7 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."
         raise DynamoRefusal(RuntimeError(f"Dynamo traced {what}"))
     gm, inputs, outputs = recorder.graphs[0], recorder.inputs, recorder.outputs
-    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting)
+    return Recording(module, gm, inputs, outputs, result, tuple(dict.fromkeys(watched)), lasting)
 
 
 def _entry() -> Callable[..., Any]:

@@ -39,12 +39,18 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     conversion: Conversion = model._attnres_conversion
     mode: Mode = model.mode
     if torch.compiler.is_compiling():
-        compiled = conversion.programs.get(mode)
-        if compiled is None:
-            raise ModeError(
-                f"the {mode} program is not captured yet: call model.{mode}() outside the compiled function."
-            )
+        compiled = _compiled_program(model, mode)
         return compiled, flat_arguments(compiled, args, kwargs)
+    found: tuple[CapturedProgram, list[Any]] = _eager_program_for(model, args, kwargs)
+    return found
+
+
+@torch.compiler.disable  # a compiled function that breaks off here gets what a capture finds, and does not trace it
+def _eager_program_for(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[CapturedProgram, list[Any]]:
+    conversion: Conversion = model._attnres_conversion
+    mode: Mode = model.mode
     first: CapturedProgram = model.program_of(mode)
     if conversion.edits is not None:
         conversion.edits.check(model)
@@ -55,7 +61,11 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         first = _captured_for_placement(model, mode, args, kwargs)
     errors: list[ArgumentError] = []
     autocast = current_autocast()
+    submodule = conversion.edits.modules.__getitem__ if conversion.edits is not None else model.get_submodule
     for program in (first, *conversion.further.get(mode, ())):
+        if other := program.other_flag(submodule):
+            errors.append(ArgumentError(f"{other}."))
+            continue
         if program.autocast not in (None, autocast):
             errors.append(ArgumentError("the call is made under another autocast than the captured ones."))
             continue
@@ -67,6 +77,22 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             errors.append(error)
     further = _further_program(model, mode, args, kwargs, errors[0])
     return further, flat_arguments(further, args, kwargs)
+
+
+def _compiled_program(model: Any, mode: Mode) -> CapturedProgram:
+    """The program that a compiled function runs: the first that was captured in the mode with the flags of now."""
+    conversion: Conversion = model._attnres_conversion
+    first: CapturedProgram | None = conversion.programs.get(mode)
+    if first is None:
+        raise ModeError(f"the {mode} program is not captured yet: call model.{mode}() outside the compiled function.")
+    for program in (first, *conversion.further.get(mode, ())):
+        if not program.other_flag(model.get_submodule):
+            chosen: CapturedProgram = program
+            return chosen
+    raise ModeError(
+        f"{first.other_flag(model.get_submodule)}: call the model once outside the compiled function, which captures "
+        f"it with these flags."
+    )
 
 
 def _further_program(

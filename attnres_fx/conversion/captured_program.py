@@ -1,7 +1,7 @@
 """A captured mode's program, and the arguments of a call as its flat inputs."""
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class CapturedProgram(Program):
         signature: The arguments of a call.
         in_spec: Pytree of (args, kwargs), None where the graph takes them as they are.
         lost: What of the original's backward the graph does not hold; such a program runs without gradients.
+        flags: The `training` flags of submodules that the graph holds, by path.
         autocast: The autocast that the graph was traced under, None where it means the same under any.
     """
 
@@ -48,7 +49,19 @@ class CapturedProgram(Program):
     signature: CallSignature
     in_spec: Any
     lost: tuple[str, ...]
+    flags: tuple[tuple[str, bool], ...]
     autocast: Autocast | None
+
+    def other_flag(self, submodule: Callable[[str], nn.Module]) -> str:
+        """The first `training` flag of a tree that is not the one in the graph, in words; empty where all are.
+
+        Args:
+            submodule: The module of the tree at a path.
+        """
+        for path, flag in self.flags:
+            if submodule(path).training is not flag:
+                return f"{path}.training is {not flag}, and was {flag} when the graph was captured"
+        return ""
 
 
 def current_autocast() -> Autocast:

@@ -1,14 +1,16 @@
 """What a converted model holds beside the original's modules: its programs, and how they are called."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from attnres_fx.capture.captured import Captured
+from attnres_fx.capture.held_values import Library
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.watched import WatchedValue
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.report import ConversionReport
@@ -88,10 +90,21 @@ class Conversion:
             root: The converted model.
             original: What it was converted from, where that shares its weights.
         """
-        self.edits = EditGuard(root, ADDED, original)
+        self.edits = EditGuard(root, ADDED, original, self.base)
         for programs in (self.programs.values(), *self.further.values()):
             for program in programs:
-                self.edits.watch(root, program.watched)
+                self.edits.watch(root, program.watched if original is not None else self._as_now(root, program))
+
+    def _as_now(self, root: nn.Module, program: CapturedProgram) -> tuple[WatchedValue, ...]:
+        """What a program holds of a tree, told by the objects of a copy of the tree."""
+        found = []
+        for value in program.watched:
+            module = root.get_submodule(value.module)
+            now = value.now(module, self.base if module is root else None)
+            found.append(
+                value if value.aspect == "submodule" or isinstance(now, Library) else replace(value, value=now)
+            )
+        return tuple(found)
 
     def add(self, modes: Sequence[Mode], program: CapturedProgram) -> None:
         """One more program: the first of a mode, or for another kind of call than those before it."""

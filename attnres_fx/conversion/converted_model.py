@@ -145,6 +145,7 @@ class ConvertedModel(GraphRunner):
             signature,
             in_spec,
             captured.lost,
+            captured.flags or (),
             None if captured.typed or self._attnres_conversion.base is None else current_autocast(),
         )
 
@@ -256,6 +257,7 @@ class ConvertedModel(GraphRunner):
             program.watched,
             lost=program.lost,
             typed=self.typed,
+            flags=program.flags,
         )
 
     def save(self, path: Any) -> None:

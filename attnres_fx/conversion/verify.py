@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.conversion.calls import program_for
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.comparison import VerifyReport
 from attnres_fx.conversion.converted_model import ConvertedModel
@@ -49,8 +50,9 @@ def verify(
             f"verify takes an original and what convert made of it; the second is a {type(converted).__name__}. The "
             f"original of an attached model is what `with attnres_fx.plain(model) as original:` gives."
         )
-    pair = Pair(model, converted, converted.mode, converted.program_of(converted.mode))
-    return pair.compared(tuple(args), dict(kwargs or {}), gradients=True)
+    args, kwargs = tuple(args), dict(kwargs or {})
+    program, _ = program_for(converted, args, kwargs)
+    return Pair(model, converted, converted.mode, program).compared(args, kwargs, gradients=True)
 
 
 def require_known(check: Check) -> None:
