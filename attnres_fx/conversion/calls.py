@@ -12,6 +12,7 @@ from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.captured_program import CapturedProgram, bar_ones, current_autocast, flat_arguments
 from attnres_fx.conversion.conversion import MOST_PROGRAMS, Conversion
 from attnres_fx.errors import ArgumentError, ModeError
+from attnres_fx.ops.dispatch import is_traced
 
 _NO_PYTHON = (
     "This model was made from a graph or a file, and runs only the kinds of calls that it was captured with. What "
@@ -38,7 +39,7 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     conversion: Conversion = model._attnres_conversion
     mode: Mode = model.mode
-    if torch.compiler.is_compiling():
+    if is_traced():
         compiled = _compiled_program(model, mode)
         return compiled, flat_arguments(compiled, args, kwargs)
     found: tuple[CapturedProgram, list[Any]] = _eager_program_for(model, args, kwargs)

@@ -15,6 +15,7 @@ from attnres_fx.capture.sizes import Guards
 from attnres_fx.capture.watched import WatchedValue
 from attnres_fx.conversion.graph_runner import Program
 from attnres_fx.errors import ArgumentError
+from attnres_fx.ops.dispatch import is_traced
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
 Autocast = tuple[tuple[str, torch.dtype | None], ...]
@@ -106,7 +107,7 @@ def flat_arguments(program: CapturedProgram, args: tuple[Any, ...], kwargs: Mapp
 
 
 def _check_guards(guards: Guards, leaves: list[Any]) -> None:
-    if torch.compiler.is_compiling():  # guards of the tracer then, and its own words
+    if is_traced():  # guards of the tracer then, and its own words
         guards(*leaves)
         return
     try:
