@@ -18,6 +18,7 @@ from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.free_sizes import free_dimensions
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.capture.quiet import quiet_tracer
 from attnres_fx.capture.recorder import CAPTURE_LOCK, functorch_depth, restore_functorch
 from attnres_fx.errors import AttnResError, CaptureError
 
@@ -62,7 +63,7 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
     set_mode_(clone, mode)
     args, kwargs = pytree.tree_map(lambda x: x.contiguous() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
     depth = functorch_depth()
-    with CAPTURE_LOCK, fast_path_off(), lost_by_export() as lost, warnings.catch_warnings():
+    with CAPTURE_LOCK, quiet_tracer(), fast_path_off(), lost_by_export() as lost, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)

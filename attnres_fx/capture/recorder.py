@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from attnres_fx.capture.guard_places import Guarded, guarded
+from attnres_fx.capture.quiet import quiet_tracer
 from attnres_fx.errors import AttnResError
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -129,6 +130,8 @@ def _stand_in(node: Any) -> Any:
     value = value_of(node)
     if isinstance(value, Tensor):
         sizes = [s if isinstance(s, int) else s.node.hint for s in value.shape]
+        if None in sizes:
+            raise RuntimeError(f"the size of an output ({', '.join(map(str, value.shape))}) depends on the data")
         made = torch.empty(sizes, dtype=value.dtype, device="meta")
         return made.requires_grad_(value.requires_grad) if made.is_floating_point() or made.is_complex() else made
     return _Size(value.node.hint) if isinstance(value, torch.SymInt) else value
@@ -144,6 +147,7 @@ def isolated_dynamo() -> Iterator[None]:
     level = functorch_depth()
     with (
         CAPTURE_LOCK,
+        quiet_tracer(),
         torch.inference_mode(mode=False),
         torch.compiler.set_stance("default"),
         torch._dynamo.config.patch(suppress_errors=False, disable=False),

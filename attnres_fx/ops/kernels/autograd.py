@@ -102,12 +102,7 @@ def as_rows(value: Tensor) -> Tensor:
     rows = value.reshape(-1, value.shape[-1])
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         rows = rows.contiguous()
-    if (
-        not is_traced()
-        and type(value) is Tensor
-        and rows.numel()
-        and rows.data_ptr() != value.data_ptr()
-    ):
+    if not is_traced() and type(value) is Tensor and rows.numel() and rows.data_ptr() != value.data_ptr():
         _say_copied(tuple(value.shape), tuple(value.stride()))
     return rows
 
