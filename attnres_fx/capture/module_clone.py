@@ -5,6 +5,8 @@ import types
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
+from torch.nn.utils import parametrize
 
 _STORES = ("_parameters", "_buffers", "_modules")
 _DEEPEST = 4  # containers inside containers; deeper ones are shared with the original
@@ -35,7 +37,7 @@ def clone_tree(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Module]]:
 def _clone(module: nn.Module, clones: dict[int, nn.Module]) -> nn.Module:
     if id(module) in clones:
         return clones[id(module)]
-    clone: nn.Module = object.__new__(module.__class__)  # a GraphModule's own __new__ makes a class without code
+    clone: nn.Module = object.__new__(_class_for(module))  # a GraphModule's own __new__ makes a class without code
     clones[id(module)] = clone
     attributes = dict(module.__dict__)
     attributes["_parameters"] = type(module._parameters)(module._parameters)
@@ -45,6 +47,17 @@ def _clone(module: nn.Module, clones: dict[int, nn.Module]) -> nn.Module:
     for name, child in module._modules.items():
         clone._modules[name] = None if child is None else _clone(child, clones)
     return clone
+
+
+def _class_for(module: nn.Module) -> type[nn.Module]:
+    """The class of a module's clone: a copy of it where PyTorch made it for this one module and edits it in place."""
+    kind = type(module)
+    if isinstance(module, GraphModule):  # `recompile` sets its forward, and keeps the way there where it has one
+        held = {name: vars(kind)[name] for name in ("__module__", "_wrapped_call") if name in vars(kind)}
+        return type(kind.__name__, (kind,), held)
+    if parametrize.is_parametrized(module) and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
+        return type(kind.__name__, kind.__bases__, dict(kind.__dict__))  # its properties are the parametrized tensors
+    return kind
 
 
 def _followed(value: Any, clones: dict[int, nn.Module], depth: int) -> Any:
