@@ -10,7 +10,8 @@ from torch import nn
 
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.captured_program import CapturedProgram, bar_ones, current_autocast, flat_arguments
-from attnres_fx.conversion.conversion import MOST_PROGRAMS, Conversion
+from attnres_fx.conversion.conversion import Conversion
+from attnres_fx.conversion.kept_programs import keep, note_use
 from attnres_fx.errors import ArgumentError, ModeError
 from attnres_fx.ops.dispatch import is_traced
 
@@ -73,7 +74,9 @@ def _eager_program_for(
         try:
             if conversion.recapture is not None:
                 program.signature.require_all_but_defaults(args, kwargs)
-            return program, flat_arguments(program, args, kwargs)
+            inputs = flat_arguments(program, args, kwargs)
+            note_use(conversion, mode, program)
+            return program, inputs
         except ArgumentError as error:
             errors.append(error)
     further = _further_program(model, mode, args, kwargs, errors[0])
@@ -105,20 +108,12 @@ def _further_program(
         raise ArgumentError(f"{why} {_NO_PYTHON}") from why
     if not _accepts(model, args, kwargs):
         raise why
-    further = conversion.further.setdefault(mode, [])
-    if len(further) + 1 >= MOST_PROGRAMS:
-        raise ArgumentError(
-            f"{why} {MOST_PROGRAMS} kinds of calls were captured in {mode} mode already, which is the most: "
-            f"ax.compile(model) takes any number."
-        ) from why
     log.info("%s: a call of another kind is captured in %s mode: %s", conversion.report.model, mode, why)
     try:
         program = _recaptured(model, model.original(), mode, args, kwargs)
     except ArgumentError as error:
         raise ArgumentError(f"{why} {error}") from error
-    further.append(program)
-    if conversion.edits is not None:
-        conversion.edits.watch(model, program.watched)
+    keep(model, mode, program)
     return program
 
 

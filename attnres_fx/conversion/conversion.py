@@ -24,9 +24,6 @@ CONSTANTS = "_captured"
 #: The children that a conversion adds.
 ADDED = ("attnres", CONSTANTS)
 
-#: Programs a mode may have: each further kind of call is captured once.
-MOST_PROGRAMS = 8
-
 #: Captures a call: (converted model, module to capture, mode, args, kwargs) -> the capture, and its reads.
 Recapture = Callable[
     [Any, nn.Module, Mode, tuple[Any, ...], Mapping[str, Any]], tuple[Captured, tuple[Replacement, ...]]
@@ -105,6 +102,12 @@ class Conversion:
                 value if value.aspect == "submodule" or isinstance(now, Library) else replace(value, value=now)
             )
         return tuple(found)
+
+    def watch_anew(self, root: nn.Module) -> None:
+        """From now on compare the converted model's tree with what the programs that are left hold of it."""
+        if self.edits is not None:
+            programs = [*self.programs.values(), *(p for further in self.further.values() for p in further)]
+            self.edits.watch_only(root, [v for p in programs for v in self._as_now(root, p)])
 
     def add(self, modes: Sequence[Mode], program: CapturedProgram) -> None:
         """One more program: the first of a mode, or for another kind of call than those before it."""

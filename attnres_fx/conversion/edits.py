@@ -72,6 +72,11 @@ class EditGuard:
         self.values.add(root, values)
         self._watch_original(values)
 
+    def watch_only(self, root: nn.Module, values: Iterable[WatchedValue]) -> None:
+        """Compare these values of this tree, and no others."""
+        self.values = WatchList(self.values.base)
+        self.values.add(root, values)
+
     def check(self, root: nn.Module) -> None:
         """Compare.
 
