@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnres_fx.capture.watched import value_at
+from attnres_fx.capture.held_values import same, value_at
 from attnres_fx.errors import ArgumentError
+from attnres_fx.ops.dispatch import is_traced
 
 Strides = tuple[tuple[int, ...] | None, ...]
 
@@ -80,7 +81,7 @@ class Assumed:
                     f"{_name(names(), int(place))} is {_shown(value)}; the model was captured with {_shown(captured)}, "
                     f"which is part of its graph."
                 )
-        if torch.compiler.is_compiling():
+        if is_traced():
             return
         if self.same and self.same != aliases(leaves):
             raise ArgumentError("one tensor is given as several arguments, and the graph was captured otherwise.")
@@ -101,13 +102,13 @@ class Assumed:
             raise ArgumentError(f"the default dtype is {torch.get_default_dtype()} and was {self.dtype}.")
         for held in self.globals:
             now = value_at(sys.modules.get(held.module), held.steps)
-            if now != held.value:
+            if not same(now, held.value):
                 place = ".".join(map(str, (held.module, *held.steps)))
                 raise ArgumentError(f"{place} is {now!r} and was {held.value!r} when the graph was captured.")
 
         for value in self.held:
             now = value_at(value.holder, (value.name,))
-            if now != value.value:
+            if not same(now, value.value):
                 raise ArgumentError(
                     f"{getattr(value.holder, '__name__', 'a closure')}.{value.name} is {now!r} and was "
                     f"{value.value!r} when the graph was captured."

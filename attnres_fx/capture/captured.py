@@ -30,6 +30,7 @@ class CapturedGraph:
         watched: values of the model that became part of the graph.
         unkept: what a first call changes of the model's Python state and calls of the graph do not.
         lost: what of the model's backward the graph does not hold, in words.
+        flags: the `training` flags of submodules that the trace read, by path; None where that is not known.
         typed: whether the graph has dtypes and devices of the example written into it, as an exported one has.
         assumed: what holds of the calls that the graph is right for.
     """
@@ -45,6 +46,7 @@ class CapturedGraph:
     lost: tuple[str, ...] = ()
     typed: bool = False
     assumed: Assumed = field(default_factory=Assumed)
+    flags: tuple[tuple[str, bool], ...] | None = None
 
 
 @dataclass

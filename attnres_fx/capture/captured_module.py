@@ -16,7 +16,7 @@ from attnres_fx.capture.dynamo_module import trace_module
 from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.exported_module import export_module
 from attnres_fx.capture.free_sizes import free_dimensions, marked_dimensions
-from attnres_fx.capture.isolated_run import Mode, run_untouched
+from attnres_fx.capture.isolated_run import Mode, run_untouched, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import DynamoRefusal
 from attnres_fx.capture.root_hooks import hook_state, without_hooks
@@ -134,6 +134,7 @@ def _captured(call: ExampleCall, mode: Mode, notes: list[str]) -> CapturedGraph:
         graph = _traced(call.to_trace(), mode, notes)
     except DynamoRefusal as error:
         graph = export_module(call, mode, notes, error.reason)
+        graph.flags = _flags(call.model, mode)
         notes.append(
             f"captured by torch.export, because Dynamo refuses the model ({_first_line(error)}): such a graph holds "
             f"the values of a call and its derivatives by the chain rule, and no custom backward, hook or checkpoint"
@@ -144,6 +145,13 @@ def _captured(call: ExampleCall, mode: Mode, notes: list[str]) -> CapturedGraph:
         listed = ", ".join(dict.fromkeys(str(c).split(":")[0] for c in graph.unkept))
         notes.append(f"{listed}: a first call sets it once; the graph makes what depends on it at every call")
     return graph
+
+
+def _flags(model: nn.Module, mode: Mode) -> tuple[tuple[str, bool], ...]:
+    """Every submodule's `training` flag in a mode: an export does not say which ones it read."""
+    clone, _ = clone_tree(model)
+    set_mode_(clone, mode)
+    return tuple((path, module.training) for path, module in clone.named_modules() if path)
 
 
 def _traced(call: ExampleCall, mode: Mode, notes: list[str]) -> CapturedGraph:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from attnres_fx.capture.assumed import GlobalValue, HeldValue
-from attnres_fx.capture.watched import UNKNOWN, VALUE_GUARDS, steps_of, value_at
+from attnres_fx.capture.guard_places import Guarded, steps_of
+from attnres_fx.capture.held_values import UNKNOWN, value_at
 
 #: What a model may ask.
 GRADIENTS, CONTIGUOUS, STRIDES = "gradients", "contiguous", "strides"
@@ -24,6 +25,8 @@ _ANSWERS = {
     "method_is_contiguous": CONTIGUOUS,
     "method_stride": STRIDES,
 }
+#: Kinds of guards that say that a plain value became part of a graph.
+_VALUE_GUARDS = ("CONSTANT_MATCH", "EQUALS_MATCH", "SEQUENCE_LENGTH", "DICT_LENGTH", "BOOL_MATCH", "NONE_MATCH")
 _TORCH = str(Path(torch.__file__).parent)
 _GLOBAL = re.compile(r"G\['__import_([^']+)'\](.*)$")
 
@@ -80,16 +83,16 @@ def _functions(base: Any = torch.autograd.Function) -> Iterator[Any]:
         yield from _functions(kind)
 
 
-def global_values(guards: Iterable[tuple[str, str]]) -> tuple[GlobalValue, ...]:
+def global_values(guards: Iterable[Guarded]) -> tuple[GlobalValue, ...]:
     """The plain values of Python modules, torch's own aside, that a trace took for granted.
 
     Args:
-        guards: Source and kind of each guard, as Dynamo writes them.
+        guards: As they were recorded.
     """
     found: dict[tuple[str, tuple[Any, ...]], GlobalValue] = {}
-    for source, kind in guards:
-        match = _GLOBAL.match(source)
-        if match is None or kind not in VALUE_GUARDS:
+    for guard in guards:
+        match = _GLOBAL.match(guard.source)
+        if match is None or guard.kind not in _VALUE_GUARDS:
             continue
         module, steps = match.group(1).replace("_dot_", "."), steps_of(match.group(2))
         if not steps or module.split(".")[0] == "torch" or "torch" in steps:
@@ -100,17 +103,21 @@ def global_values(guards: Iterable[tuple[str, str]]) -> tuple[GlobalValue, ...]:
     return tuple(found.values())
 
 
-def held_values(root: nn.Module, guards: Iterable[tuple[str, str]]) -> tuple[HeldValue, ...]:
+def values_of_classes(root: nn.Module, guards: Iterable[Guarded]) -> tuple[HeldValue, ...]:
     """The plain values of classes and closures, torch's own aside, that a trace took for granted.
 
     Args:
         root: The traced tree.
-        guards: Source and kind of each guard, as Dynamo writes them; the root is `module`.
+        guards: As they were recorded.
     """
     found: dict[tuple[int, str], HeldValue] = {}
-    for source, kind in guards:
-        before, _, name = source.rpartition(".")
-        if kind not in VALUE_GUARDS or not name.isidentifier() or not ("type(" in before or "__closure__" in before):
+    for guard in guards:
+        before, _, name = guard.source.rpartition(".")
+        if (
+            guard.kind not in _VALUE_GUARDS
+            or not name.isidentifier()
+            or not ("type(" in before or "__closure__" in before)
+        ):
             continue
         try:
             holder = eval(before, {"module": root})  # an expression that Dynamo wrote

@@ -18,10 +18,11 @@ from attnres_fx.capture.consulted import (
     STRIDES,
     custom_functions,
     global_values,
-    held_values,
+    values_of_classes,
 )
 from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.first_call import same_path
+from attnres_fx.capture.guard_places import Guarded
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.recorder import DynamoRefusal, Recording, record
@@ -37,7 +38,7 @@ from attnres_fx.capture.signature import parameters_of_call
 from attnres_fx.capture.size_guards import size_guards
 from attnres_fx.capture.sizes import input_shapes
 from attnres_fx.capture.tensor_places import tensor_places
-from attnres_fx.capture.watched import numpy_source, watched_values
+from attnres_fx.capture.watched import flags_in, numpy_source, watched_values
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -76,14 +77,15 @@ def trace_module(call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]
     values = [value_of(n) for n in bound.gm.graph.nodes if n.op == "placeholder"]
     guards, ranges = size_guards(values, names)
     shapes = input_shapes(bound.gm)
-    arrays = [(numpy_source(s), "CONSTANT_MATCH") for s in recording.sources if numpy_source(s)]
+    arrays = [Guarded(numpy_source(s), "CONSTANT_MATCH") for s in recording.sources if numpy_source(s)]
     own = {(w.module, w.name) for w in writes} | {(c.module, c.name) for c in changes}
     held = watched_values(clone, [*recording.watched, *arrays])
-    watched = tuple(v for v in held if (v.module, str(v.steps[0])) not in own)
+    watched = tuple(v for v in held if (v.module, v.name) not in own)
     graph = CapturedGraph(bound.gm, bound.out_spec, shapes, ranges, guards, bound.writes, watched, tuple(changes))
     graph.assumed = replace(
-        assumed, globals=global_values(recording.watched), held=held_values(clone, recording.watched)
+        assumed, globals=global_values(recording.watched), held=values_of_classes(clone, recording.watched)
     )
+    graph.flags = flags_in(recording.module, recording.watched)
     return graph
 
 

@@ -22,6 +22,7 @@ from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.free_sizes import free_dimensions
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.capture.quiet import quiet_tracer
 from attnres_fx.capture.reachable_objects import left_as_it_was
 from attnres_fx.capture.recorder import CAPTURE_LOCK, functorch_depth, restore_functorch
 from attnres_fx.capture.side_effects import python_state_message
@@ -76,6 +77,7 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
     depth = functorch_depth()
     with (
         CAPTURE_LOCK,
+        quiet_tracer(),
         fast_path_off(),
         lost_by_export() as lost,
         warnings.catch_warnings(),

@@ -7,9 +7,14 @@ from typing import Any
 
 from torch import nn
 from torch._dynamo import OptimizedModule
+from torch.fx import GraphModule
 from torch.nn.modules.module import _WrappedHook
+from torch.nn.utils import parametrize
+
+from attnres_fx.capture.held_values import Library
 
 _STORES = ("_parameters", "_buffers", "_modules")
+_PARTIALS = (functools.partial, Library)
 _DEEPEST = 6  # containers inside containers; deeper ones are shared with the original
 
 
@@ -46,7 +51,7 @@ def uncompiled(model: Any) -> Any:
 def _clone(module: nn.Module, clones: dict[int, nn.Module]) -> nn.Module:
     if id(module) in clones:
         return clones[id(module)]
-    clone: nn.Module = object.__new__(module.__class__)  # a GraphModule's own __new__ makes a class without code
+    clone: nn.Module = object.__new__(_class_for(module))  # a GraphModule's own __new__ makes a class without code
     clones[id(module)] = clone
     attributes = {n: v for n, v in module.__dict__.items() if n != "_compiled_call_impl"}
     attributes["_parameters"] = type(module._parameters)(module._parameters)
@@ -56,6 +61,17 @@ def _clone(module: nn.Module, clones: dict[int, nn.Module]) -> nn.Module:
     for name, child in module._modules.items():
         clone._modules[name] = None if child is None else _clone(child, clones)
     return clone
+
+
+def _class_for(module: nn.Module) -> type[nn.Module]:
+    """The class of a module's clone: a copy of it where PyTorch made it for this one module and edits it in place."""
+    kind = type(module)
+    if isinstance(module, GraphModule):  # `recompile` sets its forward, and keeps the way there where it has one
+        held = {name: vars(kind)[name] for name in ("__module__", "_wrapped_call") if name in vars(kind)}
+        return type(kind.__name__, (kind,), held)
+    if parametrize.is_parametrized(module) and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
+        return type(kind.__name__, kind.__bases__, dict(kind.__dict__))  # its properties are the parametrized tensors
+    return kind
 
 
 def followed(value: Any, clones: dict[int, nn.Module]) -> Any:
@@ -100,9 +116,9 @@ def _followed_callable(value: Any, follow: Callable[[Any], Any]) -> Any:
         made.__defaults__, made.__kwdefaults__ = follow(value.__defaults__), follow(value.__kwdefaults__)
         made.__dict__.update({n: follow(v) for n, v in value.__dict__.items()})
         return made
-    if kind is functools.partial:
+    if kind in _PARTIALS:
         keywords = {k: follow(v) for k, v in value.keywords.items()}
-        made = functools.partial(follow(value.func), *map(follow, value.args), **keywords)
+        made = kind(follow(value.func), *map(follow, value.args), **keywords)
         made.__dict__.update({n: follow(v) for n, v in value.__dict__.items()})
         return made
     if kind is _WrappedHook:
@@ -139,7 +155,7 @@ def _parts(value: Any) -> Iterable[Any]:
         cells = [c.cell_contents for c in value.__closure__ or () if _filled(c)]
         used = _bound_globals(value).values()
         return (*cells, *used, value.__defaults__, value.__kwdefaults__, *value.__dict__.values())
-    if kind is functools.partial:
+    if kind in _PARTIALS:
         return (value.func, *value.args, *value.keywords.values(), *value.__dict__.values())
     if kind is _WrappedHook:
         return (value.hook, value.module() if value.with_module else None)

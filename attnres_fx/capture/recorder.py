@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from attnres_fx.capture.consulted import noted_questions, traced_code
+from attnres_fx.capture.guard_places import Guarded, guarded
 from attnres_fx.capture.outside_state import OutsideState
+from attnres_fx.capture.quiet import quiet_tracer
 from attnres_fx.capture.written_objects import written_objects
 from attnres_fx.errors import AttnResError, CaptureError
 from attnres_fx.passes.graph.nodes import describe, value_of
@@ -48,7 +50,7 @@ class Recording:
         inputs: What its placeholders were given, in order.
         outputs: The stand-ins it returned, in order.
         result: The module's output, built from the stand-ins.
-        watched: What Dynamo took for granted: the source of each value as Dynamo writes it, and the kind of guard.
+        watched: What Dynamo took for granted.
         lasting: The source of each tensor that was there before the call, by its id.
         outside: What the objects held that Dynamo's code wrote to.
         codes: The code that was traced.
@@ -61,7 +63,7 @@ class Recording:
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     result: Any
-    watched: tuple[tuple[str, str], ...]
+    watched: tuple[Guarded, ...]
     lasting: dict[int, str]
     outside: OutsideState
     codes: tuple[types.CodeType, ...]
@@ -106,11 +108,11 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], gr
         DynamoRefusal: Dynamo, or the module's own code, raised; or there is not one graph.
     """
     recorder = _Recorder()
-    watched: list[tuple[str, str]] = []
+    watched: list[Guarded] = []
     lasting: dict[int, str] = {}
 
     def note(guards: Sequence[Any]) -> list[bool]:
-        watched.extend((str(g.name), str(g.guard_type)) for g in guards)
+        watched.extend(map(guarded, guards))
         lasting.update({id(g.value): str(g.name) for g in guards if g.has_value and isinstance(g.value, Tensor)})
         return [False] * len(guards)  # the code runs once, here: nothing has to be checked before it runs again
 
@@ -130,8 +132,9 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], gr
         what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."
         raise DynamoRefusal(RuntimeError(f"Dynamo traced {what}"))
     gm, inputs, outputs = recorder.graphs[0], recorder.inputs, recorder.outputs
+    noted = tuple(dict.fromkeys(watched))
     told = (recorder.outside, recorder.codes, recorder.sources, frozenset(asked))
-    return Recording(module, gm, inputs, outputs, result, tuple(watched), lasting, *told)
+    return Recording(module, gm, inputs, outputs, result, noted, lasting, *told)
 
 
 def _entry() -> Callable[..., Any]:
@@ -158,6 +161,8 @@ def _stand_in(node: Any) -> Any:
         raise CaptureError(_number_from_data(describe(node)))
     if isinstance(value, Tensor):
         sizes = [s if isinstance(s, int) else s.node.hint for s in value.shape]
+        if None in sizes:
+            raise RuntimeError(f"the size of an output ({', '.join(map(str, value.shape))}) depends on the data")
         made = torch.empty(sizes, dtype=value.dtype, device="meta")
         return made.requires_grad_(value.requires_grad) if made.is_floating_point() or made.is_complex() else made
     return _Size(value.node.hint) if isinstance(value, torch.SymInt) else value
@@ -180,6 +185,7 @@ def isolated_dynamo() -> Iterator[None]:
     level = functorch_depth()
     with (
         CAPTURE_LOCK,
+        quiet_tracer(),
         torch.inference_mode(mode=False),
         torch.compiler.set_stance("default"),
         torch._dynamo.config.patch(suppress_errors=False, disable=False),

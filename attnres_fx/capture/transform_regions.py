@@ -8,10 +8,10 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.capture.recorder import functorch_depth, restore_functorch
+from attnres_fx.ops.dispatch import is_traced
 from attnres_fx.passes.graph.result import PassResult
 
 _ON = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting", "_saved_tensors_hooks_disable")
@@ -38,7 +38,7 @@ def outline_transforms_pass(gm: GraphModule) -> PassResult:
 
 def run_region(body: Any, *inputs: Any) -> Any:
     """The outputs of an outlined region; an exception leaves no transform on."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return body(*inputs)
     depth = functorch_depth()
     try:

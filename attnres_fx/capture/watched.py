@@ -1,60 +1,114 @@
-"""Values of a module tree that a trace took as they were: numbers, flags and lists that became part of the graph."""
+"""What a trace took for granted of a module tree: values, functions, lengths and names that its graph holds."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from attnres_fx.capture.guard_places import TREE, Guarded, places_of
+from attnres_fx.capture.held_values import UNKNOWN, Library, held, same, walked
 from attnres_fx.errors import AttnResError
 
-_STEP = re.compile(r"\.([A-Za-z_]\w*)|\[['\"]([^'\"\]]+)['\"]\]|\[(\d+)\]")
 _NUMPY = re.compile(r"___from_numpy\(L\['module'\](.*)\)$")
-#: Kinds of guards that say that a plain value became part of a graph.
-VALUE_GUARDS = ("CONSTANT_MATCH", "EQUALS_MATCH", "SEQUENCE_LENGTH", "DICT_LENGTH", "BOOL_MATCH", "NONE_MATCH")
-_LARGEST_ARRAY = 1 << 16  # bytes; a larger table is compared by nobody at every call
-_TREE = ("_modules", "_parameters", "_buffers", "training")
+_VALUES = (
+    "CONSTANT_MATCH",
+    "EQUALS_MATCH",
+    "BOOL_MATCH",
+    "NONE_MATCH",
+    "BUILTIN_MATCH",
+    "CLOSURE_MATCH",
+    "FUNCTION_MATCH",
+    "ID_MATCH",
+    "CLASS_MATCH",
+)
+_LENGTHS = ("SEQUENCE_LENGTH", "DICT_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT")
+_CONTENTS = ("DICT_CONTAINS", "SET_CONTAINS", "DICT_NOT_CONTAINS", "SET_NOT_CONTAINS")
 
 
 @dataclass(frozen=True)
 class WatchedValue:
-    """A value that a graph holds.
+    """A fact about a module that a graph holds.
 
     Attributes:
         module: Path of the module that has it.
         steps: Attributes and keys that lead to it from there.
-        value: What it was, in containers of its own.
+        value: What it was.
+        aspect: What of it: `"value"`, `"type"`, `"length"`, `"keys"`, `"key"` (whether it holds one), `"attribute"`
+            (what an attribute of this name is where the class has it), `"has"` (whether there is such an attribute),
+            `"submodule"` (which module of the tree it is, by path).
+        key: Of `"key"`, `"attribute"` and `"has"`.
     """
 
     module: str
     steps: tuple[Any, ...]
     value: Any
+    aspect: str = "value"
+    key: Any = None
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What is watched, whatever it was."""
+        return self.module, self.steps, self.aspect, self.key
+
+    @property
+    def name(self) -> str:
+        """The attribute of the module that it is about or within."""
+        return str(self.steps[0] if self.steps else self.key)
+
+    def __str__(self) -> str:
+        name = (self.key,) if self.aspect in ("attribute", "has") else ()
+        return ".".join(p for p in (self.module, *map(str, self.steps), *map(str, name)) if p)
+
+    def now(self, module: nn.Module, kind: type | None = None) -> Any:
+        """What it is now.
+
+        Args:
+            module: The module at `self.module`.
+            kind: The class that its attributes are looked up in, where that is not its own.
+        """
+        return aspect_of(module, self.steps, self.aspect, self.key, kind)
+
+    def holds(self, module: nn.Module, root: nn.Module, kind: type | None = None) -> bool:
+        """Whether it is what it was.
+
+        Args:
+            module: The module at `self.module`.
+            root: The tree that it belongs to.
+            kind: As `now` takes it.
+        """
+        now = self.now(module, kind)
+        if self.aspect == "submodule":
+            return _is_submodule(root, self.value, now)
+        return isinstance(now, Library) or same(now, self.value)
 
 
-def watched_values(root: nn.Module, guards: Iterable[tuple[str, str]]) -> tuple[WatchedValue, ...]:
+def watched_values(root: nn.Module, guards: Iterable[Guarded]) -> tuple[WatchedValue, ...]:
     """What a trace took for granted of a module tree.
 
     Args:
         root: The traced tree.
-        guards: Source and kind of each guard, as Dynamo writes them; the root is `module`.
+        guards: As they were recorded.
 
     Returns:
-        One entry for each plain value, or container of plain values, that belongs to a module.
+        One entry for each fact about a module that another trace might see otherwise. Modes are left out (`flags_in`),
+        and so is what the graph asks its module for at every call: parameters, buffers, tensor attributes.
     """
-    found: dict[tuple[str, tuple[Any, ...]], WatchedValue] = {}
-    for source, kind in guards:
-        if kind not in VALUE_GUARDS or not source.startswith("module"):
-            continue
-        steps = steps_of(source.removeprefix("module"))
-        if steps is None:
-            continue
-        place = _module_and_steps(root, [s for s in steps if s != "__dict__"])
-        if place is None or not place[1] or place[1][0] in _TREE or str(place[1][0]).endswith("hooks"):
-            continue
-        value = value_at(root.get_submodule(place[0]), place[1])
-        if value is not UNKNOWN:
-            found[place] = WatchedValue(*place, value)
+    found: dict[tuple[Any, ...], WatchedValue] = {}
+    paths = {id(m): p for p, m in root.named_modules()}
+    for guard in guards:
+        for module, steps, alias in places_of(root, guard.source, paths):
+            if alias is not None:
+                entry = WatchedValue(module, steps, alias, "submodule")
+                found[entry.place] = entry
+                continue
+            aspect = _aspect(guard, module, steps)
+            if aspect is not None:
+                value = aspect_of(root.get_submodule(module), steps, aspect, guard.key, None)
+                entry = WatchedValue(module, steps, value, aspect, guard.key)
+                if value is not UNKNOWN:
+                    found[entry.place] = entry
     return tuple(found.values())
 
 
@@ -64,61 +118,74 @@ def numpy_source(source: str) -> str:
     return f"module{match.group(1)}" if match else ""
 
 
-class _Unknown:
-    def __repr__(self) -> str:
-        return "something else"
+def flags_in(root: nn.Module, guards: Iterable[Guarded]) -> tuple[tuple[str, bool], ...]:
+    """The `training` flags of submodules that a trace read, by the path of the submodule."""
+    paths = {id(m): p for p, m in root.named_modules()}
+    found: dict[str, bool] = {}
+    for guard in guards:
+        for module, steps, alias in places_of(root, guard.source, paths):
+            if alias is None and steps == ("training",) and module and guard.value is not None:
+                found[module] = guard.value
+    return tuple(found.items())
 
 
-UNKNOWN = _Unknown()
+def _aspect(guard: Guarded, module: str, steps: Sequence[Any]) -> str | None:
+    """What of a place a guard compares; None where nothing has to be watched."""
+    if guard.kind == "NOT_PRESENT_IN_GENERIC_DICT" and isinstance(guard.key, str):
+        own = guard.key in TREE or (not module and not steps and guard.key in ("forward", "__call__"))
+        return None if own else "attribute"
+    if guard.kind == "HASATTR" and isinstance(guard.key, str):
+        return "has"
+    if not steps or steps[0] in TREE or _is_hooks(steps[0]) or steps[-1] == "__class__":
+        return None
+    if guard.kind == "TENSOR_MATCH":
+        return "value" if len(steps) > 1 else None
+    if guard.kind in _VALUES:
+        return None if not module and steps == ("forward",) else "value"
+    if guard.kind in _LENGTHS:
+        return "length"
+    if guard.kind in _CONTENTS and guard.key is not None:
+        return "key"
+    return {"TYPE_MATCH": "type", "DICT_KEYS_MATCH": "keys", "DICT_CONST_KEYS": "keys"}.get(guard.kind)
 
 
-def value_at(module: Any, steps: Sequence[Any]) -> Any:
-    """The plain value there; UNKNOWN where there is none."""
-    value: Any = module
+def _is_hooks(step: Any) -> bool:
+    return str(step).endswith(("hooks", "hooks_with_kwargs"))
+
+
+def aspect_of(module: nn.Module, steps: Sequence[Any], aspect: str, key: Any, kind: type | None) -> Any:
+    """One aspect of what is at a place; UNKNOWN where there is nothing."""
     try:
-        for step in steps:
-            value = value[step] if isinstance(value, dict | list | tuple) else getattr(value, step)
-    except (AttributeError, KeyError, IndexError, TypeError):
+        value = walked(module, steps)
+        if aspect == "value":
+            return held(value)
+        if aspect == "submodule":
+            return value
+        if aspect in ("attribute", "has"):
+            return _attribute(value, key, kind if not steps and kind is not None else type(value), aspect)
+        if aspect == "type":
+            return held(type(value))
+        if aspect == "length":
+            return len(value)
+        return key in value if aspect == "key" else held(tuple(value))
+    except (AttributeError, KeyError, IndexError, TypeError, AttnResError):
         return UNKNOWN
-    except AttnResError:
-        return UNKNOWN
-    return _plain(value)
 
 
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str | complex):
-        return value
-    if type(value).__module__ == "numpy" and getattr(value, "nbytes", _LARGEST_ARRAY) < _LARGEST_ARRAY:
-        return str(value.dtype), value.shape, value.tobytes()
-    if isinstance(value, list | tuple):
-        held = [_plain(v) for v in value]
-        return UNKNOWN if any(h is UNKNOWN for h in held) else tuple(held)
-    return UNKNOWN
+def _attribute(owner: Any, name: str, kind: type, aspect: str) -> Any:
+    """What an attribute is, its own or its class's, without running a property."""
+    own: Mapping[str, Any] = getattr(owner, "__dict__", {})
+    if name in own:
+        return True if aspect == "has" else held(own[name])
+    found = getattr(kind, name, UNKNOWN)
+    if aspect == "attribute":
+        return held(found)
+    stores = [own.get(s) or () for s in ("_parameters", "_buffers", "_modules")]
+    return found is not UNKNOWN or any(name in store for store in stores)
 
 
-def steps_of(text: str) -> list[Any] | None:
-    """The accessors of a source; None where it is more than accessors."""
-    steps: list[Any] = []
-    at = 0
-    while at < len(text):
-        match = _STEP.match(text, at)
-        if match is None:
-            return None
-        attribute, key, index = match.groups()
-        steps.append(int(index) if index is not None else attribute if attribute is not None else key)
-        at = match.end()
-    return steps
-
-
-def _module_and_steps(root: nn.Module, steps: Sequence[Any]) -> tuple[str, tuple[Any, ...]] | None:
-    """The longest path of submodules that the accessors begin with, and the accessors after it."""
-    module, at = root, 0
-    path: list[str] = []
-    while at < len(steps):
-        name = steps[at + 1] if steps[at] == "_modules" and at + 1 < len(steps) else steps[at]
-        child = module._modules.get(str(name))
-        if child is None:
-            break
-        at += 2 if steps[at] == "_modules" else 1
-        module, path = child, [*path, str(name)]
-    return ".".join(path), tuple(steps[at:])
+def _is_submodule(root: nn.Module, path: str, module: Any) -> bool:
+    try:
+        return root.get_submodule(path) is module
+    except AttributeError:
+        return False

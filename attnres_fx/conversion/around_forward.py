@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from attnres_fx.errors import EditedError
+from attnres_fx.ops.dispatch import is_traced
 from attnres_fx.passes import ReadPlan
 from attnres_fx.passes.graph.module_paths import module_path
 
@@ -110,7 +111,7 @@ def _outermost(root: nn.Module, node: Node) -> str:
 
 def refuse_around(path: str, module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
     """Stands in for the forward of a submodule that the root's own code calls: refuses only where that does."""
-    if not torch.compiler.is_compiling() and (method := _method_that_calls(path, module)):
+    if not is_traced() and (method := _method_that_calls(path, module)):
         raise EditedError(
             f"{method} of a converted model called {path} (a {type(module).__name__}) by itself: that code adds plain "
             f"residuals, and only a call of the whole model runs the converted graph. {WAY_OUT}"

@@ -9,8 +9,10 @@ from torch import nn
 
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.captured_program import CapturedProgram, bar_ones, current_autocast, flat_arguments
-from attnres_fx.conversion.conversion import MOST_PROGRAMS, Conversion
+from attnres_fx.conversion.conversion import Conversion
+from attnres_fx.conversion.kept_programs import keep, note_use
 from attnres_fx.errors import ArgumentError, ModeError
+from attnres_fx.ops.dispatch import is_traced
 
 _NO_PYTHON = (
     "This model was made from a graph or a file, and runs only the kinds of calls that it was captured with. What "
@@ -35,15 +37,20 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         ArgumentError: The call fits no program, and cannot be captured.
         EditedError: The model was changed in a way that its programs do not see.
     """
+    mode: Mode = "train" if model.training else "eval"
+    if is_traced():
+        compiled = _compiled_program(model, mode)
+        return compiled, flat_arguments(compiled, args, kwargs)
+    found: tuple[CapturedProgram, list[Any]] = _eager_program_for(model, args, kwargs)
+    return found
+
+
+@torch.compiler.disable  # a compiled function that breaks off here gets what a capture finds, and does not trace it
+def _eager_program_for(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[CapturedProgram, list[Any]]:
     conversion: Conversion = model._attnres_conversion
     mode: Mode = "train" if model.training else "eval"
-    if torch.compiler.is_compiling():
-        compiled = conversion.programs.get(mode)
-        if compiled is None:
-            raise ModeError(
-                f"the {mode} program is not captured yet: call model.{mode}() outside the compiled function."
-            )
-        return compiled, flat_arguments(compiled, args, kwargs)
     first: CapturedProgram = model.program_of(mode)
     if conversion.edits is not None:
         conversion.edits.check(model)
@@ -54,7 +61,11 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         first = _captured_for_placement(model, mode, args, kwargs)
     errors: list[ArgumentError] = []
     autocast = current_autocast()
+    submodule = conversion.edits.modules.__getitem__ if conversion.edits is not None else model.get_submodule
     for program in (first, *conversion.further.get(mode, ())):
+        if other := program.other_flag(submodule):
+            errors.append(ArgumentError(f"{other}."))
+            continue
         if program.autocast not in (None, autocast):
             errors.append(ArgumentError("the call is made under another autocast than the captured ones."))
             continue
@@ -62,11 +73,29 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             if conversion.recapture is not None:
                 program.assumed.check_world(model)
                 program.signature.require_all_but_defaults(args, kwargs)
-            return program, flat_arguments(program, args, kwargs)
+            inputs = flat_arguments(program, args, kwargs)
+            note_use(conversion, mode, program)
+            return program, inputs
         except ArgumentError as error:
             errors.append(error)
     further = _further_program(model, mode, args, kwargs, errors[0])
     return further, flat_arguments(further, args, kwargs)
+
+
+def _compiled_program(model: Any, mode: Mode) -> CapturedProgram:
+    """The program that a compiled function runs: the first that was captured in the mode with the flags of now."""
+    conversion: Conversion = model._attnres_conversion
+    first: CapturedProgram | None = conversion.programs.get(mode)
+    if first is None:
+        raise ModeError(f"the {mode} program is not captured yet: call model.{mode}() outside the compiled function.")
+    for program in (first, *conversion.further.get(mode, ())):
+        if not program.other_flag(model.get_submodule):
+            chosen: CapturedProgram = program
+            return chosen
+    raise ModeError(
+        f"{first.other_flag(model.get_submodule)}: call the model once outside the compiled function, which captures "
+        f"it with these flags."
+    )
 
 
 def _further_program(
@@ -78,20 +107,12 @@ def _further_program(
         raise ArgumentError(f"{why} {_NO_PYTHON}") from why
     if not _accepts(model, args, kwargs):
         raise why
-    further = conversion.further.setdefault(mode, [])
-    if len(further) + 1 >= MOST_PROGRAMS:
-        raise ArgumentError(
-            f"{why} {MOST_PROGRAMS} kinds of calls were captured in {mode} mode already, which is the most: "
-            f"ax.compile(model) takes any number."
-        ) from why
     log.info("%s: a call of another kind is captured in %s mode: %s", conversion.report.model, mode, why)
     try:
         program = _recaptured(model, model.original(), mode, args, kwargs)
     except ArgumentError as error:
         raise ArgumentError(f"{why} {error}") from error
-    further.append(program)
-    if conversion.edits is not None:
-        conversion.edits.watch(model, program.watched)
+    keep(model, mode, program)
     return program
 
 

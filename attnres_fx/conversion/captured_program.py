@@ -1,7 +1,7 @@
 """A captured mode's program: its call, the arguments of a call as flat inputs, its graph as a capture."""
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from attnres_fx.capture.watched import WatchedValue
 from attnres_fx.conversion.graph_runner import GraphRunner, Program
 from attnres_fx.conversion.without_gradients import refusing_backward
 from attnres_fx.errors import ArgumentError
+from attnres_fx.ops.dispatch import is_traced
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
@@ -40,6 +41,7 @@ class CapturedProgram(Program):
         signature: The arguments of a call.
         in_spec: Pytree of (args, kwargs), None where the graph takes them as they are.
         lost: What of the original's backward the graph does not hold; such a program runs without gradients.
+        flags: The `training` flags of submodules that the graph holds, by path.
         autocast: The autocast that the graph was traced under, None where it means the same under any.
         assumed: What holds of the calls that the graph is right for.
     """
@@ -54,6 +56,7 @@ class CapturedProgram(Program):
     signature: CallSignature
     in_spec: Any
     lost: tuple[str, ...]
+    flags: tuple[tuple[str, bool], ...]
     autocast: Autocast | None
     assumed: Assumed
 
@@ -61,6 +64,17 @@ class CapturedProgram(Program):
     def names(self) -> tuple[str, ...]:
         """Of its flat inputs."""
         return tuple(str(n.target) for n in self.graph.nodes if n.op == "placeholder")
+
+    def other_flag(self, submodule: Callable[[str], nn.Module]) -> str:
+        """The first `training` flag of a tree that is not the one in the graph, in words; empty where all are.
+
+        Args:
+            submodule: The module of the tree at a path.
+        """
+        for path, flag in self.flags:
+            if submodule(path).training is not flag:
+                return f"{path}.training is {not flag}, and was {flag} when the graph was captured"
+        return ""
 
 
 def current_autocast() -> Autocast:
@@ -109,7 +123,7 @@ def flat_arguments(program: CapturedProgram, args: tuple[Any, ...], kwargs: Mapp
 
 
 def _check_guards(guards: Guards, leaves: list[Any]) -> None:
-    if torch.compiler.is_compiling():  # guards of the tracer then, and its own words
+    if is_traced():  # guards of the tracer then, and its own words
         guards(*leaves)
         return
     try:
@@ -127,7 +141,7 @@ def run_program(program: CapturedProgram, root: nn.Module, inputs: list[Any]) ->
     for write in program.writes:
         setattr(root.get_submodule(write.module), write.name, outputs[write.output])
     returned = outputs[: program.out_spec.num_leaves]
-    if program.lost and torch.is_grad_enabled() and not torch.compiler.is_compiling() and _trains(root, inputs):
+    if program.lost and torch.is_grad_enabled() and not is_traced() and _trains(root, inputs):
         returned = refusing_backward(returned, _why_without_gradients(program, root))
     return pytree.tree_unflatten(returned, program.out_spec)
 
@@ -170,5 +184,6 @@ def captured_graph(root: GraphRunner, program: CapturedProgram) -> CapturedGraph
         program.watched,
         lost=program.lost,
         typed=root._state().typed,
+        flags=program.flags,
         assumed=program.assumed,
     )

@@ -1,7 +1,7 @@
 """What a converted model holds beside the original's modules: its programs, and how they are called."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -10,8 +10,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from attnres_fx.capture.captured import Captured
+from attnres_fx.capture.held_values import Library
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
+from attnres_fx.capture.watched import WatchedValue
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.own_python import OwnPython
@@ -25,9 +27,6 @@ CONSTANTS = "_captured"
 
 #: The children that a conversion adds.
 ADDED = ("attnres", CONSTANTS)
-
-#: Programs a mode may have: each further kind of call is captured once.
-MOST_PROGRAMS = 8
 
 #: Captures a call: (converted model, module to capture, mode, args, kwargs) -> the capture, and its reads.
 Recapture = Callable[
@@ -127,6 +126,11 @@ class Conversion:
         """Pytree of (args, kwargs), None where the graphs take them as they are."""
         return next(iter(self.programs.values())).in_spec
 
+    @property
+    def _kind(self) -> type[nn.Module] | None:
+        """The original's class."""
+        return self.own.kind if self.own is not None else None
+
     def guard_edits(self, root: nn.Module, original: nn.Module | None) -> None:
         """From now on compare the converted model's tree, and its original's numbers, at every call.
 
@@ -134,10 +138,27 @@ class Conversion:
             root: The converted model.
             original: What it was converted from, where that shares its weights.
         """
-        self.edits = EditGuard(root, ADDED, original)
+        self.edits = EditGuard(root, ADDED, original, self._kind)
         for programs in (self.programs.values(), *self.further.values()):
             for program in programs:
-                self.edits.watch(root, program.watched)
+                self.edits.watch(root, program.watched if original is not None else self._as_now(root, program))
+
+    def _as_now(self, root: nn.Module, program: CapturedProgram) -> tuple[WatchedValue, ...]:
+        """What a program holds of a tree, told by the objects of a copy of the tree."""
+        found = []
+        for value in program.watched:
+            module = root.get_submodule(value.module)
+            now = value.now(module, self._kind if module is root else None)
+            found.append(
+                value if value.aspect == "submodule" or isinstance(now, Library) else replace(value, value=now)
+            )
+        return tuple(found)
+
+    def watch_anew(self, root: nn.Module) -> None:
+        """From now on compare the converted model's tree with what the programs that are left hold of it."""
+        if self.edits is not None:
+            programs = [*self.programs.values(), *(p for further in self.further.values() for p in further)]
+            self.edits.watch_only(root, [v for p in programs for v in self._as_now(root, p)])
 
     def add(self, modes: Sequence[Mode], program: CapturedProgram) -> None:
         """One more program: the first of a mode, or for another kind of call than those before it."""

@@ -159,6 +159,7 @@ class ConvertedModel(GraphRunner):
             signature,
             in_spec,
             captured.lost,
+            captured.flags or (),
             None if captured.typed or self._attnres_conversion.own is None else current_autocast(),
             captured.assumed,
         )

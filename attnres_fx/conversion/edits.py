@@ -4,7 +4,6 @@ A converted model runs a graph, so a hook, another module or another number put 
 next call says so instead.
 """
 
-import functools
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from attnres_fx.capture.held_values import Library
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.capture.watched import WatchedValue, value_at
+from attnres_fx.capture.watched import WatchedValue
 from attnres_fx.conversion.around_forward import refuse_around
+from attnres_fx.conversion.watch_list import WatchList
 from attnres_fx.errors import EditedError
 
 #: Changes of the original that a converted model follows by being captured again.
@@ -46,15 +47,19 @@ class EditGuard:
         root: The converted model. Hooks on the root itself work, and are not compared.
         skipped: Names of the root's children that belong to the library.
         original: The model that was converted, which shares its weights: what the graphs hold of it is compared too.
+        base: The original's class.
     """
 
-    def __init__(self, root: nn.Module, skipped: Sequence[str], original: nn.Module | None) -> None:
+    def __init__(
+        self, root: nn.Module, skipped: Sequence[str], original: nn.Module | None, base: type[nn.Module] | None
+    ) -> None:
         self.skipped = tuple(skipped)
-        self.modules = tuple(_state_of(path, m) for path, m in _tree(root, self.skipped))
+        self.states = tuple(_state_of(path, m) for path, m in _tree(root, self.skipped))
         self.children = _children(root, self.skipped)
-        self.values: list[tuple[Any, WatchedValue]] = []
+        self.modules = {state.path: state.module for state in self.states}
+        self.values = WatchList(base)
         self.original = weakref.ref(original) if original is not None else None
-        self.original_values: list[tuple[Any, WatchedValue]] = []
+        self.original_values = WatchList()
         self.global_hooks = _global_hooks()
         self.stale: set[Mode] = set()
         self.followed = 0
@@ -65,8 +70,13 @@ class EditGuard:
     def watch(self, root: nn.Module, values: Iterable[WatchedValue]) -> None:
         """Compare these values too, in this tree and in the original."""
         values = tuple(values)
-        self.values += [(root.get_submodule(v.module), v) for v in values]
+        self.values.add(root, values)
         self._watch_original(values)
+
+    def watch_only(self, root: nn.Module, values: Iterable[WatchedValue]) -> None:
+        """Compare these values of this tree, and no others."""
+        self.values = WatchList(self.values.base)
+        self.values.add(root, values)
 
     def check(self, root: nn.Module) -> None:
         """Compare.
@@ -76,7 +86,7 @@ class EditGuard:
         """
         if _children(root, self.skipped) != self.children:
             raise EditedError(f"a module of the converted model's root was replaced: that has no effect. {_WAY_OUT}")
-        for state in self.modules:
+        for state in self.states:
             module = state.module
             if type(module) is not state.kind or tuple(module._modules.values()) != state.children:
                 self._check_module(state)
@@ -90,8 +100,8 @@ class EditGuard:
                 f"a hook for all modules was registered: hooks on the submodules of a converted model do not fire. "
                 f"{_WAY_OUT}"
             )
-        for module, value in self.values:
-            _check_value(module, value)
+        if (changed := self.values.changed(root)) is not None:
+            raise EditedError(_changed(*changed))
 
     def follow(self, mode: Mode, values: Iterable[WatchedValue]) -> None:
         """From now on compare the original with what a fresh program of this mode holds of it.
@@ -107,24 +117,24 @@ class EditGuard:
             )
         modes: set[Mode] = {"train", "eval"}
         self.stale = (self.stale or modes) - {mode}
-        self.original_values = []
+        self.original_values = WatchList()
         self._watch_original(values)
 
     def _watch_original(self, values: Iterable[WatchedValue]) -> None:
         original = self.original() if self.original is not None else None
         if original is not None:
-            for value in values:
-                self.original_values.append((weakref.ref(original.get_submodule(value.module)), value))
+            self.original_values.add(original, values)
 
     def original_changed(self, mode: Mode) -> str:
         """What of the original differs from what the program of a mode holds, in words; empty where nothing does."""
         if mode in self.stale:
             return "the original was changed"
-        for reference, value in self.original_values:
-            module = reference()
-            if module is not None and (now := value_at(module, value.steps)) != value.value:
-                return f"{_place(value)} of the original is {now!r} and was {value.value!r}"
-        return ""
+        original = self.original() if self.original is not None else None
+        changed = self.original_values.changed(original) if original is not None else None
+        if changed is None:
+            return ""
+        value, now = changed
+        return f"{value} of the original is {now!r} and was {value.value!r}"
 
     def _check_module(self, state: _ModuleState) -> None:
         module = state.module
@@ -161,17 +171,23 @@ def _global_hooks() -> int:
     return sum(len(getattr(torch.nn.modules.module, name)) for name in _GLOBAL_HOOKS)
 
 
-def _place(value: WatchedValue) -> str:
-    return ".".join(p for p in (value.module, *map(str, value.steps)) if p)
-
-
-def _check_value(module: nn.Module, value: WatchedValue) -> None:
-    now = value_at(module, value.steps)
-    if now != value.value:
-        raise EditedError(
-            f"{_place(value)} of the converted model is {now!r} and was {value.value!r} at the conversion, and the "
-            f"graph holds what it was: convert the model again after the change, or use ax.compile."
-        )
+def _changed(value: WatchedValue, now: Any) -> str:
+    was = value.value
+    differs = "is another object than" if repr(now) == repr(was) else f"is {now!r} and was {was!r}"
+    about = {
+        "value": f"{value} of the converted model {differs}",
+        "attribute": f"{value} of the converted model {differs}",
+        "type": f"the type of {value} of the converted model {differs}",
+        "length": f"the length of {value} of the converted model {differs}",
+        "keys": f"the keys of {value} of the converted model are others than",
+        "key": f"{value} of the converted model {'holds' if now is True else 'does not hold'} {value.key!r}, unlike",
+        "has": f"{value} of the converted model {'was set' if now is True else 'was deleted'}, unlike",
+        "submodule": f"{value} of the converted model is another module than {was}, which it was",
+    }
+    return (
+        f"{about[value.aspect]} at the conversion, and the graph holds what it was: convert the model again after "
+        f"the change, or use ax.compile, which runs the model's own Python."
+    )
 
 
 def refuse_forward(path: str, kind: str, *_: Any, **__: Any) -> Any:
@@ -186,7 +202,7 @@ def refuse_forwards(root: nn.Module, paths: Iterable[str]) -> None:
     """Let the submodules at these paths raise when they are called by themselves."""
     for path in paths:
         module = root.get_submodule(path)
-        module.__dict__["forward"] = functools.partial(refuse_forward, path, type(module).__name__)
+        module.__dict__["forward"] = Library(refuse_forward, path, type(module).__name__)
 
 
 def refuse_around_forward(root: nn.Module, guarded: dict[str, Any], paths: Iterable[str]) -> None:
@@ -201,7 +217,7 @@ def refuse_around_forward(root: nn.Module, guarded: dict[str, Any], paths: Itera
         if path not in guarded:
             module = root.get_submodule(path)
             guarded[path] = own = module.__dict__.get("forward")
-            module.__dict__["forward"] = functools.partial(refuse_around, path, module, own)
+            module.__dict__["forward"] = Library(refuse_around, path, module, own)
 
 
 def guard_forwards(root: nn.Module, guarded: dict[str, Any], paths: Iterable[str]) -> None:

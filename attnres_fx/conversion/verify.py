@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.module_clone import uncompiled
+from attnres_fx.conversion.calls import program_for
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.comparison import VerifyReport
 from attnres_fx.conversion.converted_model import ConvertedModel
@@ -51,9 +52,10 @@ def verify(
             f"verify takes an original and what convert made of it; the second is a {type(converted).__name__}. The "
             f"original of an attached model is what `with attnres_fx.plain(model) as original:` gives."
         )
+    args, kwargs = tuple(args), dict(kwargs or {})
     mode: Mode = "train" if converted.training else "eval"
-    pair = Pair(model, converted, mode, converted.program_of(mode))
-    return pair.compared(tuple(args), dict(kwargs or {}), gradients=True)
+    program, _ = program_for(converted, args, kwargs)
+    return Pair(model, converted, mode, program).compared(args, kwargs, gradients=True)
 
 
 def require_known(check: Check) -> None:

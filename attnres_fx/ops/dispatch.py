@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -11,6 +12,17 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TRACING_MODES = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+
+
+def is_traced() -> bool:
+    """Whether this thread is tracing. `torch.compiler.is_compiling` also says so while another thread does."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and (
+        TracingContext.try_get() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )
 
 
 def is_transformed(sources: Sequence[Tensor]) -> bool:
@@ -30,7 +42,7 @@ def runs_in_plain_eager(sources: Sequence[Tensor]) -> bool:
     return not (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
+        or is_traced()
         or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
         or any(type(s) is not Tensor and type(s) is not torch.nn.Parameter for s in sources)
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnres_fx.ops.dispatch import is_traced
 from attnres_fx.ops.kernels.groups import backward_in_groups, forward_in_groups, statistics_from_flat
 from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, sources_as_views
 from attnres_fx.ops.recompute import gradients_again
@@ -101,12 +102,7 @@ def as_rows(value: Tensor) -> Tensor:
     rows = value.reshape(-1, value.shape[-1])
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         rows = rows.contiguous()
-    if (
-        not torch.compiler.is_compiling()
-        and type(value) is Tensor
-        and rows.numel()
-        and rows.data_ptr() != value.data_ptr()
-    ):
+    if not is_traced() and type(value) is Tensor and rows.numel() and rows.data_ptr() != value.data_ptr():
         _say_copied(tuple(value.shape), tuple(value.stride()))
     return rows
 

@@ -1,0 +1,119 @@
+"""Edits of a converted model that its graphs would not see raise by name; the same edit of the original is followed."""
+
+import copy
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import attnres_fx as ax
+from attnres_fx.errors import EditedError
+
+WIDTH = 8
+
+
+class Table:
+    """A plain object that the model calls."""
+
+    factor = 2.0
+
+    def __init__(self):
+        self.rows = torch.ones(WIDTH)
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+class Net(nn.Module):
+    scale = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+        self.mixes = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.gelu, self.other = nn.GELU(), nn.SiLU()
+        self.act, self.bound = torch.relu, self.gelu.forward
+        self.part = functools.partial(nn.functional.leaky_relu, negative_slope=0.1)
+        self.tables, self.by_name, self.plain = [torch.ones(WIDTH)], {"a": torch.ones(WIDTH)}, [nn.Linear(WIDTH, WIDTH)]
+        self.names, self.config, self.table = {"a"}, types.SimpleNamespace(sizes=[1, 2]), Table()
+        self.listed = [self.gelu]
+
+    def twice(self, x):
+        return 2 * x
+
+    def forward(self, x):
+        x = self.part(self.bound(self.act(x))) * self.scale * self.tables[0] * self.by_name["a"] * self.table.rows
+        x = self.plain[0](self.twice(self.table(x)))
+        for module in self.listed:
+            x = module(x)
+        x = x + sum(self.config.sizes) + ("a" in self.names) + hasattr(self, "extra")
+        for norm, mix in zip(self.norms, self.mixes, strict=True):
+            x = x + mix(norm(x))
+        return x
+
+
+EDITS = {
+    "act": lambda m: setattr(m, "act", torch.tanh),
+    "bound": lambda m: setattr(m, "bound", m.other.forward),
+    "part": lambda m: setattr(m, "part", functools.partial(m.part.func, negative_slope=0.5)),
+    "tables": lambda m: m.tables.__setitem__(0, torch.zeros(WIDTH)),
+    "by_name": lambda m: m.by_name.update(a=torch.zeros(WIDTH)),
+    "table.rows": lambda m: setattr(m.table, "rows", torch.zeros(WIDTH)),
+    "table": lambda m: setattr(m.table, "factor", 5.0),
+    "plain": lambda m: m.plain.__setitem__(0, nn.Linear(WIDTH, WIDTH)),
+    "plain.0._parameters": lambda m: setattr(m.plain[0], "weight", nn.Parameter(torch.zeros(WIDTH, WIDTH))),
+    "plain.0._forward_hooks": lambda m: m.plain[0].register_forward_hook(lambda *a: 3 * a[-1]),
+    "listed": lambda m: m.listed.__setitem__(0, m.other),
+    "names": lambda m: m.names.clear(),
+    "config.sizes": lambda m: m.config.sizes.append(3),
+    "scale": lambda m: setattr(m, "scale", 4.0),
+    "twice": lambda m: setattr(m, "twice", lambda x: 7 * x),
+    "extra": lambda m: setattr(m, "extra", 1),
+    "gelu.forward": lambda m: setattr(m.gelu, "forward", torch.tanh),
+    "norms.0.forward": lambda m: setattr(m.norms[0], "forward", torch.tanh),
+}
+
+
+@functools.cache
+def pair():
+    torch.manual_seed(0)
+    model = Net().eval()
+    return model, ax.convert(model, (torch.randn(2, 5, WIDTH),), check=False)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_that_no_graph_sees_raises_and_names_what_was_edited(name):
+    _, converted = pair()
+    copied = copy.deepcopy(converted)
+    x = torch.randn(2, 5, WIDTH)
+    torch.testing.assert_close(copied(x), converted(x))
+    EDITS[name](copied)
+    with pytest.raises(EditedError, match=name.replace(".", r"\.")):
+        copied(x)
+
+
+@pytest.mark.parametrize("name", ["act", "tables", "plain", "names", "twice"])
+def test_an_edit_of_the_original_is_followed(name):
+    model = copy.deepcopy(pair()[0])
+    converted = ax.convert(model, (torch.randn(2, 5, WIDTH),), check=False)
+    EDITS[name](model)
+    x = torch.randn(2, 5, WIDTH)
+    torch.testing.assert_close(converted(x), model(x))
+
+
+def test_what_no_graph_holds_may_be_changed():
+    converted = copy.deepcopy(pair()[1])
+    converted.note, converted.norms[0].note = "mine", "mine"
+    converted.mixes[0].weight = nn.Parameter(torch.zeros(WIDTH, WIDTH))
+    converted.config.other, converted.by_name["b"] = 1, 2
+    assert converted(torch.randn(3, 4, WIDTH)).shape == (3, 4, WIDTH)
+    converted.double()(torch.randn(1, 4, WIDTH).double())
+
+
+def test_a_class_that_is_patched_after_the_conversion_is_named(monkeypatch):
+    converted = copy.deepcopy(pair()[1])
+    monkeypatch.setattr(nn.GELU, "forward", lambda _, x: 5 * x)
+    with pytest.raises(EditedError, match=r"gelu\.forward"):
+        converted(torch.randn(2, 5, WIDTH))
