@@ -30,8 +30,9 @@ def mismatch_message(gm: GraphModule, expected: set[ReadKey], actual: set[ReadKe
             f"(attnres_fx.compile), and leave what calls it uncompiled; or attach the larger one."
         )
     return (
-        f"{text}. The model was changed since attach, or takes another path than with the example arguments: "
-        f"detach(model) and attach it again with arguments like these."
+        f"{text}. The model was changed since attach, or takes another path than with the example arguments. Attached "
+        f"again (detach(model), then attach with arguments like these) it serves calls like this one, and not those it "
+        f"serves now: calls share one attachment where they add the same terms to the stream."
     )
 
 

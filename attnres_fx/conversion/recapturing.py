@@ -1,6 +1,6 @@
 """One more program for a call that none of a converted model's programs fits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.rewriting import rewrite_
-from attnres_fx.errors import ArgumentError, AttnResError, RewriteError
+from attnres_fx.errors import ArgumentError, AttnResError
 from attnres_fx.passes import Replacement, analyze_, plan_depth_reads
 
 
@@ -47,11 +47,23 @@ class Recapturing:
             plan = plan_depth_reads(streams, tuple(s for s in streams.streams if s.name in names), self.config)
             have, want = {r.read for r in plan.reads}, set(converted.attnres.reads.names)
             if have != want:
-                listed = ", ".join(sorted(have ^ want)[:4])
-                raise RewriteError(f"it does not have the reads that were converted ({listed})")
+                raise ArgumentError(_other_reads(sorted(have - want), sorted(want - have)))
             return captured, rewrite_(graph.gm, streams, plan, converted.attnres)
+        except ArgumentError:
+            raise
         except AttnResError as error:
             raise ArgumentError(
                 f"Captured as a call of another kind, it fails: {error} "
                 f"ax.compile(model) keeps the model's Python and takes any call."
             ) from error
+
+
+def _other_reads(fresh: Sequence[str], missing: Sequence[str]) -> str:
+    """Why a call whose streams are read elsewhere cannot be served, by convert() or by ax.compile."""
+    differences = [f"{verb} {', '.join(names[:4])}" for verb, names in (("reads", fresh), ("lacks", missing)) if names]
+    return (
+        f"Such a call has another residual stream than the one that was converted (it {' and '.join(differences)}), and "
+        f"the added parameters belong to that one's reads; neither convert() nor ax.compile can serve both. Let the "
+        f"model add the same terms to its stream in every call (what comes from a cache belongs inside a branch), or "
+        f"convert a model of its own for such calls, with one of them as the example."
+    )

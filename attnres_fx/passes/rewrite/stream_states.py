@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch.fx import Graph, Node
 
 from attnres_fx.errors import RewriteError
+from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, StreamPlan
 from attnres_fx.passes.rewrite.sources import Entry, Moved, SourceBuilder, Table
 from attnres_fx.passes.rewrite.steps import RowsLast
@@ -32,6 +33,7 @@ class StreamStates:
         groups = {self._by_name[term.node]: term.group for term in plan.terms}
         extras = frozenset(term.group for term in plan.terms if term.source is None)
         self.builder = SourceBuilder(graph, sums, groups, moved, extras, frozen)
+        self._has_summaries = bool(plan.unread_ends) or any(read.summary is not None for read in plan.reads)
         self._unread_ends = {self._by_name[end.node]: end.summary for end in plan.unread_ends}
         self._reads: dict[Node, list[DepthReadPlan]] = {}
         for read in plan.reads:
@@ -71,6 +73,13 @@ class StreamStates:
         """
         built = self.builder.nodes(self.builder.whole.get(site, self.builder.tables[site]))
         if set(built) != set(read.groups):
+            if self._has_summaries:
+                raise RewriteError(
+                    f"a state of the stream {read.stream!r} that was set aside joins it again before {read.read!r} (at "
+                    f"{describe(site)}), and with variant 'local' the stream has gone on from the summary of a block by "
+                    f"then, which the other state does not have: use variant 'block' or 'full', or blocks that do not "
+                    f"end in between."
+                )
             actual, planned = (" ".join(sorted(map(str, groups))) for groups in (built, read.groups))
             raise RewriteError(
                 f"the read {read.read!r} of {read.stream!r} was planned with the sources {planned} and the graph has "

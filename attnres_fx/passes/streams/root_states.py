@@ -44,8 +44,9 @@ class RootStates:
         self.root = root
         self.nodes = sorted(sums.of_stream(root))
         self.chain = self._chain()
-        self.terms = self.chain[1:]
         self.reads = self._reads()
+        self.chain = self._in_order_of_reads()
+        self.terms = self.chain[1:]
         self.features = sums.features.verdict(root)
         width = shape_of(root)[self.features.dimension]
         self.fixed_width = width if isinstance(width, int) else None
@@ -65,6 +66,22 @@ class RootStates:
         sums = [n for n in self.nodes if isinstance(self.sums.states[n], Extended | Merged)]
         terms = [self.sums.terms(n) for n in sums]
         return max(reversed(terms), key=len, default=(self.root,))
+
+    def _in_order_of_reads(self) -> tuple[Node, ...]:
+        """The chain, so that every read sees a beginning of it, and no later term.
+
+        Where a state beside the chain joins it later, its terms come after those that reads saw before it did. Terms
+        that are read beside the chain as well are none of the chain: whatever sees them sees them as extras.
+        """
+        first = {t: i for i, read in reversed(list(enumerate(self.reads))) for t in read.terms}
+        place = {t: (t is not self.root, first.get(t, len(self.reads)), i) for i, t in enumerate(self.chain)}
+        chain = self.chain
+        if any(_later_terms(chain, read.terms) for read in self.reads):
+            chain = tuple(sorted(chain, key=place.__getitem__))
+        for read in self.reads:
+            later = _later_terms(chain, read.terms)
+            chain = tuple(t for t in chain if t not in later)
+        return chain
 
     def _reads(self) -> list[RootRead]:
         consumers: dict[Node, list[tuple[Node, Node]]] = {}
@@ -141,3 +158,9 @@ class RootStates:
 
     def _is_of_root(self, node: Node) -> bool:
         return node is self.root or self.sums.dependence.at_all(node, self.root)
+
+
+def _later_terms(chain: tuple[Node, ...], seen: tuple[Node, ...]) -> set[Node]:
+    """What is seen of a chain after the first of its terms that is not seen."""
+    gap = next((i for i, term in enumerate(chain) if term not in seen), len(chain))
+    return set(chain[gap:]).intersection(seen)
