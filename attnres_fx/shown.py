@@ -68,12 +68,6 @@ def _row(cells: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]) -
     return _GAP.join(aligned).rstrip()
 
 
-def paragraph(text: str) -> str:
-    """A text in lines that fit a screen, those after the first one indented."""
-    lines = textwrap.wrap(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines)
-
-
 def brief(text: str, more: str = "print it to see all", length: int = LENGTH) -> str:
     """A text for a `repr`: the lines in its middle are left out where it is too long.
 

@@ -7,7 +7,7 @@ from torch import nn
 from attnres_fx.backend.attachment import require_attached, unwrapped
 from attnres_fx.backend.compile_log import CompiledGraph
 from attnres_fx.config import AttnResConfig
-from attnres_fx.shown import brief, counted, paragraph, table
+from attnres_fx.shown import brief, counted, table
 
 __all__ = ["Explanation", "explain"]
 
@@ -47,7 +47,7 @@ class Explanation:
             for i, g in enumerate(self.graphs)
         ]
         lines = ["", table(rows, wrapped=("inputs", "kernels", "passes"))] if rows else []
-        return "\n".join([paragraph(head), *lines])
+        return "\n".join([head, *lines])
 
     def __repr__(self) -> str:
         return brief(str(self), "see .graphs")

@@ -17,7 +17,7 @@ from attnres_fx.conversion.report_text import (
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, StreamPlan
 from attnres_fx.passes.streams.refusals import Refusal
 from attnres_fx.passes.streams.stream import Stream
-from attnres_fx.shown import brief, counted, paragraph, short_paths
+from attnres_fx.shown import brief, counted, short_paths
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StreamReport:
         if self.streams:
             lines = [f"{lines[0]}, {counted(reads, 'read')}", "", stream_table(self.streams, self.converted)]
         if self.error:
-            lines += ["", paragraph(short_paths(f"convert raises {self.error}"))]
+            lines += ["", short_paths(f"convert raises {self.error}")]
         elif self.converted:
             lines += choice_lines(self.streams, self.converted, self.config.streams)
         return "\n".join([*lines, *left_lines(self.left, self.refusals), *note_lines(self.notes)])
@@ -152,7 +152,7 @@ class ConversionReport:
             options += f" ({'/'.join(self.deferred)} when first needed)"
         if self.difference is not None:
             options += f", outputs differ by {self.difference:.1e} at zero queries"
-        lines = [paragraph(head), paragraph(options), "", converted_table(self.streams)]
+        lines = [head, options, "", converted_table(self.streams)]
         return "\n".join([*lines, *left_lines(self.left, self.refusals), *note_lines(self.notes)])
 
     def __repr__(self) -> str:

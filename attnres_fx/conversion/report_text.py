@@ -7,7 +7,7 @@ from attnres_fx.passes.rewrite.read_plan import StreamPlan
 from attnres_fx.passes.streams.refusals import Refusal
 from attnres_fx.passes.streams.remarks import remarks
 from attnres_fx.passes.streams.stream import Read, Stream
-from attnres_fx.shown import by_kind, counted, paragraph, table
+from attnres_fx.shown import by_kind, counted, table
 
 _NAMES_SHOWN = 8
 
@@ -122,7 +122,7 @@ def left_lines(left: Sequence[tuple[Stream, str]], refusals: Sequence[Refusal]) 
         reasons[why].append(stream)
     lines = [f"left alone: {_named(streams)}: {why}" for why, streams in reasons.items()]
     lines += remarks(refusals)
-    return ["", *map(paragraph, lines)] if lines else []
+    return ["", *lines] if lines else []
 
 
 def _named(streams: Sequence[Stream]) -> str:
@@ -133,7 +133,7 @@ def _named(streams: Sequence[Stream]) -> str:
 
 def note_lines(notes: Sequence[str]) -> list[str]:
     """What the capture has to say, one line for all places of which it says the same."""
-    return ["", *(paragraph(f"note: {n}") for n in by_kind(notes))] if notes else []
+    return ["", *(f"note: {n}" for n in by_kind(notes))] if notes else []
 
 
 def choice_lines(streams: Sequence[Stream], converted: Sequence[str], selection: str | Sequence[str]) -> list[str]:
@@ -150,7 +150,7 @@ def choice_lines(streams: Sequence[Stream], converted: Sequence[str], selection:
     if len(streams) > 1:
         known = ", ".join(repr(s.name) for s in streams[:_NAMES_SHOWN]) + (", …" if len(streams) > _NAMES_SHOWN else "")
         lines.append(f"to choose: AttnResConfig(streams=...) takes 'main', 'all', or names: {known}")
-    return ["", *map(paragraph, lines)]
+    return ["", *lines]
 
 
 def reads_table(rows: Sequence[Mapping[str, object]], streams: int) -> str:

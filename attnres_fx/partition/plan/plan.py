@@ -18,7 +18,7 @@ from attnres_fx.partition.planner.objective import Partition
 from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.passes.schedule import DepthSchedule
-from attnres_fx.shown import brief, paragraph, table
+from attnres_fx.shown import brief, table
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Plan:
             f"{_seconds(part.slowest_seconds)}, at most {part.gap:.1%} above the best",
             *(f"note: {note}" for note in self.notes),
         ]
-        return "\n".join([paragraph(head), "", table(rows, right=_RIGHT), "", *map(paragraph, lines)])
+        return "\n".join([head, "", table(rows, right=_RIGHT), "", *lines])
 
     def _row(self, c: int) -> dict[str, str]:
         part, stop = self.partition, (*self.starts[1:], len(self.costs.sublayers))[c]
