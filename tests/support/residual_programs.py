@@ -107,7 +107,8 @@ def programs(draw: Any, assignments: bool = False) -> tuple[Step, ...]:
         if sketch.terms == 0:
             steps.append(Step("write", i, ("mlp", "h + v")))
         steps.append(Step("head", i))
-    return (*steps[:-1], _skipping(draw, steps[-1], sketches))
+    injects = any(step.kind == "inject" for step in steps)
+    return (*steps[:-1], steps[-1] if injects else _skipping(draw, steps[-1], sketches))
 
 
 @st.composite
@@ -200,7 +201,9 @@ def moved_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _write(draw: Any, steps: list[Step], sketches: list[_Sketch], stream: int, kind: str) -> Step:
     sketch = sketches[stream]
-    branch = draw(st.sampled_from((*BRANCHES, *ROW_BRANCHES[: 1 if len(sketches) > 1 else 2])))
+    # A recurrence in the first of few sublayers does more than the stack around it, and is taken for the main stream.
+    deep = len(sketches) == 1 and sketch.terms >= 2
+    branch = draw(st.sampled_from((*BRANCHES, *(ROW_BRANCHES if deep else ROW_BRANCHES[:1]))))
     other = -1
     if branch == "cross":
         other = _readable(sketches, stream)

@@ -25,7 +25,14 @@ from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import same_shape, shape_of, tensor_of, value_of
 from attnres_fx.passes.graph.pieces import Join, Piece, join_of, lie_side_by_side
 from attnres_fx.passes.graph.result import PassResult
-from attnres_fx.passes.normalize.row_parts import Part, Parts, may_be_written, may_stand_before, piece_of_other
+from attnres_fx.passes.normalize.row_parts import (
+    Part,
+    Parts,
+    may_be_written,
+    may_stand_before,
+    piece_of_other,
+    writes_branch,
+)
 
 
 def rejoin_rows_pass(gm: GraphModule) -> PassResult:
@@ -83,7 +90,11 @@ class _Rejoiner:
         return [name for n in self.joins if (name := n.name) and self._replace(n)]
 
     def _replace(self, node: Node) -> bool:
-        total = next((t for m in self._matches(node) if (t := self._rejoined(m)) is not None), None)
+        # What stands in the place of rows may be pieces too: the tensor that it was computed from goes first.
+        matches = list(self._matches(node))
+        if len(matches) > 1:
+            matches.sort(key=lambda m: not m.is_identity and not writes_branch(m.written, m.source))
+        total = next((t for m in matches if (t := self._rejoined(m)) is not None), None)
         if total is None:
             return False
         node.replace_all_uses_with(total)
@@ -91,7 +102,7 @@ class _Rejoiner:
         return True
 
     def _matches(self, node: Node) -> Iterator[_Match]:
-        """A join as pieces of each tensor that it has pieces of: what stands in a place of rows may be a piece too."""
+        """A join as pieces of each tensor that it has pieces of."""
         join = _flat(node)
         if join is None:
             return

@@ -117,13 +117,26 @@ def may_be_written(written: list[Node], whole: Node) -> bool:
     That is a branch of the tensor, with more than elementwise work in it, or what does not depend on a running sum.
     What is made of the rows alone by elementwise work is another form of them: a rotation of a query's features.
     """
-    bases = {whole}
-    base = whole
-    while moves_data(base) and base.args and isinstance(base.args[0], Node):
-        base = base.args[0]
-        bases.add(base)
-    found = [_dependence(n, bases, base) for n in written]
-    return "elementwise" not in found and ("branch" in found or match_addition(base) is not None)
+    found = _dependences(written, whole)
+    return "elementwise" not in found and ("branch" in found or match_addition(_bases(whole)[-1]) is not None)
+
+
+def writes_branch(written: list[Node], whole: Node) -> bool:
+    """Whether some of what is written into rows of a tensor is a branch of it."""
+    return "branch" in _dependences(written, whole)
+
+
+def _dependences(written: list[Node], whole: Node) -> list[str]:
+    bases = _bases(whole)
+    return [_dependence(n, set(bases), bases[-1]) for n in written]
+
+
+def _bases(whole: Node) -> list[Node]:
+    """A tensor and what it is another form of, the earliest last."""
+    bases = [whole]
+    while moves_data(bases[-1]) and bases[-1].args and isinstance(bases[-1].args[0], Node):
+        bases.append(bases[-1].args[0])
+    return bases
 
 
 def _dependence(node: Node, bases: set[Node], earliest: Node) -> str:

@@ -21,6 +21,10 @@ def test_rows_are_replaced_by_rows_of_a_whole_branch_in_the_first_layer(capture)
     check(Step("rows", 0, ("mlp", "cat in the place")), LAYER, capture=capture)
 
 
+def test_rows_are_replaced_by_rows_of_a_branch_that_is_a_sum():
+    check(LAYER, Step("rows", 0, ("adapter", "cat in the place")), LAYER)
+
+
 @pytest.mark.parametrize("write", ["index_copy", "index_add", "index_put"])
 def test_the_index_of_rows_may_be_taken_twice(write):
     check(LAYER, Step("rows", 0, ("mlp", write)))
