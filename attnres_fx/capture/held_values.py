@@ -109,14 +109,18 @@ def _function(function: types.FunctionType, depth: int) -> Function:
 
 
 def _closed_over(value: Any, depth: int) -> Any:
-    """Containers and objects that lead to modules are others in every clone of a tree."""
+    """Containers and objects that lead to modules are others in every clone of a tree; of its root, so is the class."""
     kinds = (*_PLAIN, torch.Tensor, types.FunctionType, types.MethodType, functools.partial)
-    return held(value, depth) if depth < _DEEPEST and isinstance(value, kinds) else Which(type(value))
+    if depth < _DEEPEST and isinstance(value, kinds):
+        return held(value, depth)
+    return Which(torch.nn.Module if isinstance(value, torch.nn.Module) else type(value))
 
 
 def walked(value: Any, steps: Sequence[Any]) -> Any:
-    """What attributes and keys lead to from a value."""
+    """What attributes and keys lead to from a value; a function of this library's is the end of the way."""
     for step in steps:
+        if isinstance(value, Library):
+            break
         value = value[step] if isinstance(value, dict | list | tuple) else getattr(value, step)
     return value
 

@@ -79,9 +79,9 @@ class WatchedValue:
             kind: As `now` takes it.
         """
         now = self.now(module, kind)
-        if self.aspect == "submodule":
-            return _is_submodule(root, self.value, now)
-        return isinstance(now, Library) or same(now, self.value)
+        if isinstance(now, Library):
+            return True
+        return _is_submodule(root, self.value, now) if self.aspect == "submodule" else same(now, self.value)
 
 
 def watched_values(root: nn.Module, guards: Iterable[Guarded]) -> tuple[WatchedValue, ...]:
@@ -99,6 +99,8 @@ def watched_values(root: nn.Module, guards: Iterable[Guarded]) -> tuple[WatchedV
     paths = {id(m): p for p, m in root.named_modules()}
     for guard in guards:
         for module, steps, alias in places_of(root, guard.source, paths):
+            if not module and steps[:1] == ("forward",):  # set on the root itself: a converted one has it no longer
+                continue
             if alias is not None:
                 entry = WatchedValue(module, steps, alias, "submodule")
                 found[entry.place] = entry
@@ -141,7 +143,7 @@ def _aspect(guard: Guarded, module: str, steps: Sequence[Any]) -> str | None:
     if guard.kind == "TENSOR_MATCH":
         return "value" if len(steps) > 1 else None
     if guard.kind in _VALUES:
-        return None if not module and steps == ("forward",) else "value"
+        return "value"
     if guard.kind in _LENGTHS:
         return "length"
     if guard.kind in _CONTENTS and guard.key is not None:
@@ -157,6 +159,8 @@ def aspect_of(module: nn.Module, steps: Sequence[Any], aspect: str, key: Any, ki
     """One aspect of what is at a place; UNKNOWN where there is nothing."""
     try:
         value = walked(module, steps)
+        if isinstance(value, Library):
+            return value
         if aspect == "value":
             return held(value)
         if aspect == "submodule":

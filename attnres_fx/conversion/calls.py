@@ -40,12 +40,16 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     mode: Mode = "train" if model.training else "eval"
     if is_traced():
         compiled = _compiled_program(model, mode)
-        return compiled, flat_arguments(compiled, args, kwargs)
+        if compiled is not None:
+            return compiled, flat_arguments(compiled, args, kwargs)
     found: tuple[CapturedProgram, list[Any]] = _eager_program_for(model, args, kwargs)
     return found
 
 
-@torch.compiler.disable  # a compiled function that breaks off here gets what a capture finds, and does not trace it
+# A compiled function that breaks off here gets what a capture finds, and does not trace it.
+@torch.compiler.disable(
+    reason="no program has the flags of the converted model: call it once outside, and compile then"
+)
 def _eager_program_for(
     model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[CapturedProgram, list[Any]]:
@@ -82,7 +86,7 @@ def _eager_program_for(
     return further, flat_arguments(further, args, kwargs)
 
 
-def _compiled_program(model: Any, mode: Mode) -> CapturedProgram:
+def _compiled_program(model: Any, mode: Mode) -> CapturedProgram | None:
     """The program that a compiled function runs: the first that was captured in the mode with the flags of now."""
     conversion: Conversion = model._attnres_conversion
     first: CapturedProgram | None = conversion.programs.get(mode)
@@ -92,10 +96,7 @@ def _compiled_program(model: Any, mode: Mode) -> CapturedProgram:
         if not program.other_flag(model.get_submodule):
             chosen: CapturedProgram = program
             return chosen
-    raise ModeError(
-        f"{first.other_flag(model.get_submodule)}: call the model once outside the compiled function, which captures "
-        f"it with these flags."
-    )
+    return None
 
 
 def _further_program(

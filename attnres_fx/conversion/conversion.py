@@ -149,9 +149,10 @@ class Conversion:
         for value in program.watched:
             module = root.get_submodule(value.module)
             now = value.now(module, self._kind if module is root else None)
-            found.append(
-                value if value.aspect == "submodule" or isinstance(now, Library) else replace(value, value=now)
-            )
+            if value.aspect == "submodule" and not value.holds(module, root):
+                continue  # in what a copy shares with the tree it was made of, as it does any function
+            kept = value.aspect == "submodule" or isinstance(now, Library)
+            found.append(value if kept else replace(value, value=now))
         return tuple(found)
 
     def watch_anew(self, root: nn.Module) -> None:
