@@ -38,7 +38,6 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         ArgumentError: The call fits no program, and cannot be captured.
         EditedError: The model was changed in a way that its programs do not see.
     """
-    conversion: Conversion = model._attnres_conversion
     mode: Mode = model.mode
     if is_traced():
         compiled = _compiled_program(model, mode)
