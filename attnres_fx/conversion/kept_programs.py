@@ -7,8 +7,8 @@ from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.conversion import CONSTANTS, Conversion
 
-#: Programs that a mode keeps beside the first. Each takes about 1.3 MiB and a third of a second of CPU a layer (llama on
-#: a CPU), so that 24 of a model of 24 layers are 750 MiB; combinations of keywords, flags and sizes rarely come to more.
+#: Programs that a mode keeps beside the first. Each takes about 1.3 MiB and a third of a second of CPU a layer (llama,
+#: on a CPU): 24 of a model of 24 layers are 750 MiB. Combinations of keywords, flags and sizes rarely come to more.
 MOST_PROGRAMS = 24
 
 #: A float argument that was captured with this many values gets a warning.

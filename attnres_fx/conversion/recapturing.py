@@ -62,8 +62,8 @@ def _other_reads(fresh: Sequence[str], missing: Sequence[str]) -> str:
     """Why a call whose streams are read elsewhere cannot be served, by convert() or by ax.compile."""
     differences = [f"{verb} {', '.join(names[:4])}" for verb, names in (("reads", fresh), ("lacks", missing)) if names]
     return (
-        f"Such a call has another residual stream than the one that was converted (it {' and '.join(differences)}), and "
-        f"the added parameters belong to that one's reads; neither convert() nor ax.compile can serve both. Let the "
+        f"Such a call has another residual stream than the one that was converted (it {' and '.join(differences)}), "
+        f"and the added parameters belong to that one's reads; neither convert() nor ax.compile can serve both. Let the "
         f"model add the same terms to its stream in every call (what comes from a cache belongs inside a branch), or "
         f"convert a model of its own for such calls, with one of them as the example."
     )
