@@ -63,7 +63,7 @@ def _other_reads(fresh: Sequence[str], missing: Sequence[str]) -> str:
     differences = [f"{verb} {', '.join(names[:4])}" for verb, names in (("reads", fresh), ("lacks", missing)) if names]
     return (
         f"Such a call has another residual stream than the one that was converted (it {' and '.join(differences)}), "
-        f"and the added parameters belong to that one's reads; neither convert() nor ax.compile can serve both. Let the "
-        f"model add the same terms to its stream in every call (what comes from a cache belongs inside a branch), or "
-        f"convert a model of its own for such calls, with one of them as the example."
+        f"and the added parameters belong to that one's reads; neither convert() nor ax.compile can serve both. Let "
+        f"the model add the same terms to its stream in every call (what comes from a cache belongs inside a branch), "
+        f"or convert a model of its own for such calls, with one of them as the example."
     )

@@ -75,8 +75,8 @@ class StreamStates:
                 raise RewriteError(
                     f"a state of the stream {read.stream!r} that was set aside joins it again before {read.read!r} (at "
                     f"{describe(site)}), and with variant 'local' the stream has gone on from the summary of a block "
-                    f"by then, which the other state does not have: use variant 'block' or 'full', or blocks that do not "
-                    f"end in between."
+                    f"by then, which the other state does not have: use variant 'block' or 'full', or blocks that do "
+                    f"not end in between."
                 )
             actual, planned = (" ".join(sorted(map(str, groups))) for groups in (built, read.groups))
             raise RewriteError(
