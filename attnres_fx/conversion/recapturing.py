@@ -64,6 +64,6 @@ def _other_reads(fresh: Sequence[str], missing: Sequence[str]) -> str:
     return (
         f"Such a call has another residual stream than the one that was converted (it {' and '.join(differences)}), "
         f"and the added parameters belong to that one's reads; neither convert() nor ax.compile can serve both. Let "
-        f"the model add the same terms to its stream in every call (what comes from a cache belongs inside a branch), or "
-        f"convert a model of its own for such calls, with one of them as the example."
+        f"the model add the same terms to its stream in every call (what comes from a cache belongs inside a branch), "
+        f"or convert a model of its own for such calls, with one of them as the example."
     )
