@@ -9,18 +9,20 @@ from attnres_fx.errors import ArgumentError, BackendError
 
 
 class Cached(nn.Module):
-    """Adds what it remembers to the stream itself."""
+    """Adds a term to the stream itself, from what it remembers, where there is anything to remember."""
 
     def __init__(self):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
         self.mixes = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.recall = nn.Linear(8, 8)
         self.register_buffer("kept", torch.zeros(4, 16, 8), persistent=False)
 
     def forward(self, x, start: int):
         rows, length, _ = x.shape
         self.kept[:rows, start : start + length] = x.detach()
-        x = x + self.kept[:rows, : start + length].mean(1, keepdim=True)
+        if start:
+            x = x + self.recall(x + self.kept[:rows, :start].mean(1, keepdim=True))
         for norm, mix in zip(self.norms, self.mixes, strict=True):
             x = x + mix(norm(x))
         return x
