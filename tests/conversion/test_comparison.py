@@ -63,3 +63,15 @@ def test_a_low_precision_beside_the_stream_loosens_nothing():
     model, x = Masked(), torch.randn(4, 8, 32)
     report = ax.verify(model, ax.convert(model, (x,)), (x,))
     assert {d.tolerance for d in report.differences} == {1e-5, 1e-4}
+
+
+def test_outputs_in_half_precision_are_multiplied_as_the_stream_is():
+    class Scaled(Tower):
+        def forward(self, x):
+            for norm, layer in zip(self.norms, self.layers, strict=False):
+                x = (x + layer(norm(x)).to(BF16)) * 0.83
+            return self.norms[-1](x)
+
+    model, x = Scaled(), torch.randn(4, 8, 32)
+    converted = ax.convert(model, (x,), config=ax.AttnResConfig(variant="full"), check=False)
+    assert ax.verify(model, converted, (x,)).worst < 1e-5

@@ -124,6 +124,10 @@ def insert_step(graph: Graph, step: Step, node: Node) -> Node:
         return turn_rows(graph, node, step.dimension, -1, like=step.site)
     mapped, before = tensor_of(step.node), tensor_of(step.state)
     assert mapped is not None and before is not None
+    if step.kind == "factor" and torch.promote_types(value.dtype, before.dtype) != value.dtype:
+        # Multiplied as the state is: an output in half precision is not multiplied in half precision.
+        value = fake_like(value, before.dtype)
+        node = emit(graph, "to", (node, before.dtype), like=node, value=value)
     changes_dtype = step.kind == "cast" or before.dtype != mapped.dtype
     dtype = mapped.dtype if changes_dtype else value.dtype
     return copy_call(step.node, {step.state: node}, value=fake_like(mapped, dtype))
