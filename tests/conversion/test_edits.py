@@ -117,3 +117,18 @@ def test_a_class_that_is_patched_after_the_conversion_is_named(monkeypatch):
     monkeypatch.setattr(nn.GELU, "forward", lambda _, x: 5 * x)
     with pytest.raises(EditedError, match=r"gelu\.forward"):
         converted(torch.randn(2, 5, WIDTH))
+
+
+def test_a_function_that_closes_over_a_module_is_no_edit_until_it_is_replaced():
+    torch.manual_seed(0)
+    model = Net().eval()
+    other, inner = model.other, lambda x: model.gelu(x)
+    model.act = lambda x: other(inner(x))
+    x = torch.randn(2, 5, WIDTH)
+    converted = ax.convert(model, (x,), check=False)
+    for found in (converted, copy.deepcopy(converted)):
+        torch.testing.assert_close(found(x), model(x))
+    assert converted._attnres_conversion.edits.followed == 0
+    converted.act = lambda x: other(x)
+    with pytest.raises(EditedError, match="act"):
+        converted(x)
