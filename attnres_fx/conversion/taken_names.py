@@ -48,7 +48,7 @@ def as_the_model_has(base: type[nn.Module], name: str) -> Any:
 
 def _what_has(model: nn.Module, name: str) -> str:
     for store, what in zip(_STORES, ("a parameter", "a buffer", "a submodule"), strict=True):
-        if name in model.__dict__[store]:
+        if name in model.__dict__.get(store, ()):  # a TorchScript module keeps its own elsewhere
             return what
     if name in model.__dict__:
         return "an attribute"

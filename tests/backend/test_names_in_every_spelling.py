@@ -81,7 +81,7 @@ NAMES = {
     AllFunctions: ("mixes.read_1", "mixes.read_2", "mixes.read_3"),
     AllInTheTop: ("stream.read_1", "stream.read_2", "stream.read_3"),
     HeldInAList: ("norms.1", "norms.2", "stream.read_3"),
-    TwoStreams: ("norms.1", "norms.1#2", "norms.2", "norms.2#2", "stream.read_3", "norms.read_3"),
+    TwoStreams: ("norms.1", "norms.1#2", "norms.2", "norms.2#2", "stream.read_3", "stream#2.read_3"),
 }
 
 

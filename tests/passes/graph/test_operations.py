@@ -14,6 +14,8 @@ ARGUMENTS = {
     "rsub": (X, 1.0),
     "detach": (X,),
     "clone": (X,),
+    "contiguous": (X,),
+    "permute": (X, [1, 0]),
     "zeros_like": (X,),
     "to": (X, torch.float64),
     "bmm": (X[None], X[None] + 1),
