@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch.fx import Graph, Node
 
-from attnres_fx.passes.graph.nodes import describe
+from attnres_fx.passes.graph.nodes import describe, shape_of
 from attnres_fx.passes.streams.beside import sums_beside
 from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.feature_dimensions import LAST
@@ -60,6 +60,9 @@ def _sums_of(graph: Graph) -> FormalSums:
 
 def _without_refused(roots: list[RootStates]) -> tuple[list[RootStates], list[Refusal]]:
     """The roots of streams whose features are in one dimension of fixed size, and why the others are none."""
+    # One vector for a whole batch, beside streams of rows, is a statistic of theirs: a running mean, a balance of loads.
+    most = max((len(shape_of(s.root)) for s in roots), default=0)
+    roots = [s for s in roots if len(shape_of(s.root)) > 1 or most == 1]
     injected = {s: into for s in roots if (into := injected_into(s, roots)) is not None}
     own = [s for s in roots if s not in injected]
     fixed = [s for s in own if s.fixed_width is not None and not s.features.contradiction]

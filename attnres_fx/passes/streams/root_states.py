@@ -116,6 +116,9 @@ class RootStates:
     def _site(self, core: Node, states: list[Node]) -> Node:
         paths = [self.sums.row_map_path(s) for s in states]
         shared = [step[0] for step in zip(*paths, strict=False) if all(n is step[0] for n in step)]
+        kinds = [self.sums.states[n].kind for n in shared[1:]]  # type: ignore[union-attr]
+        if "detach" in kinds:  # what is stopped there stays stopped: the read stands before it
+            shared = shared[: 1 + kinds.index("detach")]
         while len(shared) > 1 and self.sums.states[shared[-1]].kind in ("cast", "identity"):  # type: ignore[union-attr]
             shared.pop()
         return shared[-1] if shared else core
