@@ -11,7 +11,7 @@ from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.feature_dimensions import LAST
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Root
 from attnres_fx.passes.streams.interpretation import find_formal_sums
-from attnres_fx.passes.streams.interruptions import find_interruptions
+from attnres_fx.passes.streams.interruptions import Interruption, find_interruptions
 from attnres_fx.passes.streams.names import name_streams
 from attnres_fx.passes.streams.nesting import (
     injected_into,
@@ -23,7 +23,7 @@ from attnres_fx.passes.streams.post_norm import link_post_norm
 from attnres_fx.passes.streams.recurrences import Slices
 from attnres_fx.passes.streams.refusals import Refusal, find_refusals, refuse_depth_readers, refuse_recurrence
 from attnres_fx.passes.streams.root_states import RootStates
-from attnres_fx.passes.streams.stream import StreamSet
+from attnres_fx.passes.streams.stream import Stream, StreamSet
 
 
 def find_streams(graph: Graph) -> StreamSet:
@@ -40,11 +40,34 @@ def find_streams(graph: Graph) -> StreamSet:
     chains = [StreamChain(tuple(chain)) for chain in link_post_norm(convertible)]
     chains, over_time = _without_recurrences(chains, sums)
     refusals += over_time
-    streams = nest_streams(name_streams([c.to_stream() for c in chains], [c.branch_paths() for c in chains]), chains)
+    streams, interruptions = _named(chains)
+    prelude = _preludes(interruptions, chains)
+    if prelude:
+        chains = [c for i, c in enumerate(chains) if i not in prelude]
+        streams, interruptions = _named(chains)
     refusals += without_those_inside(find_refusals(graph, sums), chains)
-    refusals += find_interruptions(streams, chains)
+    refusals += [i.refusal for i in interruptions]
     refusals = [*refuse_depth_readers(sums.nodes), *refusals]
     return StreamSet(tuple(streams), tuple(refusals), sums)
+
+
+def _named(chains: list[StreamChain]) -> tuple[list[Stream], list[Interruption]]:
+    streams = name_streams([c.to_stream() for c in chains], [c.branch_paths() for c in chains])
+    streams = nest_streams(streams, chains)
+    return streams, find_interruptions(streams, chains)
+
+
+def _preludes(interruptions: list[Interruption], chains: list[StreamChain]) -> set[int]:
+    """The sums that only prepare the root of a stream: one sublayer before the first of a deeper one, on its rows.
+
+    A token that is smeared over the next, an embedding that is convolved, and then normed.
+    """
+    begun = {i.after for i in interruptions}
+    return {
+        i.before
+        for i in interruptions
+        if i.before not in begun and chains[i.before].num_sublayers == 1 < chains[i.after].num_sublayers
+    }
 
 
 def _sums_of(graph: Graph) -> FormalSums:
@@ -60,7 +83,7 @@ def _sums_of(graph: Graph) -> FormalSums:
 
 def _without_refused(roots: list[RootStates]) -> tuple[list[RootStates], list[Refusal]]:
     """The roots of streams whose features are in one dimension of fixed size, and why the others are none."""
-    # One vector for a whole batch, beside streams of rows, is a statistic of theirs: a running mean, a balance of loads.
+    # One vector for a whole batch, beside streams of rows, is a statistic of theirs: a running mean, say.
     most = max((len(shape_of(s.root)) for s in roots), default=0)
     roots = [s for s in roots if len(shape_of(s.root)) > 1 or most == 1]
     injected = {s: into for s in roots if (into := injected_into(s, roots)) is not None}

@@ -49,7 +49,22 @@ class _Way:
         return self.read or (self.projected and not sizes_agree(shape_of(self.state)[-1], shape_of(root)[-1]))
 
 
-def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain]) -> list[Refusal]:
+@dataclass(frozen=True)
+class Interruption:
+    """Where a stream goes on as another one.
+
+    Attributes:
+        before: Index of the stream that ends.
+        after: Index of the one that begins.
+        refusal: What the report says of it.
+    """
+
+    before: int
+    after: int
+    refusal: Refusal
+
+
+def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain]) -> list[Interruption]:
     """Where one stream ends and another goes on from it, whatever stands between the two.
 
     What begins behind a norm and a projection (a head, a decoder, the next stage of a hierarchical model), or behind a
@@ -60,20 +75,20 @@ def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain])
         chains: The nodes of each.
 
     Returns:
-        A refusal for each stream that begins where another ends.
+        One for each stream that begins where another ends.
     """
     if len(chains) < 2:
         return []
     ways = _ways_from_ends(chains)
-    refusals = []
+    interruptions = []
     for i, chain in enumerate(chains):
         root = chain.parts[0].root
         found = (w for w in ways.get(root, ()) if w.stream != i and not w.begins_anew(root))
         beside = (w for w in found if streams[w.stream].nested_in == streams[i].nested_in)
         way = next((w for w in beside if not _encloses(chains[w.stream], chain)), None)
         if way is not None:
-            refusals.append(_refusal(way, streams[way.stream], streams[i]))
-    return refusals
+            interruptions.append(Interruption(way.stream, i, _refusal(way, streams[way.stream], streams[i])))
+    return interruptions
 
 
 def _ways_from_ends(chains: Sequence[StreamChain]) -> dict[Node, tuple[_Way, ...]]:
