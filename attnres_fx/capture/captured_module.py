@@ -142,8 +142,13 @@ def _captured(call: ExampleCall, mode: Mode, notes: list[str]) -> CapturedGraph:
     leaves = call.leaves
     graph.assumed = replace(graph.assumed, constants=constants_of(leaves), same=aliases(leaves))
     if graph.unkept:
-        listed = ", ".join(dict.fromkeys(str(c).split(":")[0] for c in graph.unkept))
-        notes.append(f"{listed}: a first call sets it once; the graph makes what depends on it at every call")
+        once, logged = ([c for c in graph.unkept if c.logged is kind] for kind in (False, True))
+        for changes, what in (
+            (once, "a first call sets it once; the graph makes what depends on it at every call"),
+            (logged, "a call of the original adds to it, and a call of the graph does not"),
+        ):
+            if listed := ", ".join(dict.fromkeys(str(c).split(":")[0] for c in changes)):
+                notes.append(f"{listed}: {what}")
     return graph
 
 

@@ -178,13 +178,13 @@ def _require_same_later(
     try:
         later, later_leaves, _, again = _traced_call(clone, call, free, exactly)
     except DynamoRefusal:
-        if changes:
+        if not all(c.logged for c in changes):
             raise CaptureError(python_state_message(name, changes)) from None
         return  # a table of another size
     outside = later.outside.beyond(clone)
     again += outside.changes()
     outside.restore_()
-    if again:
+    if again := [c for c in again if not c.logged]:
         raise CaptureError(python_state_message(name, again))
     if not same_path(recording, later, {id(x) for x in leaves}, {id(x) for x in later_leaves}):
         listed = ", ".join([*(w.place for w in writes if w.first), *(str(c).split(":")[0] for c in changes)][:3])

@@ -93,7 +93,7 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
             if state.changes():  # perhaps a first call sets it once
                 with left_as_it_was(clone, args, kwargs) as later:
                     torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
-                    if changes := later.changes():
+                    if changes := [c for c in later.changes() if not c.logged]:
                         raise CaptureError(python_state_message(call.name, changes))
         finally:
             restore_functorch(depth)

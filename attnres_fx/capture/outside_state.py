@@ -1,5 +1,6 @@
 """Python objects outside a module tree that a call writes to: kept as they were, and compared."""
 
+import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class OutsideState:
                 old, new = before.get(key, _MISSING), now.get(key, _MISSING)
                 if _marks(old) != _marks(new):
                     name = f"{o.place}.{key}" if key else o.place
-                    found.append(PythonChange("", name, _words(old), f"{_words(new)}{o.line}", True))
+                    logged = _is_log(o, old, new)
+                    found.append(PythonChange("", name, _words(old), f"{_words(new)}{o.line}", True, logged))
         return found
 
     def settle_(self, device: torch.device) -> None:
@@ -71,12 +73,23 @@ class OutsideState:
         for o in self.objects:
             _put_(o, {k: settled(v, device) for k, v in _held(o).items()})
 
-    def restore_(self) -> None:
-        """Let the objects hold again what they held then."""
+    def restore_(self, *, keep_logs: bool = False) -> None:
+        """Let the objects hold again what they held then, but for logs of calls that were really made."""
         for o, before in zip(self.objects, self.before, strict=True):
             now = _held(o)
+            if keep_logs and _is_log(o, before.get("", _MISSING), now.get("", _MISSING)):
+                continue
             if any(_marks(now.get(k, _MISSING)) != _marks(before.get(k, _MISSING)) for k in {*now, *before}):
                 _put_(o, before)
+
+
+def _is_log(o: WrittenObject, old: Any, new: Any) -> bool:
+    """Whether plain values were put at the end of a list that a Python module has: nothing a call computes with."""
+    if not (isinstance(old, list) and isinstance(new, list)) or o.place.rpartition(".")[0] not in sys.modules:
+        return False
+    kept, added = new[: len(old)], new[len(old) :]
+    same = len(kept) == len(old) and all(a is b for a, b in zip(kept, old, strict=True))
+    return same and all(isinstance(x, bool | int | float | str | None) for x in added)
 
 
 def _is_container(value: Any) -> bool:

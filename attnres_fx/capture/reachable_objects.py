@@ -41,7 +41,7 @@ def left_as_it_was(model: nn.Module, *others: Any) -> Iterator[OutsideState]:
     try:
         yield state
     finally:
-        state.restore_()
+        state.restore_(keep_logs=True)
 
 
 class _Search:
@@ -131,7 +131,7 @@ class _Search:
         held = function.__globals__[name]
         if isinstance(held, int | float):
             self.found.append(WrittenObject(_Globals(function.__globals__), (name,), function.__module__, ""))
-        self.visit(held, name, depth + 1)
+        self.visit(held, f"{function.__module__}.{name}", depth + 1)
 
 
 class _Globals:

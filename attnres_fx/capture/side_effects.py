@@ -48,6 +48,7 @@ class PythonChange:
         before: What it was, in words.
         after: What it became, in words.
         outside: Whether it is outside the modules; then `name` says what it is, in words.
+        logged: Whether it is no more than plain values at the end of a list that a Python module has.
     """
 
     module: str
@@ -55,6 +56,7 @@ class PythonChange:
     before: str
     after: str
     outside: bool = False
+    logged: bool = False
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}: {self.before} -> {self.after}".removeprefix(".")

@@ -150,3 +150,22 @@ def test_what_a_first_call_sets_from_its_data_is_refused_and_converts_once_it_is
     assert model.scale is None
     model(x)
     torch.testing.assert_close(ax.convert(model, (x,))(2 * x), model(2 * x))
+
+
+class Logged(Net):
+    def forward(self, x):
+        RUNS.append("a call")
+        return self.body(x)
+
+
+RUNS = []
+
+
+def test_a_log_of_plain_values_is_noted_and_its_model_converts():
+    RUNS.clear()
+    converted = ax.convert(Logged(), (torch.randn(2, 3, WIDTH),))
+    assert any("RUNS" in note and "does not" in note for note in converted.report.notes)
+    runs = len(RUNS)
+    assert 0 < runs <= 6  # the self-check's; a capture runs nothing
+    converted(torch.randn(2, 3, WIDTH))
+    assert len(RUNS) == runs
