@@ -46,6 +46,7 @@ def unfold_row_writes_pass(gm: GraphModule) -> PassResult:
     """
     removed = []
     for node in list(gm.graph.nodes):
+        _take_rows_as_picked_(node)
         write = _write_of(node)
         total = None if write is None else _unfolded(write)
         if total is not None:
@@ -82,6 +83,19 @@ class _Sum:
     addend: Node
     scale: float
     below: Node
+
+
+def _take_rows_as_picked_(node: Node) -> None:
+    """Let an `index_put` take its rows without the view that an export drops their leading ones with: they spread."""
+    rows = argument_of(node, 2, "values") if op_name(node) == "index_put" else None
+    if not isinstance(rows, Node) or not has_trait(rows, Trait.RESHAPE) or not isinstance(rows.args[0], Node):
+        return
+    whole, stripped = shape_of(rows.args[0]), shape_of(rows)
+    extra = len(whole) - len(stripped)
+    if extra > 0 and whole[:extra] == (1,) * extra and all(map(sizes_agree, whole[extra:], stripped)):
+        node.replace_input_with(rows, rows.args[0])
+        if not rows.users:
+            rows.graph.erase_node(rows)
 
 
 def _write_of(node: Node) -> _Write | None:
