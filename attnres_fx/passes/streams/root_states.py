@@ -79,8 +79,8 @@ class RootStates:
         if any(_later_terms(chain, read.terms) for read in self.reads):
             chain = tuple(sorted(chain, key=place.__getitem__))
         for read in self.reads:
-            later = _later_terms(chain, read.terms)
-            chain = tuple(t for t in chain if t not in later)
+            if later := _later_terms(chain, read.terms):
+                chain = tuple(t for t in chain if t not in later)
         return chain
 
     def _reads(self) -> list[RootRead]:
@@ -165,5 +165,6 @@ class RootStates:
 
 def _later_terms(chain: tuple[Node, ...], seen: tuple[Node, ...]) -> set[Node]:
     """What is seen of a chain after the first of its terms that is not seen."""
-    gap = next((i for i, term in enumerate(chain) if term not in seen), len(chain))
-    return set(chain[gap:]).intersection(seen)
+    terms = set(seen)
+    gap = next((i for i, term in enumerate(chain) if term not in terms), len(chain))
+    return terms.intersection(chain[gap:])
