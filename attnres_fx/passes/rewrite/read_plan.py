@@ -232,19 +232,13 @@ def _carried_on(stream: Stream, sums: FormalSums) -> set[str]:
     """The states that another term is added to, whatever is done to them before that."""
     by_name = {node.name: node for node in sums.nodes}
     roots = {sums.root[by_name[read.state]] for read in stream.reads}
-    stack = [
+    extended = [
         parent
         for node, state in sums.states.items()
         if sums.root[node] in roots and isinstance(state, Extended | Merged)
         for parent in sums.parents(node)
     ]
-    found: set[Node] = set()
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(sums.parents(node))
-    return {node.name for node in found}
+    return {node.name for node in sums.carried_on(extended)}
 
 
 def _summary_makers(stream: Stream, reads: Sequence[DepthReadPlan], sums: FormalSums) -> set[int]:

@@ -29,7 +29,7 @@ def sums_beside(sums: FormalSums) -> set[tuple[Node, Node]]:
         Each such addition with the operand that would be the branch.
     """
     extended = {state.state for state in sums.states.values() if isinstance(state, Extended)}
-    carried = _carried_on(sums, extended)
+    carried = sums.carried_on(extended)
     ends = {
         node: state
         for node, state in sums.states.items()
@@ -66,18 +66,6 @@ def _in_place(sums: FormalSums, node: Node) -> Node:
     while isinstance(step := sums.states[node], Mapped) and step.kind != "token":
         node = step.state
     return node
-
-
-def _carried_on(sums: FormalSums, extended: set[Node]) -> set[Node]:
-    """The states that another term is added to, whatever is done to them before that."""
-    stack = list(extended)
-    found: set[Node] = set()
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(sums.parents(node))
-    return found
 
 
 def _row_maps_of(value: Node) -> list[Node]:

@@ -1,6 +1,6 @@
 """Models that read their depth already: a softmax over a stack or a list of their own earlier outputs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -9,6 +9,7 @@ from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import argument_of, is_floating
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, is_light, may_be_in_norm, moves_data, op_name
+from attnres_fx.passes.streams.contractions import contracted_tensors
 from attnres_fx.passes.streams.dependence import Dependence
 
 
@@ -54,36 +55,32 @@ def _reader(node: Node) -> _Reader | None:
         return _of_joined(node, value)
     if match_addition(node) is not None:
         return _listed(node)
-    factors = _contracted(node)
+    factors = contracted_tensors(node)
     for value in factors:
-        if any(_from_softmax(f) for f in factors if f is not value):
+        if any(_first_below(f, Trait.SOFTMAX, is_light) is not None for f in factors if f is not value):
             found = _of_joined(node, value)
             if found is not None:
                 return found
     return None
 
 
-def _contracted(node: Node) -> list[Node]:
-    """The tensors that a node contracts: a product of tensors, or the sum of one over a dimension."""
-    if has_trait(node, Trait.MIXES):
-        return [n for n in node.all_input_nodes if is_floating(n)]
-    if op_name(node) == "sum" and node.all_input_nodes:
-        product = node.all_input_nodes[0]
-        return [n for n in product.all_input_nodes if is_floating(n)] if op_name(product) == "mul" else []
-    return []
-
-
 def _of_joined(node: Node, value: Node) -> _Reader | None:
     """A reader of the values that are joined in what it weighs, seen through norms and elementwise work."""
-    stack, seen = [value], set()
+    join = _first_below(value, Trait.JOINS, may_be_in_norm)
+    return None if join is None else _Reader(node, frozenset(_joined(join)))
+
+
+def _first_below(node: Node, trait: Trait, through: Callable[[Node], bool]) -> Node | None:
+    """A node with a trait that another is computed from, through nodes of one sort alone."""
+    stack, seen = [node], set()
     while stack:
         current = stack.pop()
         if current in seen:
             continue
         seen.add(current)
-        if has_trait(current, Trait.JOINS):
-            return _Reader(node, frozenset(_joined(current)))
-        if may_be_in_norm(current):
+        if has_trait(current, trait):
+            return current
+        if through(current):
             stack += [n for n in current.all_input_nodes if is_floating(n)]
     return None
 
@@ -134,18 +131,3 @@ def _slice_of_softmax(node: Node) -> Node | None:
     while node.all_input_nodes and (moves_data(node) or has_trait(node, Trait.SPLITS) or op_name(node) == "getitem"):
         node = node.all_input_nodes[0]
     return node if has_trait(node, Trait.SOFTMAX) else None
-
-
-def _from_softmax(node: Node) -> bool:
-    """Whether a value is a softmax, seen through no more than elementwise work."""
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if has_trait(current, Trait.SOFTMAX):
-            return True
-        if is_light(current):
-            stack += [n for n in current.all_input_nodes if is_floating(n)]
-    return False

@@ -4,7 +4,7 @@ A state is the root of a stream, a state extended by one more addend, two states
 mapped row by row. States form a graph of their own; their terms are found by walking it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -88,6 +88,16 @@ class FormalSums:
                 return (state,)
             case Merged(left=left, right=right):
                 return (left, right)
+
+    def carried_on(self, extended: Iterable[Node]) -> set[Node]:
+        """These states and all that they are made of: what more is added to, whatever is done to it before that."""
+        stack, found = list(extended), set[Node]()
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack.extend(self.parents(node))
+        return found
 
     def addend(self, term: Node) -> Node | None:
         """What a term's addition adds to the stream; None for a root."""

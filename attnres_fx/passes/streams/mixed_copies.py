@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import Addition, match_addition
-from attnres_fx.passes.graph.nodes import describe, is_floating
+from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, moves_data, op_name
+from attnres_fx.passes.streams.contractions import contracted_tensors
 from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged
 
@@ -52,7 +53,7 @@ def _candidates(node: Node, addition: Addition) -> Iterator[_Mixed]:
     for carry, branch in ((addition.left, addition.right), (addition.right, addition.left)):
         path, _ = _path(carry)
         cut = max((i for i, n in enumerate(path) if _cuts(n)), default=len(path) - 1)  # below, the branch has its part
-        for value in _mixed_by(path[-1]):
+        for value in contracted_tensors(path[-1]):
             below, copied = _path(value)
             if copied or match_addition(below[-1]) is not None:
                 yield _Mixed(node, frozenset(path[: cut + 1]), path[-1], below[-1], branch)
@@ -87,16 +88,6 @@ def _below(node: Node) -> Node | None:
         return None
     source = node.args[0] if node.args else None
     return source if isinstance(source, Node) else None
-
-
-def _mixed_by(node: Node) -> list[Node]:
-    """The tensors that a node contracts, where it is a product of tensors, or the sum of one over a dimension."""
-    if has_trait(node, Trait.MIXES):
-        return [n for n in node.all_input_nodes if is_floating(n)]
-    if op_name(node) == "sum":
-        product = _path(node.all_input_nodes[0])[0][-1]
-        return [n for n in product.all_input_nodes if is_floating(n)] if op_name(product) == "mul" else []
-    return []
 
 
 def _reads_otherwise(mixed: _Mixed, ancestry: Dependence) -> bool:
