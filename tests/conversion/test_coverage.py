@@ -24,16 +24,15 @@ def assert_same_output(found, expected):
 
 
 def unmoved_reads(converted, kwargs):
-    """The reads whose query and gate get no gradient from a fresh conversion's first backward."""
+    """The reads that the first backward from a fresh conversion moves by no more than rounding, beside the others."""
     leaves = [x for x in pytree.tree_leaves(converted(**kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
     sum((x.double() * torch.linspace(0, 1, x.numel()).sin().view_as(x)).sum() for x in leaves).backward()
-    found = [
-        r.name
+    moved = {
+        r.name: max(float(p.grad.abs().max()) for p in (r.query, r.gate) if p is not None and p.grad is not None)
         for r in converted.attnres.reads
-        if not any(p is not None and p.grad is not None and p.grad.any() for p in (r.query, r.gate))
-    ]
+    }
     converted.zero_grad()
-    return found
+    return [name for name, size in moved.items() if size <= 1e-4 * max(moved.values())]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

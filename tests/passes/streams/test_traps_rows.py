@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 import attnres_fx as ax
-from tests.support.stream_text import assert_near, check_preserved, found_text, tokens, toy
+from attnres_fx.passes import analyze_
+from tests.support.stream_text import assert_near, captured, check_preserved, found_text, tokens, toy
 
 INDEX = torch.tensor([1])
 
@@ -158,3 +160,26 @@ def test_with_random_queries_rows_are_what_the_definition_says():
     v_3 = model.attn_2(model.norm_3(mixed([*kept, v_2], q["norm_3"])))
     expected = model.head(model.norm_f(mixed([*kept, v_2, v_3], q["norm_f"])))
     assert_near(converted(tokens()), expected, 1e-5)
+
+
+class Shuffled(nn.Module):
+    """Convolutions over a batch whose rows are picked by an index before every layer; the width is in dimension 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixes = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(4))
+        self.register_buffer("order", torch.tensor([1, 0]))
+
+    def forward(self, x):
+        for mix, norm in zip(self.mixes, self.norms, strict=False):
+            x = x[self.order]
+            x = x + mix(norm(x)).tanh()
+        return self.norms[-1](x)
+
+
+@pytest.mark.parametrize("spelling", ["export", "dynamo"])
+def test_rows_picked_by_an_index_keep_their_sources_where_the_width_is_not_last(spelling):
+    (stream,) = analyze_(captured(Shuffled().eval(), (torch.randn(2, 6, 5, 5),), spelling)).streams
+    assert [r.position for r in stream.depth_reads] == [1, 2, 3]
+    assert (stream.width, stream.dimension) == (6, 1)
