@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from attnres_fx.backend.explain import explain
     from attnres_fx.config import AttnResConfig
     from attnres_fx.conversion.adapter import load_adapter, save_adapter
-    from attnres_fx.conversion.convert import convert, inspect
+    from attnres_fx.conversion.convert import convert
     from attnres_fx.conversion.converted_model import ConvertedModel
+    from attnres_fx.conversion.inspection import inspect
     from attnres_fx.conversion.loading import load
     from attnres_fx.conversion.verify import verify
     from attnres_fx.errors import AttnResError
@@ -36,7 +37,7 @@ _HOMES = {
     "depth_weights": "attnres_fx.analysis.depth_weights",
     "detach": "attnres_fx.backend.attach",
     "explain": "attnres_fx.backend.explain",
-    "inspect": "attnres_fx.conversion.convert",
+    "inspect": "attnres_fx.conversion.inspection",
     "load": "attnres_fx.conversion.loading",
     "load_adapter": "attnres_fx.conversion.adapter",
     "load_plan": "attnres_fx.partition.plan.load_plan",

@@ -1,4 +1,4 @@
-"""`convert` and `inspect`: a traced residual transformer becomes an AttnRes model."""
+"""`convert`: a traced residual transformer becomes an AttnRes model."""
 
 import functools
 import logging
@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from attnres_fx.capture.capture import capture
@@ -27,87 +26,25 @@ from attnres_fx.conversion.loading import pickled_as_file
 from attnres_fx.conversion.own_python import OwnPython
 from attnres_fx.conversion.progress import Progress
 from attnres_fx.conversion.recapturing import Recapturing
-from attnres_fx.conversion.report import ConversionReport, StreamReport, shortened
+from attnres_fx.conversion.report import ConversionReport, shortened
 from attnres_fx.conversion.rewriting import modules_that_add, require_same_reads, rewrite_, same_streams
+from attnres_fx.conversion.source_model import Model, checked_config, model_name, refuse_converted
 from attnres_fx.conversion.taken_names import refuse_taken_names, yielded
 from attnres_fx.conversion.verify import Check, check_conversion, require_known
-from attnres_fx.errors import (
-    AlreadyConvertedError,
-    ConfigError,
-    ScheduleError,
-    StreamError,
-)
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import (
     Lowering,
     ReadPlan,
     Replacement,
-    Stream,
     StreamSet,
     analyze_,
     checked_lowering,
     plan_depth_reads,
 )
-from attnres_fx.passes.lowering.read_calls import OPERATORS
 from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams, why_left
 
 log = logging.getLogger(__name__)
-
-Model = nn.Module | ExportedProgram
-
-
-def inspect(
-    model: Model,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    config: AttnResConfig | None = None,
-    dynamic_shapes: Any = None,
-) -> StreamReport:
-    """Find the residual streams of a model, and what `convert` would do with them; the model is left as it is.
-
-    Args:
-        model: An `nn.Module`, a `GraphModule` or an `ExportedProgram`.
-        args: Example arguments.
-        kwargs: Example keyword arguments.
-        config: What `convert` would get; `AttnResConfig()` by default.
-        dynamic_shapes: As `torch.export.export` takes them; by default batch and sequence are free.
-
-    Returns:
-        A report: print it, or look at `.streams`, `.converted`, `.left`, `.refusals` and `.error`.
-
-    Raises:
-        AlreadyConvertedError: The model reads through depth attention already.
-        CaptureError: The model cannot be traced.
-    """
-    model = uncompiled(model)
-    config = _checked(config)
-    refuse_converted(model)
-    mode: Mode = "train" if getattr(model, "training", False) else "eval"
-    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, modes=(mode,))
-    found = analyze_(next(iter(captured.graphs.values())).gm)
-    return _stream_report(found, config, _name(model), tuple(captured.notes))
-
-
-def _stream_report(found: StreamSet, config: AttnResConfig, name: str, notes: tuple[str, ...]) -> StreamReport:
-    """What a conversion would do, found out by doing it as far as the plan."""
-    error = ""
-    selected: tuple[Stream, ...] = ()
-    try:
-        selected = select_streams(found, config, name)
-        plan_depth_reads(found, selected, config)
-    except (StreamError, ScheduleError) as raised:
-        error, selected = f"{type(raised).__name__}: {raised}", ()
-    done = tuple(s.name for s in selected)
-    left = () if error else tuple((s, why_left(s, config)) for s in found.streams if s.name not in done)
-    return StreamReport(name, found.streams, found.refusals, notes, config, done, left, error)
-
-
-def _checked(config: AttnResConfig | None) -> AttnResConfig:
-    if not isinstance(config, AttnResConfig | None):
-        raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
-    return config or AttnResConfig()
 
 
 @outside_inference_mode()  # what is made here is trained later, whatever mode it is made in
@@ -153,14 +90,14 @@ def convert(
         RewriteError: Two graphs of a symbolic trace do not have the same reads.
         CheckError: The result does not compute what the original computes.
     """
-    config = _checked(config)
+    config = checked_config(config)
     lowering = checked_lowering(lowering)
     require_known(check)
     model = uncompiled(model)
     refuse_converted(model)
     if isinstance(model, nn.Module) and not isinstance(model, GraphModule):
         refuse_taken_names(model, ConvertedModel, ADDED)
-    with Progress(_name(model)) as progress:
+    with Progress(model_name(model)) as progress:
         progress.step("capturing it")
         captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, first_only=True, hooks="around")
         tree = without_tensors(captured.root)
@@ -212,7 +149,7 @@ def _unpickled(
 def _converted(model: Model, captured: Captured, config: AttnResConfig, lowering: Lowering) -> ConvertedModel:
     """The captured model rewritten, in the mode it was in where that was captured; nothing is run."""
     analyses = _analyze(captured)
-    plans = _plan(analyses, config, _name(model))
+    plans = _plan(analyses, config, model_name(model))
     mode, plan = next(iter(plans.items()))
     gm = captured.graphs[mode].gm
     guarded = modules_that_add(captured.root, gm, plan)
@@ -268,24 +205,6 @@ def _starting_mode(captured: Captured) -> Mode:
     return other
 
 
-def refuse_converted(model: Any) -> None:
-    graph = model.graph if isinstance(model, GraphModule | ExportedProgram) else None
-    holds_reads = graph is not None and any(n.target in OPERATORS for n in graph.nodes)
-    if isinstance(model, ConvertedModel) or holds_reads:
-        raise AlreadyConvertedError(
-            "the model reads through depth attention already: convert the original again, with another config "
-            "if you like."
-        )
-    if isinstance(getattr(model, "attnres", None), AttnResParameters) and not isinstance(model, GraphModule):
-        raise AlreadyConvertedError(
-            f"{type(model).__name__} is attached for the compile backend: detach(model) first, to convert it."
-        )
-
-
-def _name(model: Any) -> str:
-    return type(model).__name__ if isinstance(model, nn.Module) else "ExportedProgram"
-
-
 def _report(
     model: Model,
     captured: Captured,
@@ -302,7 +221,7 @@ def _report(
     done = {s.stream.name for s in plan.streams}
     left = [(s, why_left(s, config)) for s in streams.streams if s.name not in done]
     return ConversionReport(
-        model=_name(model),
+        model=model_name(model),
         config=config,
         streams=plan.streams,
         left=tuple(left),

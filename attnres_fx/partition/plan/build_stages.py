@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnres_fx.conversion.convert import Model, convert
+from attnres_fx.conversion.convert import convert
 from attnres_fx.conversion.converted_model import ConvertedModel
+from attnres_fx.conversion.source_model import Model
 from attnres_fx.errors import AttnResError, PlanError, ScheduleError
 from attnres_fx.partition.plan.plan import Plan
 from attnres_fx.partition.plan.planned_model import fingerprint, name_of

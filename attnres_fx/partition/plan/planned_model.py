@@ -11,10 +11,10 @@ from attnres_fx.capture.capture import capture
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.config import AttnResConfig
-from attnres_fx.conversion.convert import Model, refuse_converted
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.flat_export import flat_aten
 from attnres_fx.conversion.rewriting import rewrite_
+from attnres_fx.conversion.source_model import Model, refuse_converted
 from attnres_fx.errors import CaptureError, ModeError
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import CarriedValue

@@ -6,8 +6,8 @@ from numbers import Integral
 from typing import Any, Literal
 
 from attnres_fx.config import AttnResConfig
-from attnres_fx.conversion.convert import Model
 from attnres_fx.conversion.converted_model import ConvertedModel
+from attnres_fx.conversion.source_model import Model
 from attnres_fx.errors import PlanError
 from attnres_fx.partition.checked_values import checked_amount, checked_index, checked_items
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
