@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import argument_of, shape_of, tensor_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import asks_only_metadata, called_module, has_trait, moves_data, op_name
@@ -92,11 +93,14 @@ class Slices:
         of_state: set[Node] = set()
         for node in self._nodes:
             inputs = _inputs(node)
-            if node in states or not of_state.isdisjoint(inputs):
+            begins = of_state.isdisjoint(inputs)
+            if node in states or not begins:
                 of_state.add(node)
             part = self._slice.get(node)
-            if node in states or node is sequence:
+            if node is sequence or (node in states and (begins or match_addition(node) is not None)):
                 reached[node] = 0
+            elif node in states:  # a slice that scales it belongs to the step that takes it in
+                reached[node] = reduce(or_, (reached[n] for n in inputs if n not in of_state), 0) & ~bits.of_weights
             elif part is not None and part.sequence in self._sequences and part.sequence not in of_state:
                 within = reached[part.sequence]
                 reached[node] = within if bits.are_of_one_step(within) else bits.of_slice(part)

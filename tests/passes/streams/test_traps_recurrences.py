@@ -72,6 +72,14 @@ def post_norm_rnn(m, x):
     return rows
 
 
+def leaky_rnn(m, x):
+    h, rows, u = x[:, 0], [], m.v(x)
+    for t in range(LENGTH):
+        h = 0.5 * h + m.q(torch.tanh(u[:, t] * h))
+        rows.append(h)
+    return rows
+
+
 def lstm(m, x):
     h = c = x.new_zeros(x.shape[0], WIDTH)
     rows = []
@@ -110,7 +118,7 @@ def found(model, *args):
     return [len(s.depth_reads) for s in streams.streams], {r.kind for r in streams.refusals}
 
 
-LOOPS = [delta_rule, delta_rule_unbound, residual_rnn, post_norm_rnn, lstm, test_time_training, chunks]
+LOOPS = [delta_rule, delta_rule_unbound, residual_rnn, post_norm_rnn, leaky_rnn, lstm, test_time_training, chunks]
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
