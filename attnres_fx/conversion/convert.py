@@ -167,7 +167,9 @@ def _converted(model: Model, captured: Captured, config: AttnResConfig, lowering
         conversion.recapture = Recapturing(config)
     converted = converted_model(captured.root, parameters, graphs, captured.signature, captured.in_spec, conversion)
     starting = _starting_mode(captured)
-    if not captured.cloned or starting != ("train" if captured.training else "eval"):
+    if not captured.cloned:  # the modules that a trace calls keep their own flags
+        converted.training = starting == "train"
+    elif starting != ("train" if captured.training else "eval"):
         nn.Module.train(converted, starting == "train")
     return converted
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.isolated_run import Mode, isolated_clone, set_mode_
@@ -25,7 +25,10 @@ class Pair:
         self.program = program
         written = written_attributes(program.graph)
         self.original = isolated_clone(original, written)
-        set_mode_(self.original, mode)
+        if isinstance(original, GraphModule) and len(converted.programs) == 1:
+            self.original.training = mode == "train"  # a trace in one mode: the modules that it calls stay in theirs
+        else:
+            set_mode_(self.original, mode)
         self.root = isolated_clone(converted, written)
         modules = dict(self.root.named_modules())
         for path, module in self.original.named_modules():
