@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -107,12 +108,6 @@ def as_rows(value: Tensor) -> Tensor:
     return rows
 
 
-_logged: set[tuple[Any, ...]] = set()
-
-
+@lru_cache(maxsize=64)  # a layout is told of once, as long as not many others come in between
 def _say_copied(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    if (shape, strides) not in _logged:
-        _logged.add((shape, strides))
-        log.warning(
-            "a depth-attention source %s with strides %s is copied: the kernels need whole rows", shape, strides
-        )
+    log.warning("a depth-attention source %s with strides %s is copied: the kernels need whole rows", shape, strides)

@@ -64,11 +64,6 @@ class Partition:
         return tuple(sum(part) for part in parts)
 
     @property
-    def block_starts(self) -> dict[str, tuple[int, ...]]:
-        """First sublayer of each block, counted in its stream."""
-        return {name: layout.starts for name, layout in self.block_layouts}
-
-    @property
     def objective(self) -> tuple[object, ...]:
         """What is compared, first entries first: slowest stage, bytes, cuts inside blocks, then, so that one plan is
         the best: the earlier stages, the more blocks, the more even blocks."""

@@ -103,7 +103,7 @@ def test_of_plans_as_fast_stages_at_blocks_come_first_and_even_starts_next(work,
         num_blocks=2,
     )
     found = find_partition(request)
-    assert (found.starts, found.block_starts["main"]) == (starts, starts)
+    assert (found.starts, dict(found.block_layouts)["main"].starts) == (starts, starts)
 
 
 def test_where_blocks_are_too_many_to_try_cuts_at_blocks_alone_leave_a_gap(monkeypatch):
