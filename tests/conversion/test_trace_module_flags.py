@@ -1,11 +1,12 @@
 """A symbolic trace calls modules, which keep the training flags that they were traced with."""
 
-import attnres_fx as ax
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import symbolic_trace
+
+import attnres_fx as ax
 
 WIDTH = 8
 
