@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from attnres_fx.backend.attach import attach, detach, plain
     from attnres_fx.backend.compile import compile
     from attnres_fx.backend.explain import explain
+    from attnres_fx.backend.pretrained import from_pretrained
     from attnres_fx.config import AttnResConfig
     from attnres_fx.conversion.adapter import load_adapter, save_adapter
     from attnres_fx.conversion.convert import convert
@@ -37,6 +38,7 @@ _HOMES = {
     "depth_weights": "attnres_fx.analysis.depth_weights",
     "detach": "attnres_fx.backend.attach",
     "explain": "attnres_fx.backend.explain",
+    "from_pretrained": "attnres_fx.backend.pretrained",
     "inspect": "attnres_fx.conversion.inspection",
     "load": "attnres_fx.conversion.loading",
     "load_adapter": "attnres_fx.conversion.adapter",
@@ -62,6 +64,7 @@ __all__ = [
     "detach",
     "errors",
     "explain",
+    "from_pretrained",
     "inspect",
     "load",
     "load_adapter",

@@ -13,6 +13,7 @@ from torch import nn
 from attnres_fx.backend.plain_runs import runs_plain
 from attnres_fx.capture.isolated_run import fast_path_off
 from attnres_fx.conversion.around_forward import WAY_OUT
+from attnres_fx.conversion.pretrained_folder import saving_methods
 from attnres_fx.errors import BackendError, EagerCallError
 from attnres_fx.ops.marker import PARAMETERS
 from attnres_fx.parameters import check_state
@@ -83,10 +84,19 @@ def _attached_class(base: Any, methods: tuple[str, ...]) -> Any:
         return _new_instance, (base, methods), self.__getstate__()
 
     members = {"forward": functools.wraps(original)(_with_own_code(forward)), "compile": compile}
+    members |= saving_methods(base, _why_not_saved)
     members |= {"_attnres_base": base, "__reduce_ex__": reduce, "_load_from_state_dict": load_from_state_dict}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     refusing = {name: _refusing_outside_forward(getattr(base, name)) for name in methods}
     return type(base.__name__, (base,), {**names, **refusing, **members})
+
+
+def _why_not_saved(module: nn.Module) -> str:
+    """Why an attached module cannot be saved by itself: its reads belong to the model that it is a part of."""
+    path = module.__dict__[HELD][1]
+    return f"this {type(module).__name__} is {path!r} of an attached model, which has the reads: save that." * bool(
+        path
+    )
 
 
 def _refusing_outside_forward(method: Any) -> Any:

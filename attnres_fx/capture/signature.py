@@ -61,6 +61,17 @@ class CallSignature:
         """The values of `bound`, by name."""
         return {n: self.constants[n] for n in self.bound}
 
+    def takes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call gives the arguments that were captured, by their names.
+
+        Args:
+            args: By position.
+            kwargs: By keyword.
+        """
+        given = {*self.positional[: len(args)], *kwargs}
+        known = {*self.args, *self.kwargs}
+        return len(args) <= len(self.positional) and given <= known and known - given <= self.constants.keys()
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a call in the captured structure.
 

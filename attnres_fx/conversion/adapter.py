@@ -94,12 +94,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AttnResPar
         SaveError: The folder is damaged, or does not fit the model; the first difference is named.
     """
     place = Path(folder)
-    if not (place / CONFIG_FILE).is_file():
-        raise SaveError(f"{place} holds no adapter: it has no {CONFIG_FILE}.")
     with reading(place, "save_adapter"):
-        described = json.loads((place / CONFIG_FILE).read_text())
-        if not isinstance(described, dict):
-            raise SaveError(f"{CONFIG_FILE} is no table")
+        described = _table_of(place)
         file = _tensor_file(place, described.pop("checksum", None))
         config, entries = _parsed(described)
         owner, attnres = _owner(model, config)
@@ -113,6 +109,34 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AttnResPar
                 for name, parameter in attnres.named_parameters():
                     parameter.copy_(tensors[f"attnres.{name}"])
     return attnres
+
+
+def adapter_config(folder: str | os.PathLike[str]) -> AttnResConfig:
+    """The config that an adapter folder was made with.
+
+    Args:
+        folder: With `attnres_config.json`.
+
+    Returns:
+        The config to convert or attach the base model with, before `load_adapter`.
+
+    Raises:
+        SaveError: The folder holds no adapter, or its config is damaged.
+    """
+    place = Path(folder)
+    with reading(place, "save_adapter"):
+        described = _table_of(place)
+        described.pop("checksum", None)
+        return _parsed(described)[0]
+
+
+def _table_of(place: Path) -> dict[str, Any]:
+    if not (place / CONFIG_FILE).is_file():
+        raise SaveError(f"{place} holds no adapter: it has no {CONFIG_FILE}.")
+    described = json.loads((place / CONFIG_FILE).read_text())
+    if not isinstance(described, dict):
+        raise SaveError(f"{CONFIG_FILE} is no table")
+    return described
 
 
 def _owner(model: nn.Module, config: AttnResConfig | None) -> tuple[nn.Module, AttnResParameters]:

@@ -18,6 +18,11 @@ _NO_PYTHON = (
     "This model was made from a graph or a file, and runs only the kinds of calls that it was captured with. What "
     "convert() makes of an nn.Module captures others when they are made."
 )
+_CANNOT_CAPTURE = (
+    "Nothing can be captured inside of a compiled function: make such a call once outside of it, or give convert() one "
+    "as its example (Trainer's torch_compile=True calls with num_items_in_batch and labels). ax.compile keeps the "
+    "model's Python, compiles it in place, and takes any call."
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ def program_for(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     mode: Mode = "train" if model.training else "eval"
     if is_traced():
-        compiled = _compiled_program(model, mode)
+        compiled = _compiled_program(model, mode, args, kwargs)
         if compiled is not None:
             return compiled, flat_arguments(compiled, args, kwargs)
     found: tuple[CapturedProgram, list[Any]] = _eager_program_for(model, args, kwargs)
@@ -86,16 +91,25 @@ def _eager_program_for(
     return further, flat_arguments(further, args, kwargs)
 
 
-def _compiled_program(model: Any, mode: Mode) -> CapturedProgram | None:
-    """The program that a compiled function runs: the first that was captured in the mode with the flags of now."""
+def _compiled_program(
+    model: Any, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> CapturedProgram | None:
+    """The program that a compiled function runs: the first one of the mode, the flags of now and these arguments."""
     conversion: Conversion = model._attnres_conversion
     first: CapturedProgram | None = conversion.programs.get(mode)
     if first is None:
         raise ModeError(f"the {mode} program is not captured yet: call model.{mode}() outside the compiled function.")
-    for program in (first, *conversion.further.get(mode, ())):
-        if not program.other_flag(model.get_submodule):
-            chosen: CapturedProgram = program
-            return chosen
+    programs = (first, *conversion.further.get(mode, ()))
+    fitting: list[CapturedProgram] = [p for p in programs if not p.other_flag(model.get_submodule)]
+    for program in fitting:
+        if program.signature.takes(args, kwargs):
+            return program
+    if fitting:
+        given = (*(f"argument {i + 1}" for i in range(len(args))), *kwargs)
+        raise ArgumentError(
+            f"the {mode} program was captured with {fitting[0].signature}, and a call with ({', '.join(given)}) is "
+            f"compiled. {_CANNOT_CAPTURE}"
+        )
     return None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.around_forward import refusing
 from attnres_fx.conversion.own_python import OwnPython
+from attnres_fx.conversion.pretrained_folder import saving_methods
 from attnres_fx.conversion.taken_names import as_the_model_has
 
 
@@ -23,6 +24,7 @@ def derived_class(kind: type, own: OwnPython | None, signature: CallSignature) -
         forward.__signature__ = _with_first(itself, own.called)  # type: ignore[attr-defined]
         refused = {name: refusing(getattr(base, name)) for name in own.methods}
         kept = {name: as_the_model_has(base, name) for name in own.names}
+        kept |= saving_methods(base)
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         return type(base.__name__, (kind, base), {**kept, **refused, "forward": forward, **names})
     forward.__signature__ = _with_first(itself, signature.to_inspect())  # type: ignore[attr-defined]

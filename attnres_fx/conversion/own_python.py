@@ -67,6 +67,7 @@ class OwnPython:
             if forward is not None:
                 attributes["forward"] = followed(forward, clones)
         root.__class__ = self.kind
+        root.__dict__.pop("forward", None)  # set since, it wraps the converted model's forward
         around = take_forward_hooks_(root)
         if not (hooks or has_own_call(root)):
             take_backward_hooks_(root)

@@ -22,7 +22,8 @@ def _refuse(tensors: list[Tensor], about: str) -> None:
     raise EagerCallError(
         "the model is attached and was called outside torch.compile(..., backend='attnres'), where it would "
         "compute plain residuals. Call model.compile(backend='attnres', fullgraph=True, dynamic=True) first "
-        "(attnres_fx.compile does). A copy of a compiled model (deepcopy, pickle, AveragedModel) is not compiled: "
+        "(attnres_fx.compile does); an outer torch.compile with another backend (Trainer's torch_compile=True) "
+        "takes its place, so leave that off. A copy of a compiled model (deepcopy, pickle, AveragedModel) is not compiled: "
         "compile the copy too, in the same way. If this one is compiled, look at "
         "TORCH_LOGS=graph_breaks,recompiles: after a graph break, or past torch._dynamo.config.recompile_limit, "
         "PyTorch runs it uncompiled unless fullgraph=True. To run the original on purpose: "
