@@ -38,7 +38,7 @@ def test_a_conversion_is_the_papers_forward_written_by_hand(family, variant, out
     model = build().double()
     blocks = {} if variant == "full" else {"block_size": 4}
     config = ax.AttnResConfig(variant=variant, output=output, **blocks)
-    converted = ax.convert(model, kwargs={"input_ids": IDS}, config=config, check=False)
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, config=config, dynamic_shapes={}, check=False)
     torch.manual_seed(1)
     for read in converted.attnres.reads:
         torch.nn.init.normal_(read.query, std=0.5)
@@ -100,7 +100,7 @@ def test_an_example_of_one_row_leaves_the_batch_free():
 
 
 def test_train_and_eval_are_different_programs_over_one_set_of_weights():
-    converted = ax.convert(gpt2(), kwargs={"input_ids": IDS}, check=False)
+    converted = ax.convert(gpt2(), kwargs={"input_ids": IDS}, dynamic_shapes={}, check=False)
     assert torch.equal(converted(IDS).logits, converted(IDS).logits)
     converted.train()
     assert not torch.equal(converted(IDS).logits, converted(IDS).logits)
@@ -146,7 +146,7 @@ def test_other_sizes_compile_with_fullgraph():
 @pytest.mark.slow
 def test_a_cast_model_computes_what_the_cast_original_does(dtype):
     model = llama()
-    converted = ax.convert(model, kwargs={"input_ids": IDS}, check=False).to(dtype)
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, dynamic_shapes={}, check=False).to(dtype)
     expected = model.to(dtype)(IDS).logits
     assert converted(IDS).logits.dtype == dtype
     off = (converted(IDS).logits - expected).abs().max() / expected.abs().max()
@@ -155,7 +155,7 @@ def test_a_cast_model_computes_what_the_cast_original_does(dtype):
 
 def test_under_autocast_a_converted_model_computes_what_the_original_does():
     model = llama()
-    converted = ax.convert(model, kwargs={"input_ids": IDS}, check=False)
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, dynamic_shapes={}, check=False)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(converted(IDS).logits, model(IDS).logits)
     torch.testing.assert_close(converted(IDS).logits, model(IDS).logits)
