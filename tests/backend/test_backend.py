@@ -205,6 +205,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_the_backend_is_found_by_name_and_says_what_to_call():
     done = subprocess.run([sys.executable, "-c", BY_STRING], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

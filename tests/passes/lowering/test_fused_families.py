@@ -19,6 +19,7 @@ def reads_of(converted):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_a_model_and_its_export_run_the_same_fused_reads(name):
     model, kwargs, _ = FAMILIES[name]()
     converted = ax.convert(model, kwargs=kwargs, dynamic_shapes={}, check=False)
