@@ -1,14 +1,17 @@
 """One thread a test process: on small machines more of them wait on each other."""
 
+import gc
 import os
 from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more of them import torch in processes of their own
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 20)  # a capture makes millions of objects, few of them in cycles
 
 
 @pytest.hookimpl(tryfirst=True)

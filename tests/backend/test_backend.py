@@ -24,16 +24,17 @@ from tests.support.families import IDS
 
 
 def convert(model, kwargs, variant="block"):
-    converted = ax.convert(copy.deepcopy(model), kwargs=kwargs, config=VARIANTS[variant], check=False)
+    """What a compiled model is held against, for calls of the example's sizes."""
+    config = VARIANTS[variant]
+    converted = ax.convert(copy.deepcopy(model), kwargs=kwargs, config=config, dynamic_shapes={}, check=False)
     return with_random_queries(converted)
 
 
 #: Every variant on pre-norm and post-norm streams; each other family once.
 COMPILED = [
     *((name, variant) for name in ("llama, one layer", "encoder, norm last") for variant in VARIANTS),
-    ("t5", "block"),
-    ("llama", "block"),
-    ("gpt2", "full"),
+    ("t5, one layer", "block"),
+    ("gpt2", "block"),
     ("qwen3", "local"),
     ("mixtral", "full"),
     ("bert", "block"),
@@ -75,7 +76,7 @@ def generated(model, **options):
     return model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None, **options)
 
 
-@pytest.mark.parametrize("name", ["llama, one layer", "gpt2"])
+@pytest.mark.parametrize("name", ["llama, one layer", "gpt2, one layer"])
 @pytest.mark.slow
 def test_generate_at_zero_queries_gives_the_tokens_of_the_original(name):
     model, kwargs = built(name)
@@ -166,7 +167,7 @@ def test_autocast_computes_what_the_converted_model_computes_under_it():
 
 @pytest.mark.slow
 def test_checkpointed_layers_train_the_same_and_keep_their_tags():
-    model, kwargs = attached()
+    model, kwargs = attached(dynamic=False)
     other, _ = built()
     other.gradient_checkpointing_enable({"use_reentrant": False})
     ax.compile(other.train(), kwargs=kwargs, config=VARIANTS["block"], inner="aot_eager", dynamic=False)
@@ -204,6 +205,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_the_backend_is_found_by_name_and_says_what_to_call():
     done = subprocess.run([sys.executable, "-c", BY_STRING], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -242,7 +244,7 @@ def test_lora_adapters_go_onto_a_compiled_base_model():
     with lora.disable_adapter():
         torch.testing.assert_close(lora(**kwargs, use_cache=False).logits, plain)
     merged = copy.deepcopy(lora).merge_and_unload()
-    converted = ax.convert(original, kwargs=kwargs, config=VARIANTS["block"], check=False)
+    converted = ax.convert(original, kwargs=kwargs, config=VARIANTS["block"], dynamic_shapes={}, check=False)
     converted.load_state_dict(merged.state_dict(), strict=True)
     assert (converted(**kwargs).logits - found).abs().max() <= 1e-5 * found.abs().max()
     assert (found - plain).abs().max() > 1e-2

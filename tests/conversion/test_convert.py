@@ -38,7 +38,7 @@ def test_a_conversion_is_the_papers_forward_written_by_hand(family, variant, out
     model = build().double()
     blocks = {} if variant == "full" else {"block_size": 4}
     config = ax.AttnResConfig(variant=variant, output=output, **blocks)
-    converted = ax.convert(model, kwargs={"input_ids": IDS}, config=config, check=False)
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, config=config, dynamic_shapes={}, check=False)
     torch.manual_seed(1)
     for read in converted.attnres.reads:
         torch.nn.init.normal_(read.query, std=0.5)
@@ -93,14 +93,16 @@ def test_a_converted_model_shares_weights_copies_saves_loads_and_exports(tmp_pat
     assert torch.allclose(compiled(IDS).logits, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_example_of_one_row_leaves_the_batch_free():
     converted = ax.convert(llama(), kwargs={"input_ids": IDS[:1]})
     assert converted(IDS).logits.shape == (2, 7, 64)
     assert ax.verify(llama(), converted, kwargs={"input_ids": IDS[:1]}).passed
 
 
+@pytest.mark.slow
 def test_train_and_eval_are_different_programs_over_one_set_of_weights():
-    converted = ax.convert(gpt2(), kwargs={"input_ids": IDS}, check=False)
+    converted = ax.convert(gpt2(), kwargs={"input_ids": IDS}, dynamic_shapes={}, check=False)
     assert torch.equal(converted(IDS).logits, converted(IDS).logits)
     converted.train()
     assert not torch.equal(converted(IDS).logits, converted(IDS).logits)
@@ -109,6 +111,7 @@ def test_train_and_eval_are_different_programs_over_one_set_of_weights():
 # --- what a user does with a converted model ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_pickle_holds_the_original_and_converts_it_again():
     converted = ax.convert(llama(), kwargs={"input_ids": IDS}, check=False)
     for read in converted.attnres.reads:
@@ -146,21 +149,23 @@ def test_other_sizes_compile_with_fullgraph():
 @pytest.mark.slow
 def test_a_cast_model_computes_what_the_cast_original_does(dtype):
     model = llama()
-    converted = ax.convert(model, kwargs={"input_ids": IDS}, check=False).to(dtype)
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, dynamic_shapes={}, check=False).to(dtype)
     expected = model.to(dtype)(IDS).logits
     assert converted(IDS).logits.dtype == dtype
     off = (converted(IDS).logits - expected).abs().max() / expected.abs().max()
     assert off < (1e-12 if dtype == torch.float64 else 2e-2)  # reads sum in float32
 
 
+@pytest.mark.slow
 def test_under_autocast_a_converted_model_computes_what_the_original_does():
     model = llama()
-    converted = ax.convert(model, kwargs={"input_ids": IDS}, check=False)
+    converted = ax.convert(model, kwargs={"input_ids": IDS}, dynamic_shapes={}, check=False)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(converted(IDS).logits, model(IDS).logits)
     torch.testing.assert_close(converted(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.slow
 def test_an_exported_program_keeps_its_dtypes_and_says_what_to_do():
     program = torch.export.export(llama(), (), {"input_ids": IDS, "use_cache": False}, strict=False)
     converted = ax.convert(program)
@@ -172,6 +177,7 @@ def test_an_exported_program_keeps_its_dtypes_and_says_what_to_do():
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("as_module", [True, False])
+@pytest.mark.slow
 def test_exported_programs_of_either_mode_convert(train, as_module):
     model = llama().train(train)
     program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=False)
@@ -179,6 +185,7 @@ def test_exported_programs_of_either_mode_convert(train, as_module):
     torch.testing.assert_close(converted(input_ids=IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.slow
 def test_use_cache_is_bound_off_where_only_keywords_pass_it_on():
     class Wrapped(torch.nn.Module):
         def __init__(self):

@@ -65,7 +65,7 @@ TRAINED = ["encoder, norm first", "gpt2", "bert", "opt", "swin", "whisper", "mix
 
 
 @pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_family_that_is_in_train_mode_drops_what_it_dropped(name):
     model, kwargs, reads = FAMILIES[name]()
     converted = ax.convert(model.train(), kwargs=kwargs)

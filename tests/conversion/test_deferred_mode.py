@@ -101,6 +101,7 @@ class Cached(Tower):
         return super().forward(x), object() if use_cache else None
 
 
+@pytest.mark.slow
 def test_what_a_capture_bound_stays_bound_in_the_later_mode_and_in_a_pickle(monkeypatch):
     model = tower(Cached)
     for converted in (ax.convert(model, (example(),)), pickle.loads(pickle.dumps(ax.convert(model, (example(),))))):
@@ -187,6 +188,7 @@ def test_a_later_mode_is_checked_like_the_first(monkeypatch):
     assert converted.training
 
 
+@pytest.mark.slow
 def test_a_mode_is_captured_as_the_model_is_when_it_is_needed():
     converted = ax.convert(tower(), (example(),)).to(torch.bfloat16)
     assert converted.eval()(example().bfloat16()).dtype == torch.bfloat16

@@ -136,6 +136,7 @@ def test_a_train_program_that_cannot_be_written_is_left_out_and_the_report_says_
         two.train()
 
 
+@pytest.mark.slow
 def test_an_eval_program_that_cannot_be_written_is_an_error_that_names_the_node():
     class Drawn(Tower):
         def __init__(self):

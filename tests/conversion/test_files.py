@@ -89,6 +89,7 @@ def test_models_made_from_graphs_are_saved_with_the_checks_of_their_sizes(kind, 
                 model(torch.randn(3, 7, 8))
 
 
+@pytest.mark.slow
 def test_further_kinds_of_calls_are_saved_too():
     class Masked(Tower):
         def forward(self, x, mask=None):
@@ -103,6 +104,7 @@ def test_further_kinds_of_calls_are_saved_too():
         two(x, mask=3.0)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_saved_and_pickled_like_the_first():
     one = converted(Tower(), torch.randn(2, 5, 8))
     data = saved(one)
@@ -133,6 +135,7 @@ def test_tensors_that_share_memory_share_it_after_loading():
     assert "twin" not in two.state_dict()
 
 
+@pytest.mark.slow
 def test_dtypes_devices_and_requires_grad_come_back():
     model = Tower().to(torch.bfloat16)
     model.mixes[1].weight.requires_grad_(False)

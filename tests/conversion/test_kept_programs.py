@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import pytest
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ class Net(nn.Module):
         return x if mask is None else x * mask
 
 
+@pytest.mark.slow
 def test_any_number_of_kinds_of_calls_is_right_and_the_least_recently_used_goes(monkeypatch, caplog):
     monkeypatch.setattr(kept_programs, "MOST_PROGRAMS", 2)
     model, x = Net().eval(), torch.randn(2, 5, 8)
@@ -41,6 +43,7 @@ def test_any_number_of_kinds_of_calls_is_right_and_the_least_recently_used_goes(
     torch.testing.assert_close(copied(x, scale=4.0), model(x, scale=4.0))
 
 
+@pytest.mark.slow
 def test_a_float_that_changes_from_call_to_call_is_warned_of_once_and_may_be_a_tensor(caplog):
     class Scaled(Net):
         def forward(self, x, scale=1.0):

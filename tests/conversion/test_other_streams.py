@@ -28,6 +28,7 @@ class Cached(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_both_ways_in_say_that_one_set_of_reads_cannot_serve_two_streams():
     prompt, token = torch.randn(2, 4, 8), torch.randn(2, 1, 8)
     converted = ax.convert(Cached().eval(), (prompt, 0), check=False)

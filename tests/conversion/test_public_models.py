@@ -56,6 +56,7 @@ def test_a_public_model_has_the_reads_that_are_counted_by_hand(name):
 
 
 @pytest.mark.parametrize("name", IN_BOTH_MODES)
+@pytest.mark.slow
 def test_a_public_model_computes_the_same_with_these_reads_in_both_modes(name):
     model, args = EXAMPLES[name]()
     converted = ax.convert(drawn(model), args, config=FULL)
@@ -88,6 +89,7 @@ def test_a_branch_of_a_part_of_the_batch_is_written_into_the_one_stream():
     check_report(inspected("dinov2", train=True, dynamic_shapes={"image": {}}), CASES["dinov2"])
 
 
+@pytest.mark.slow
 def test_streams_of_text_and_image_that_are_joined_go_on_or_are_said_to_end():
     """A joined state is of two streams: its rows keep the sources of each, or both are read where they are joined."""
     report = inspected("flux")
@@ -117,6 +119,7 @@ def test_two_lanes_are_both_main():
         ("mamba", counted("norms.1", "norm")),
     ],
 )
+@pytest.mark.slow
 def test_a_recurrence_over_time_gives_no_reads_at_any_length(name, main):
     """Under `streams="all"` neither: no stream, main or nested, grows with the length."""
     found = []

@@ -150,6 +150,7 @@ class Skipped(nn.Module):
         return x + self.out(h)
 
 
+@pytest.mark.slow
 def test_inspect_says_what_convert_does_under_a_config_and_what_there_is_to_choose():
     model, args = Skipped().eval(), (torch.randn(2, 5, 4),)
     choices = {"main": 4, "all": 5, "stream": 4, ("stream", "out"): 5}
@@ -202,14 +203,15 @@ def test_what_is_refused_is_not_said_to_be_missing():
     assert "no addition" in plain.error and not plain.refusals
 
 
+@pytest.mark.slow
 def test_nothing_that_is_printed_is_wider_than_a_screen_and_no_repr_longer():
     model = Text(24).eval()
     converted = ax.convert(model, (tokens(),), config=ax.AttnResConfig(variant="full"), check=False)
     weights = ax.depth_weights(converted, (tokens(),))
-    report = converted.report
-    for shown in (ax.inspect(model, (tokens(),)), report, weights, weights.reads[-1], converted, report.streams[0]):
+    report, inspected = converted.report, ax.inspect(model, (tokens(),))
+    for shown in (inspected, report, weights, weights.reads[-1], converted, report.streams[0]):
         assert len(repr(shown)) <= 5_000, type(shown)
-    for text in (str(report), report.reads_table(), str(weights), ax.inspect(model, (tokens(),)).reads_table()):
+    for text in (str(report), report.reads_table(), str(weights), inspected.reads_table()):
         assert widest(text) <= 120
     assert "48 reads" in repr(report) and len(str(weights).splitlines()) == 2 + 48
     assert "v_0 … v_48" in str(weights)

@@ -79,6 +79,7 @@ def test_a_fresh_conversion_computes_what_the_model_does(spelling, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_trained_queries_mean_the_same_in_all_spellings(variant):
     outputs = []
     for spelling in SPELLINGS:

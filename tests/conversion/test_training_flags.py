@@ -82,6 +82,7 @@ def test_flags_that_differed_at_the_conversion_may_be_put_right():
     assert_same_run(converted.train(), original.train())
 
 
+@pytest.mark.slow
 def test_a_class_that_sets_flags_in_train_is_right_from_its_first_switch():
     model = Frozen()
     original = copy.deepcopy(model)
@@ -99,6 +100,7 @@ def test_verify_compares_what_a_call_runs():
     assert ax.verify(original, converted, (example(),)).passed
 
 
+@pytest.mark.slow
 def test_a_compiled_call_has_the_flags_of_the_model():
     converted = copy.deepcopy(trained())
     original = copy.deepcopy(converted.original())

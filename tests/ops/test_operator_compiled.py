@@ -166,6 +166,7 @@ def test_no_buffer_of_the_generated_code_holds_all_sources():
     assert len(large) <= 1  # the sum over sources that the query's gradient is made of, and no float copy of a source
 
 
+@pytest.mark.slow
 def test_backward_keeps_the_inputs_and_row_statistics_alone():
     count, rows, width = 9, 64, 256
     leaves = random_inputs((rows, width), [bf16] * count, f32)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import attnres_fx as ax
-from tests.support.families import FAMILIES, GROUPED, IDS, SMALL, TEXT, family, widened
+from tests.support.families import FAMILIES, GPT, GROUPED, IDS, PAIR, SMALL, T5, TEXT, family, widened
 
 VARIANTS = {
     "full": ax.AttnResConfig(variant="full"),
@@ -34,6 +34,8 @@ MODELS = {
     "post-norm net": lambda: (widened(PostNorm()), {"ids": IDS}, 2),
     "llama, one layer": lambda: family("llama", TEXT, 2, **{**GROUPED, "num_hidden_layers": 1}),
     "bert, one layer": lambda: family("bert", TEXT, 2, "AutoModel", **{**SMALL, "num_hidden_layers": 1}),
+    "gpt2, one layer": lambda: family("gpt2", TEXT, 2, **{**GPT, "n_layer": 1}),
+    "t5, one layer": lambda: family("t5", PAIR, 5, "AutoModelForSeq2SeqLM", **{**T5, "num_layers": 1}),
 }
 
 

@@ -37,6 +37,7 @@ SEQ2SEQ = {
     "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64,
 }
+T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": L, "num_heads": 4}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 Built = tuple[nn.Module, dict[str, Any], int]
@@ -155,12 +156,7 @@ FAMILIES: dict[str, Callable[[], Built]] = {
         PAIR,
         5 * L,
         "AutoModelForSeq2SeqLM",
-        vocab_size=96,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=L,
-        num_heads=4,
+        **T5,
     ),
     "bart": lambda: family("bart", PAIR, 5 * L, "AutoModelForSeq2SeqLM", max_position_embeddings=64, **SEQ2SEQ),
     "vit": lambda: family(

@@ -1,6 +1,6 @@
 """Pipelines over converted models: processes that run the cases of a suite and write what they found, a line a case.
 
-The models are converted once, before the processes of both suites are forked.
+The models are converted and cut once, before the processes of both suites are forked.
 
 python -m tests.support.model_pipeline_workers FOLDER
 """
@@ -11,6 +11,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from attnres_fx.partition.costs.stage_loads import StageLoad
 from attnres_fx.partition.runtime import build_pipeline
 from attnres_fx.partition.simulate.timeline import simulate
-from attnres_fx.partition.split.chained_model import stages_of
-from tests.support.piped_models import chains, convert, loss_fn
+from tests.support.piped_models import chains, convert, cut, cut_once, loss_fn
 from tests.support.pipeline_cases.tools import full
 from tests.support.pipeline_worlds import in_processes
 
@@ -62,57 +62,42 @@ def pipeline_of(
     **options,
 ):
     ranks = ranks or dist.get_world_size()
-    total = next(iter(chains(converted, modes).values())).chain.num_sublayers
-    count = ranks * virtual
-    starts = starts or tuple(total * c // count for c in range(count))
-    stages = stages_of(
-        converted,
-        starts,
-        num_stages=ranks,
-        virtual_stages=virtual,
-        cache=cache,
-        lowering=None,
-        recompute=recompute,
-        chains=chains(converted, modes),
-    )
-    # Stages share the converted model's parameters: the reference must not see what the pipeline does to them.
-    for stage in stages:
-        for module in stage.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None:
-                    module._parameters[name] = _copies.setdefault(
-                        id(parameter), nn.Parameter(parameter.detach().clone())
-                    )
-    _copies.clear()
-    plan = Ask(ranks, virtual, schedule)
-    pipeline = build_pipeline(stages, plan, loss_fn=loss_fn, compile=compile, **options)
-    return pipeline, stages
-
-
-_copies = {}
+    stages = cut(converted, ranks, virtual, cache=cache, starts=starts, recompute=recompute, modes=modes)
+    return build_pipeline(stages, Ask(ranks, virtual, schedule), loss_fn=loss_fn, compile=compile, **options), stages
 
 
 def difference(found, wanted, least=1e-4):
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=least))
 
 
-def gradient_error(pipeline, reference):
-    wanted = dict(reference.named_parameters(remove_duplicate=False))
+def gradient_error(pipeline, wanted):
     worst = 0.0
     for name, parameter in pipeline.named_parameters():
-        zeros = torch.zeros_like(wanted[name])
-        found = zeros if parameter.grad is None else full(parameter.grad)
-        worst = max(worst, difference(found, zeros if wanted[name].grad is None else wanted[name].grad))
+        found = torch.zeros_like(wanted[name]) if parameter.grad is None else full(parameter.grad)
+        worst = max(worst, difference(found, wanted[name]))
     return worst
 
 
+_one_process = {}
+
+
+def one_process(converted, kwargs, target):
+    """Loss and gradients of the whole model, once in each process: no case leaves it with other weights."""
+    if converted not in _one_process:
+        converted.zero_grad()
+        loss = loss_fn(converted(**kwargs), target)
+        loss.backward()
+        named = converted.named_parameters(remove_duplicate=False)
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+        _one_process[converted] = loss.detach(), gradients
+    return _one_process[converted]
+
+
 def compared(pipeline, converted, kwargs, target):
-    wanted = loss_fn(converted(**kwargs), target)
-    wanted.backward()
-    loss = pipeline.step(**kwargs, target=target)
+    loss, gradients = one_process(converted, kwargs, target)
     return {
-        "loss": difference(loss, wanted.detach()),
-        "gradients": gradient_error(pipeline, converted),
+        "loss": difference(pipeline.step(**kwargs, target=target), loss),
+        "gradients": gradient_error(pipeline, gradients),
         "held": pipeline.num_retained,
     }
 
@@ -138,17 +123,23 @@ def simulated_order(schedule, virtual):
     return timeline.order(dist.get_rank())
 
 
+def with_and_without_cache(choices):
+    """(schedule, virtual, cache): without it for the first and the last choice."""
+    for choice in choices:
+        yield from ((*choice, cache) for cache in ((True, False) if choice in (choices[0], choices[-1]) else (True,)))
+
+
 def against_one_process(kind, choices, config):
     converted, kwargs, target = convert(kind, **config)
     found = {}
-    for schedule, virtual in choices:
-        for cache in (True, False) if (schedule, virtual) in (choices[0], choices[-1]) else (True,):
-            converted.zero_grad()
-            pipeline, stages = pipeline_of(converted, schedule, virtual, cache=cache)
-            key = f"{schedule} {virtual} {'cache' if cache else 'no cache'}"
-            found[key] = compared(pipeline, converted, kwargs, target)
-            found[key]["bytes"] = bytes_as_routed(pipeline, stages)
-            found[key]["order"] = pipeline.actions == simulated_order(schedule, virtual)
+    for schedule, virtual, cache in with_and_without_cache(choices):
+        ranks = dist.get_world_size()
+        stages = cut_once(converted, ranks, virtual, cache=cache)
+        pipeline = build_pipeline(stages, Ask(ranks, virtual, schedule), loss_fn=loss_fn, compile=False)
+        key = f"{schedule} {virtual} {'cache' if cache else 'no cache'}"
+        found[key] = compared(pipeline, converted, kwargs, target)
+        found[key]["bytes"] = bytes_as_routed(pipeline, stages)
+        found[key]["order"] = pipeline.actions == simulated_order(schedule, virtual)
     return found
 
 
@@ -158,14 +149,15 @@ CONFIGS = {
     "spanning": {"variant": "block", "boundaries": (3,)},
     "local": {"variant": "local", "boundaries": (3, 5)},
 }
-for name, config in CONFIGS.items():
-    CASES["two"][f"gpt {name}"] = lambda config=config: against_one_process("gpt", EVERY, config)
-    CASES["four"][f"gpt {name}"] = lambda config=config: against_one_process("gpt", EVERY[1:], config)
-
 SOME = (EVERY[1], EVERY[3], EVERY[5])
+#: What is held against one process: kind, config and choices, by suite and case.
+HELD = {
+    "two": {f"gpt {name}": ("gpt", EVERY, config) for name, config in CONFIGS.items()},
+    "four": {f"gpt {name}": ("gpt", EVERY[1:], config) for name, config in CONFIGS.items()},
+}
 for suite, kinds in {"two": ("llama", "t5", "shared"), "four": ("llama", "t5")}.items():
-    for kind in kinds:
-        CASES[suite][kind] = lambda kind=kind: against_one_process(kind, SOME, {"num_blocks": 2})
+    HELD[suite] |= {kind: (kind, SOME, {"num_blocks": 2}) for kind in kinds}
+    CASES[suite] |= {name: partial(against_one_process, *held) for name, held in HELD[suite].items()}
 
 
 @case("two")
@@ -257,19 +249,15 @@ def sharded():
     return found
 
 
-CONVERTED = [
-    *(("gpt", config) for config in CONFIGS.values()),
-    *((kind, {"num_blocks": 2}) for kind in ("llama", "t5", "shared")),
-    ("brief", CONFIGS["full"]),
-]
-
-
 def main(folder):
-    """Convert what the cases need, and run each suite in as many forked processes as it has ranks."""
+    """Convert and cut what the cases need, and run each suite in as many forked processes as it has ranks."""
     torch.set_num_threads(1)
-    for kind, config in CONVERTED:
-        chains(convert(kind, **config)[0])
+    for suite, held in HELD.items():
+        for kind, choices, config in held.values():
+            for _, virtual, cache in with_and_without_cache(choices):
+                cut_once(convert(kind, **config)[0], RANKS[suite], virtual, cache=cache)
     chains(convert("t5", num_blocks=2)[0], ("train", "eval"))
+    chains(convert("brief", **CONFIGS["full"])[0])
     for suite, world in RANKS.items():
         in_processes(world, lambda rank, suite=suite, world=world: run_rank(suite, rank, world, folder))
 

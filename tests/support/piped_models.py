@@ -6,7 +6,7 @@ from torch import nn
 
 import attnres_fx as ax
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
-from attnres_fx.partition.split.chained_model import chains_of
+from attnres_fx.partition.split.chained_model import chains_of, stages_of
 
 VOCABULARY = 40
 LENGTH = 6
@@ -106,3 +106,45 @@ def chains(converted, modes=("train",)):
         if (id(converted), mode) not in _chains:
             _chains[id(converted), mode] = chains_of(converted, (mode,))[mode]
     return {mode: _chains[id(converted), mode] for mode in modes}
+
+
+def cut(converted, ranks, virtual, *, cache=True, starts=None, recompute=False, modes=("train",)):
+    """Stages of a model that `convert` made, with parameters of their own."""
+    by_mode = chains(converted, modes)
+    total = next(iter(by_mode.values())).chain.num_sublayers
+    count = ranks * virtual
+    stages = stages_of(
+        converted,
+        starts or tuple(total * c // count for c in range(count)),
+        num_stages=ranks,
+        virtual_stages=virtual,
+        cache=cache,
+        lowering=None,
+        recompute=recompute,
+        chains=by_mode,
+    )
+    return with_new_parameters(stages)
+
+
+def with_new_parameters(stages):
+    """The stages share the converted model's parameters: the reference must not see what a pipeline does to them."""
+    copies = {}
+    for stage in stages:
+        for module in stage.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter not in copies:
+                    copies[parameter] = nn.Parameter(parameter.detach().clone())
+                    copies[copies[parameter]] = copies[parameter]  # of a module in two stages
+                module._parameters[name] = copies.get(parameter)
+    return stages
+
+
+_cut = {}
+
+
+def cut_once(converted, ranks, virtual, *, cache):
+    """The same stages for every schedule, each time with new parameters: for what neither trains nor wraps them."""
+    key = (id(converted), ranks, virtual, cache)
+    if key not in _cut:
+        _cut[key] = cut(converted, ranks, virtual, cache=cache)
+    return with_new_parameters(_cut[key])

@@ -29,7 +29,7 @@ def plan():
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 2}
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
     return T5ForConditionalGeneration(T5Config(vocab_size=40, **sizes)), {
         "input_ids": torch.zeros(2, 6, dtype=torch.long),
         "decoder_input_ids": torch.zeros(2, 5, dtype=torch.long),

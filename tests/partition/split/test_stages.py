@@ -35,7 +35,7 @@ def test_other_variants_too(name, variant):
     model, kwargs, _ = FAMILIES[name]()
     blocks = {} if variant == "full" else {"num_blocks": 2}
     config = ax.AttnResConfig(variant=variant, **blocks)
-    converted = spread(ax.convert(model, kwargs=kwargs, config=config, check=False)).eval()
+    converted = spread(ax.convert(model, kwargs=kwargs, config=config, dynamic_shapes={}, check=False)).eval()
     assert_same(converted, cut(converted, evenly(converted, 3)).eval(), kwargs)
 
 
