@@ -69,7 +69,8 @@ def _mark(folder: Path, model: nn.Module) -> None:
     place = folder / _MODEL_CONFIG
     if not place.is_file():  # a framework's own adapters are saved without the model's config
         return
-    config: Any = model.attnres.config
+    attnres: Any = model.attnres
+    config = attnres.config
     said = {"adapter": CONFIG_FILE, "variant": config.variant, "output": config.output}
     text = json.dumps({**json.loads(place.read_text()), MARK: said}, indent=2, sort_keys=True) + "\n"
     write_whole(place, lambda path: path.write_text(text))
