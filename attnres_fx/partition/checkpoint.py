@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from attnres_fx.errors import PipelineError
+from attnres_fx.partition.checkpoint_folder import FolderReader, FolderWriter, PlainLoadPlanner, in_words
 
 Optimizer = torch.optim.Optimizer
 _STATE, _OPTIONS = "optimizer.state.{}.", "optimizer.param_groups.{}."
@@ -67,6 +67,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
 
     Raises:
         PipelineError: The optimizer has parameters that are not the model's.
+        SaveError: The folder cannot be written; what it held before is as it was.
     """
     save_modules(path, whole(model), optimizer)
 
@@ -81,6 +82,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
 
     Raises:
         PipelineError: The folder holds no complete checkpoint, or that of another model.
+        SaveError: The checkpoint is damaged; the model may hold some of its values.
     """
     load_modules(path, whole(model), optimizer)
 
@@ -94,13 +96,19 @@ def whole(model: nn.Module) -> Parts:
 
 
 def save_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
-    """Write the parts of every rank; all ranks call it."""
+    """Write the parts of every rank; all ranks call it. The checkpoint that was there stays until all are written.
+
+    Raises:
+        PipelineError: The optimizer has parameters that are not this rank's.
+        SaveError: A rank could not write its part.
+    """
     state: dict[str, Any] = {f"model.{name}": value for name, value in merged_state(parts.modules).items()}
     for parameter, group, names in parts.optimized(optimizer):
         entries = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         state |= {_STATE.format(names[0]) + key: value for key, value in entries.items()}
         state |= {_OPTIONS.format(names[0]) + key: value for key, value in group.items() if key != "params"}
-    save(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    with in_words(path, "could not be written; what the folder held before is as it was"):
+        save(state, storage_writer=FolderWriter(path), no_dist=not dist.is_initialized())
 
 
 def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
@@ -110,6 +118,7 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
 
     Raises:
         PipelineError: A name is missing, or the folder holds no complete checkpoint.
+        SaveError: The checkpoint is damaged.
     """
     written = _read_names(path)
     values = merged_state(parts.modules)
@@ -129,7 +138,9 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
     prefixes = [_first(written, _OPTIONS, names) for _, _, names in optimized]
     for (parameter, _, _), prefix in zip(optimized, prefixes, strict=True):
         state |= _room_for(parameter, (prefix, prefix.replace("param_groups", "state", 1)), written)
-    load(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    with in_words(path, "is damaged, or was not written by save()"):
+        reader, planner = FolderReader(path), PlainLoadPlanner()
+        load(state, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
     with torch.no_grad():
         for name, key in keys.items():
             if state[key] is not values[name]:
@@ -139,13 +150,14 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
 
 
 def _read_names(path: str | Path) -> dict[str, Any]:
-    try:
-        return dict(FileSystemReader(str(path)).read_metadata().state_dict_metadata)
-    except OSError as error:
-        raise PipelineError(
-            f"there is no whole checkpoint at {str(path)!r} ({error}): give the folder that save() wrote; one that "
-            f"was being written when the job ended has no .metadata file and cannot be used."
-        ) from error
+    with in_words(path, "is damaged, or was not written by save()"):
+        try:
+            return dict(FolderReader(path).read_metadata().state_dict_metadata)
+        except FileNotFoundError as error:
+            raise PipelineError(
+                f"there is no whole checkpoint at {str(path)!r} ({error}): give the folder that save() wrote; one that "
+                f"was first written when the job ended has no .metadata file and cannot be used."
+            ) from error
 
 
 def _first(written: dict[str, Any], pattern: str, names: Sequence[str]) -> str:

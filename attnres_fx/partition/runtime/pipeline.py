@@ -260,6 +260,7 @@ class Pipeline:
 
         Raises:
             PipelineError: The optimizer has parameters that are not this rank's.
+            SaveError: A rank could not write its part; the checkpoint that was there is as it was.
         """
         checkpoint.save_modules(path, self._checkpoint_parts(), optimizer)
 
@@ -272,6 +273,7 @@ class Pipeline:
 
         Raises:
             PipelineError: The folder holds no complete checkpoint, or that of another model.
+            SaveError: The checkpoint is damaged; the pipeline may hold some of its values.
         """
         checkpoint.load_modules(path, self._checkpoint_parts(), optimizer)
 
