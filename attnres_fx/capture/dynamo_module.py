@@ -146,8 +146,8 @@ def _recorded(
     """The trace of a call, its flat arguments, and what a call leaves behind on the model.
 
     Raises:
-        CaptureError: Every call changes Python state, and no Python runs beside the graph. What only the first call changes, a table that is made once or
-            a length that is noted, is made in the graph at every call instead.
+        CaptureError: Every call changes Python state, and no Python runs beside the graph. What only the first call
+            changes, a table that is made once or a length that is noted, is made in the graph at every call instead.
     """
     clone, _ = clone_tree(call.model)
     set_mode_(clone, mode)

@@ -1,4 +1,4 @@
-"""What a compiled model's own Python does at a call: Dynamo does it, so attach takes the models that convert refuses."""
+"""Python state that a call changes: Dynamo changes it, so attach takes the models that convert refuses."""
 
 import copy
 
@@ -43,5 +43,5 @@ def test_python_state_of_a_compiled_model_is_the_originals():
 
 
 def test_a_converted_model_has_no_python_to_keep_it_in():
-    with pytest.raises(CaptureError, match="use ax.compile"):
+    with pytest.raises(CaptureError, match=r"use ax\.compile"):
         ax.convert(Counting(), (torch.randn(2, 5, 8),))
