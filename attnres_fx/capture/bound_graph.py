@@ -149,8 +149,8 @@ class _Binder:
             return self._constant(value, self.numpy[node])
         if path is None and node in self.numpy_arguments:
             raise CaptureError(
-                f"an argument holds a numpy value of shape {tuple(value.shape)} ({describe(node)}), which is no tensor: "
-                f"pass torch.as_tensor(value), or a Python number (value.item())."
+                f"an argument holds a numpy value of shape {tuple(value.shape)} ({describe(node)}), which is no "
+                f"tensor: pass torch.as_tensor(value), or a Python number (value.item())."
             )
         if path is None:
             raise CaptureError(_of_unknown_origin(node, value))

@@ -18,7 +18,7 @@ from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.own_python import OwnPython
 from attnres_fx.conversion.report import ConversionReport
-from attnres_fx.conversion.tied_places import TiedPlaces, first_untied, tied_places
+from attnres_fx.conversion.tensors_as_captured import TensorsAsCaptured
 from attnres_fx.errors import AttnResError, CheckError, EditedError, SaveError
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
@@ -94,8 +94,8 @@ class Conversion:
         recapture: Captures further kinds of calls, None where that cannot be done.
         edits: Compares the tree with what the graphs hold of it.
         placement: Device and dtype that the parameters had when the programs were captured.
-        tied: The places that held one tensor when the programs were captured.
-        outdated: The modes whose programs were captured for another placement, or for other ties.
+        tensors: Which tensors were one, and which were none, when the programs were captured.
+        outdated: The modes whose programs were captured for another placement, or for other tensors.
         why_outdated: What changed, in words.
         programs: By mode, the program that was captured first.
         pickled: Says what a pickle of the model calls.
@@ -113,7 +113,7 @@ class Conversion:
     recapture: Recapture | None = None
     edits: EditGuard | None = None
     placement: Placement | None = None
-    tied: tuple[TiedPlaces, ...] = ()
+    tensors: TensorsAsCaptured = field(default_factory=TensorsAsCaptured)
     outdated: set[Mode] = field(default_factory=set)
     why_outdated: str = ""
     programs: dict[Mode, CapturedProgram] = field(default_factory=dict)
@@ -175,23 +175,24 @@ class Conversion:
                 self.programs[mode] = program
 
     def note_tensors(self, root: nn.Module) -> None:
-        """Mark the programs that were captured for another placement than the model has now, or for other ties.
+        """Mark the programs that were captured for another placement than the model has now, or for other tensors.
 
         Raises:
-            EditedError: Tied tensors are not one any more, and there is no Python to capture again.
+            EditedError: Tensors that were one are two, or one that was None is there, and there is no Python to
+                capture again.
         """
-        untied = first_untied(root, self.tied)
-        if untied and self.recapture is None:
+        changed = self.tensors.first_change(root)
+        if changed and self.recapture is None:
             raise EditedError(
-                f"{untied} are two tensors now and were one at the conversion, and the graphs of this model take one "
-                f"for both: it holds no Python to capture again. Tie them, or untie the original and convert it."
+                f"{changed} at the conversion, which the graphs of this model do not see, and it holds no Python to "
+                f"capture again: undo the change, or make it in the original and convert that."
             )
         if self.recapture is not None and self.placement != (now := placement_of(root)):
             self.placement, self.outdated = now, set(self.programs)
             self.why_outdated = f"its parameters are now {now}"
-        if untied:
-            self.outdated, self.why_outdated = set(self.programs), f"{untied} are two tensors now"
-            self.tied = tied_places(root, ADDED)
+        if changed:
+            self.outdated, self.why_outdated = set(self.programs), changed
+            self.tensors = TensorsAsCaptured.of(root, ADDED)
 
     def capture_deferred(self, root: Any, mode: Mode) -> None:
         """Capture a mode that was left for later; where that fails, the reason is in `failures`.

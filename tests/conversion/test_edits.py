@@ -159,6 +159,38 @@ def test_weights_that_are_tied_no_more_are_two_weights(way):
         torch.testing.assert_close(getattr(converted, layer).weight.grad, getattr(expected, layer).weight.grad)
 
 
+class WithoutBias(Tied):
+    """A bias and a buffer that are None at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixes = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        return super().forward(x if self.scale is None else x * self.scale)
+
+
+FILLING = {
+    "parameter": lambda m: setattr(m.mixes[0], "bias", nn.Parameter(torch.linspace(0, 3, WIDTH))),
+    "buffer": lambda m: setattr(m, "scale", torch.linspace(0, 3, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("what", FILLING)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_tensor_in_a_place_that_held_none_is_seen(what, copied):
+    torch.manual_seed(0)
+    model, x = WithoutBias(), torch.randn(2, 5, WIDTH)
+    expected = copy.deepcopy(model)
+    converted = ax.convert(model, (x,), check=False)
+    converted = copy.deepcopy(converted) if copied else converted
+    for changed in (converted, expected):
+        FILLING[what](changed)
+    for training in (True, False):
+        torch.testing.assert_close(converted.train(training)(x), expected(x))
+
+
 def test_weights_of_a_loaded_model_that_are_tied_no_more_are_named(tmp_path):
     x = torch.randn(2, 5, WIDTH)
     ax.convert(Tied(), (x,), check=False).save(tmp_path / "model")
