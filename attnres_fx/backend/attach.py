@@ -60,7 +60,7 @@ def attach(
     config = AttnResConfig() if config is None else config
     _check_attachable(model, config)
     mode: Mode = "train" if model.training else "eval"
-    captured = capture(model, args, kwargs, modes=(mode,))
+    captured = capture(model, args, kwargs, modes=(mode,), python_runs=True)
     gm = next(iter(captured.graphs.values())).gm
     streams = analyze_(gm)
     selected = select_streams(streams, config, type(model).__name__)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from attnres_fx.backend.plain_runs import runs_plain
 from attnres_fx.capture.isolated_run import fast_path_off
@@ -136,7 +137,7 @@ def _call(model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or runs_plain(model.__dict__[HELD][0]):
             return model._call_impl(*args, **kwargs)
-        with fast_path_off(), _more_graphs():
+        with fast_path_off(), _more_graphs(), _numbers_of_modules(args, kwargs):
             try:
                 return compiled(*args, **kwargs)
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:
@@ -150,6 +151,17 @@ def _more_graphs() -> contextlib.AbstractContextManager[object]:
     if torch._dynamo.config.recompile_limit != _DYNAMOS_OWN_LIMIT:
         return contextlib.nullcontext()
     patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
+    return patched
+
+
+def _numbers_of_modules(*arguments: Any) -> contextlib.AbstractContextManager[object]:
+    """Numbers that modules hold are part of a graph, as an eps is, and only a float among the arguments is an input.
+
+    As inputs, Dynamo traces the model twice for them, and fails at those that a checkpointed region takes.
+    """
+    if any(isinstance(leaf, float) for leaf in pytree.tree_leaves(arguments)):
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(specialize_float=True)
     return patched
 
 

@@ -14,7 +14,7 @@ from attnres_fx.capture.recorder import Recording
 from attnres_fx.capture.side_effects import TensorWrite
 from attnres_fx.capture.tensor_places import tensors_within
 from attnres_fx.capture.transform_regions import outline_transforms_pass
-from attnres_fx.capture.watched import numpy_source
+from attnres_fx.capture.watched import is_numpy_argument, numpy_source
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.module_paths import ModulePaths, name_modules_, paths_by_id
@@ -85,8 +85,9 @@ class _Binder:
             for _, tensor in tensors_within(leaf):
                 self.argument.setdefault(id(tensor), i)
         self.recorded = [n for n in self.graph.nodes if n.op == "placeholder"]
-        pairs = zip(self.recorded, recording.sources, strict=False)
+        pairs = list(zip(self.recorded, recording.sources, strict=False))
         self.numpy = {n: held for n, source in pairs if (held := numpy_source(source))}
+        self.numpy_arguments = {n for n, source in pairs if is_numpy_argument(source)}
         self.start = next(n for n in self.graph.nodes if n.op != "placeholder")
         self.constants: dict[int, str] = {}
         self.foreign: dict[str, str] = {}
@@ -146,6 +147,11 @@ class _Binder:
             return name
         if path is None and node in self.numpy:
             return self._constant(value, self.numpy[node])
+        if path is None and node in self.numpy_arguments:
+            raise CaptureError(
+                f"an argument holds a numpy value of shape {tuple(value.shape)} ({describe(node)}), which is no "
+                f"tensor: pass torch.as_tensor(value), or a Python number (value.item())."
+            )
         if path is None:
             raise CaptureError(_of_unknown_origin(node, value))
         if not _is_attribute_path(self.model, path) or _through_object(self.model, path):

@@ -25,6 +25,7 @@ def capture(
     first_only: bool = False,
     in_aten: bool = False,
     hooks: Hooks = "traced",
+    python_runs: bool = False,
 ) -> Captured:
     """Trace a model in the modes asked for, its own first; a graph module is taken as it is.
 
@@ -39,6 +40,7 @@ def capture(
         first_only: for an `nn.Module`, whether to stop at the first mode that could be traced.
         in_aten: for an `nn.Module`, whether its graphs shall be of aten operations, for those who only look at them.
         hooks: for an `nn.Module`, what becomes of the hooks on it: see `capture_module`.
+        python_runs: for an `nn.Module`, whether its own Python will run at every call.
 
     Returns:
         The graphs by mode, and how they are called. The model is as it was, and its tensors are shared.
@@ -63,5 +65,13 @@ def capture(
             f"cannot capture a {type(model).__name__}: pass an nn.Module, a torch.fx.GraphModule or an ExportedProgram."
         )
     return capture_module(
-        model, args, kwargs, dynamic_shapes, modes, first_only=first_only, in_aten=in_aten, hooks=hooks
+        model,
+        args,
+        kwargs,
+        dynamic_shapes,
+        modes,
+        first_only=first_only,
+        in_aten=in_aten,
+        hooks=hooks,
+        python_runs=python_runs,
     )

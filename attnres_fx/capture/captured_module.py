@@ -39,12 +39,14 @@ def capture_module(
     first_only: bool = False,
     in_aten: bool = False,
     hooks: Hooks = "traced",
+    python_runs: bool = False,
 ) -> Captured:
     """The graphs of a module in the modes asked for, its own first.
 
     With `as_called` the example is a call: its sizes of 1 are what is wanted, and a graph that leaves other sizes free
     is not tried at 1. With `first_only` the first mode that can be captured is enough. With `in_aten` the graphs are
-    exported, for those who only look at them: they hold the values of a call, and not all of its backward.
+    exported, for those who only look at them: they hold the values of a call, and not all of its backward. With
+    `python_runs` a graph is for those who look at it too, and Python state that a call changes is no CaptureError.
 
     Hooks on the model itself: `"traced"` takes them as a tracer does. With `"stateless"` forward hooks that write to
     Python of theirs are a CaptureError. With `"around"` such hooks, and backward hooks, are left out: they stay on
@@ -55,7 +57,7 @@ def capture_module(
     own: Mode = "train" if model.training else "eval"
     bound = _bind_cache_off(model, args, kwargs)
     kwargs = {**kwargs, **bound}
-    call = ExampleCall(model, args, kwargs, dynamic_shapes, as_called)
+    call = ExampleCall(model, args, kwargs, dynamic_shapes, as_called, python_runs)
     order = tuple(sorted(modes, key=lambda m: m != own))
     if hooks == "traced":
         graphs, failures, notes, around = *_graphs(call, order, first_only, in_aten), False

@@ -146,8 +146,8 @@ def _recorded(
     """The trace of a call, its flat arguments, and what a call leaves behind on the model.
 
     Raises:
-        CaptureError: Every call changes Python state. What only the first call changes, a table that is made once or
-            a length that is noted, is made in the graph at every call instead.
+        CaptureError: Every call changes Python state, and no Python runs beside the graph. What only the first call
+            changes, a table that is made once or a length that is noted, is made in the graph at every call instead.
     """
     clone, _ = clone_tree(call.model)
     set_mode_(clone, mode)
@@ -155,7 +155,7 @@ def _recorded(
     outside = recording.outside.beyond(clone)
     try:
         changes += outside.changes()
-        if changes or any(w.first for w in writes):
+        if not call.python_runs and (changes or any(w.first for w in writes)):
             device = next((t.device for t in clone.parameters()), torch.device("cpu"))
             replace_stand_ins_(clone, writes, changes, device)
             outside.settle_(device)

@@ -19,6 +19,8 @@ class ExampleCall:
         kwargs: By keyword.
         dynamic_shapes: Which sizes are free, as `torch.export.export` takes it; None where the capture may choose.
         as_called: Whether the sizes of 1 are what is wanted, as those of a call that fitted no program.
+        python_runs: Whether the model's own Python runs at every call, so that what it changes there is no concern of
+            the graph's.
     """
 
     model: nn.Module
@@ -26,6 +28,7 @@ class ExampleCall:
     kwargs: dict[str, Any]
     dynamic_shapes: Any = None
     as_called: bool = False
+    python_runs: bool = False
 
     @property
     def name(self) -> str:

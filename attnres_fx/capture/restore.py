@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
+from attnres_fx.passes.graph.aliasing import mutated_arguments, storage_of
+from attnres_fx.passes.graph.nodes import body_of, nodes_with_bodies
 from attnres_fx.passes.graph.operations import op_name
 from attnres_fx.passes.graph.result import PassResult
 
@@ -52,6 +54,8 @@ def restore_autograd_pass(gm: GraphModule) -> PassResult:
         restored = _RESTORED.get(op_name(node))
         if restored is not None:
             restored(gm, node)
+        closed = node.target is _CHECKPOINTED and _close_over_what_is_held(gm, node)
+        if restored is not None or closed:
             changed.append(node.name)
     if changed:
         _drop_unused_bodies(gm)
@@ -82,6 +86,30 @@ def what_backward_holds(gm: GraphModule) -> tuple[str, ...]:
 def _restore_checkpoint(gm: GraphModule, node: Node) -> None:
     node.target = _CHECKPOINTED
     node.kwargs = {**node.kwargs, "use_reentrant": False}
+
+
+def _close_over_what_is_held(gm: GraphModule, node: Node) -> bool:
+    """Give a checkpoint by keyword what the model holds, and what the region writes to; whether there is any.
+
+    The model's own code has closed over those. Among the arguments that a checkpoint saves they would have to be the
+    same in backward, which the statistics of a batch norm, a counter or a cache in a buffer are not.
+    """
+    body = body_of(node.args[0], gm)
+    if body is None or sum(body_of(n, gm) is body for n in gm.graph.nodes) > 1:
+        return False
+    inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+    written = {storage_of(w)[-1] for n in nodes_with_bodies(body) for w in mutated_arguments(n)}
+    pairs = list(zip(node.args[1:], inputs, strict=True))
+    held = [(o, n) for o, n in pairs if isinstance(o, Node) and (o.op == "get_attr" or n in written)]
+    for i, (_, inside) in enumerate(held):
+        inside.target = f"{_HELD}{i}"
+        inputs[-1].append(inside)
+        inputs.append(inside)
+    body.recompile()
+    closed = {inside for _, inside in held}
+    node.args = (node.args[0], *[o for o, n in pairs if n not in closed])
+    node.kwargs = {**node.kwargs, **{str(n.target): o for o, n in held}}
+    return bool(held)
 
 
 def _restore_function(gm: GraphModule, node: Node) -> None:
@@ -134,6 +162,8 @@ def hooked(tensor: Tensor, body: Callable[..., Any], *captured: Any) -> Tensor:
     return tensor
 
 
+#: How the inputs of a region are named that a checkpoint does not save.
+_HELD = "held_"
 _CHECKPOINTED: Any = checkpoint
 _HOOKED: Any = hooked
 _RESTORED: dict[str, Callable[[GraphModule, Node], None]] = {

@@ -11,6 +11,7 @@ from attnres_fx.capture.guard_places import TREE, Guarded, places_of
 from attnres_fx.capture.held_values import UNKNOWN, Library, held, same, walked
 from attnres_fx.errors import AttnResError
 
+_NUMPY_ARGUMENT = re.compile(r"___from_numpy\(L\['(args|kwargs)'\]")
 _NUMPY = re.compile(r"___from_numpy\(L\['module'\](.*)\)$")
 _VALUES = (
     "CONSTANT_MATCH",
@@ -118,6 +119,11 @@ def numpy_source(source: str) -> str:
     """The source of a numpy value of a module that Dynamo makes a tensor of; empty for another source."""
     match = _NUMPY.match(source)
     return f"module{match.group(1)}" if match else ""
+
+
+def is_numpy_argument(source: str) -> bool:
+    """Whether a source is a numpy value among the arguments of a call."""
+    return bool(_NUMPY_ARGUMENT.match(source))
 
 
 def flags_in(root: nn.Module, guards: Iterable[Guarded]) -> tuple[tuple[str, bool], ...]:

@@ -10,9 +10,10 @@ from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.root_hooks import copy_hooks_
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.captured_program import CapturedProgram
-from attnres_fx.conversion.conversion import Conversion, placement_of
+from attnres_fx.conversion.conversion import ADDED, Conversion, placement_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.derived_class import derived_class
+from attnres_fx.conversion.tensors_as_captured import TensorsAsCaptured
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
@@ -49,6 +50,8 @@ def converted_model(
     model.__dict__["_attnres_conversion"] = conversion
     model._modules["attnres"] = attnres
     conversion.placement = placement_of(model)
+    calls_modules = any(n.op == "call_module" for graph, _ in graphs.values() for n in graph.gm.graph.nodes)
+    conversion.tensors = TensorsAsCaptured() if calls_modules else TensorsAsCaptured.of(model, ADDED)
     trained = {id(graph) for mode, (graph, _) in graphs.items() if mode == "train"}
     programs: dict[int, CapturedProgram] = {}
     for mode, (graph, reads) in graphs.items():

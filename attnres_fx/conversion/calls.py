@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.conversion.captured_program import CapturedProgram, bar_ones, current_autocast, flat_arguments
 from attnres_fx.conversion.conversion import Conversion
 from attnres_fx.conversion.kept_programs import keep, note_use
@@ -65,9 +66,9 @@ def _eager_program_for(
         conversion.edits.check(model)
         if why := conversion.edits.original_changed(mode):
             first = _follow_original(model, mode, args, kwargs, why)
-    conversion.note_placement(model)
+    conversion.note_tensors(model)
     if mode in conversion.outdated:
-        first = _captured_for_placement(model, mode, args, kwargs)
+        first = _captured_for_tensors(model, mode, args, kwargs)
     errors: list[ArgumentError] = []
     autocast = current_autocast()
     submodule = conversion.edits.modules.__getitem__ if conversion.edits is not None else model.get_submodule
@@ -124,7 +125,7 @@ def _further_program(
         raise why
     log.info("%s: a call of another kind is captured in %s mode: %s", conversion.report.model, mode, why)
     try:
-        program = _recaptured(model, model.original(), mode, args, kwargs)
+        program = _recaptured(model, mode, args, kwargs)
     except ArgumentError as error:
         raise ArgumentError(f"{why} {error}") from error
     keep(model, mode, program)
@@ -146,27 +147,19 @@ def _follow_original(
     """The program of a mode anew from the original, which was changed and shares its weights with this model."""
     conversion: Conversion = model._attnres_conversion
     assert conversion.edits is not None
-    original = conversion.edits.original() if conversion.edits.original is not None else None
-    assert original is not None
     log.info("%s: captured again in %s mode, because %s", conversion.report.model, mode, why)
-    program = _recaptured(model, original, mode, args, kwargs)
+    conversion.edits.follow()
+    program = _recaptured(model, mode, args, kwargs)
     _replace(conversion, mode, program)
-    conversion.edits.follow(mode, program.watched)
+    conversion.edits.watch_original_anew(mode, program.watched)
     return program
 
 
-def _captured_for_placement(
-    model: Any, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> CapturedProgram:
-    """The program of a mode anew: a trace writes some dtypes and devices of its example down."""
+def _captured_for_tensors(model: Any, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CapturedProgram:
+    """The program of a mode anew: a trace writes down some dtypes and devices, and which tensors are one."""
     conversion: Conversion = model._attnres_conversion
-    log.info(
-        "%s: captured again in %s mode, because its parameters are now %s",
-        conversion.report.model,
-        mode,
-        conversion.placement,
-    )
-    program = _recaptured(model, model.original(), mode, args, kwargs)
+    log.info("%s: captured again in %s mode, because %s", conversion.report.model, mode, conversion.why_outdated)
+    program = _recaptured(model, mode, args, kwargs)
     _replace(conversion, mode, program)
     conversion.outdated.discard(mode)
     return program
@@ -177,13 +170,32 @@ def _replace(conversion: Conversion, mode: Mode, program: CapturedProgram) -> No
     conversion.further.pop(mode, None)
 
 
-def _recaptured(
-    model: Any, source: nn.Module, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> CapturedProgram:
+def _recaptured(model: Any, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CapturedProgram:
     recapture = model._attnres_conversion.recapture
-    captured, reads = recapture(model, source, mode, args, kwargs)
+    captured, reads = recapture(model, _python_of(model), mode, args, kwargs)
     program: CapturedProgram = model.captured_program(
         mode, captured.graphs[mode], reads, captured.signature, captured.in_spec, mode == "train"
     )
     bar_ones(program, program.ranges)
     return program
+
+
+def _python_of(model: Any) -> nn.Module:
+    """The modules whose Python a call is captured from, on the model's own tensors.
+
+    Once a change of the original was followed, that is the original as it is now: the tree of the converted model has
+    the numbers that it had at the conversion.
+    """
+    edits = model._attnres_conversion.edits
+    original = edits.original() if edits is not None and edits.followed and edits.original is not None else None
+    if original is None:
+        own: nn.Module = model.original()
+        return own
+    now, _ = clone_tree(original)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in now.named_modules(remove_duplicate=False):
+        if path in modules:
+            for store in ("_parameters", "_buffers"):
+                held = getattr(modules[path], store)
+                getattr(module, store).update({n: held[n] for n in getattr(module, store) if n in held})
+    return now

@@ -18,7 +18,8 @@ from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.own_python import OwnPython
 from attnres_fx.conversion.report import ConversionReport
-from attnres_fx.errors import AttnResError, CheckError, SaveError
+from attnres_fx.conversion.tensors_as_captured import TensorsAsCaptured
+from attnres_fx.errors import AttnResError, CheckError, EditedError, SaveError
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
 
@@ -93,7 +94,9 @@ class Conversion:
         recapture: Captures further kinds of calls, None where that cannot be done.
         edits: Compares the tree with what the graphs hold of it.
         placement: Device and dtype that the parameters had when the programs were captured.
-        outdated: The modes whose programs were captured for another placement.
+        tensors: Which tensors were one, and which were none, when the programs were captured.
+        outdated: The modes whose programs were captured for another placement, or for other tensors.
+        why_outdated: What changed, in words.
         programs: By mode, the program that was captured first.
         pickled: Says what a pickle of the model calls.
         deferred: The modes that are captured when they are first needed.
@@ -110,7 +113,9 @@ class Conversion:
     recapture: Recapture | None = None
     edits: EditGuard | None = None
     placement: Placement | None = None
+    tensors: TensorsAsCaptured = field(default_factory=TensorsAsCaptured)
     outdated: set[Mode] = field(default_factory=set)
+    why_outdated: str = ""
     programs: dict[Mode, CapturedProgram] = field(default_factory=dict)
     pickled: Callable[[Any], tuple[Any, ...]] | None = None
     deferred: dict[Mode, CaptureMode] = field(default_factory=dict)
@@ -169,10 +174,25 @@ class Conversion:
             else:
                 self.programs[mode] = program
 
-    def note_placement(self, root: nn.Module) -> None:
-        """Mark the programs that were captured for another placement than the model has now."""
+    def note_tensors(self, root: nn.Module) -> None:
+        """Mark the programs that were captured for another placement than the model has now, or for other tensors.
+
+        Raises:
+            EditedError: Tensors that were one are two, or one that was None is there, and there is no Python to
+                capture again.
+        """
+        changed = self.tensors.first_change(root)
+        if changed and self.recapture is None:
+            raise EditedError(
+                f"{changed} at the conversion, which the graphs of this model do not see, and it holds no Python to "
+                f"capture again: undo the change, or make it in the original and convert that."
+            )
         if self.recapture is not None and self.placement != (now := placement_of(root)):
             self.placement, self.outdated = now, set(self.programs)
+            self.why_outdated = f"its parameters are now {now}"
+        if changed:
+            self.outdated, self.why_outdated = set(self.programs), changed
+            self.tensors = TensorsAsCaptured.of(root, ADDED)
 
     def capture_deferred(self, root: Any, mode: Mode) -> None:
         """Capture a mode that was left for later; where that fails, the reason is in `failures`.
@@ -183,7 +203,7 @@ class Conversion:
         """
         if self.edits is not None:
             self.edits.check(root)
-        self.note_placement(root)
+        self.note_tensors(root)
         try:
             program = self.deferred[mode](root)
         except CheckError:
@@ -207,11 +227,11 @@ class Conversion:
         """
         if self.edits is not None:
             self.edits.check(root)
-        moved = self.recapture is not None and self.placement != placement_of(root)
+        self.note_tensors(root)
         for mode in self.programs:
             why = self.edits.original_changed(mode) if self.edits is not None else ""
-            if moved or mode in self.outdated:
-                why = "the model was cast or moved"
+            if mode in self.outdated:
+                why = self.why_outdated
             if why:
                 raise SaveError(
                     f"the {mode} program is older than the model, because {why}: call the model once in {mode} mode, "

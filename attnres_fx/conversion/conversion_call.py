@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -52,7 +53,10 @@ class ConversionCall:
             if not isinstance(leaf, Tensor):
                 return leaf
             device = now[0] if leaf.device == before[0] else leaf.device
-            return leaf.to(device, now[1] if leaf.dtype == before[1] else leaf.dtype)
+            dtype = now[1] if leaf.dtype == before[1] else leaf.dtype
+            if leaf.is_meta and device.type != "meta":  # it never had values
+                return torch.zeros(leaf.shape, dtype=dtype, device=device)
+            return leaf.to(device, dtype)
 
         placed: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(moved, (self.args, self.kwargs))
         return placed

@@ -68,13 +68,16 @@ class EditGuard:
         """A copy of the model makes a guard of its own."""
 
     def watch(self, root: nn.Module, values: Iterable[WatchedValue]) -> None:
-        """Compare these values too, in this tree and in the original."""
+        """Compare these values too, in the original, and in this tree unless it is behind a change of the original."""
         values = tuple(values)
-        self.values.add(root, values)
+        if not self.followed:
+            self.values.add(root, values)
         self._watch_original(values)
 
     def watch_only(self, root: nn.Module, values: Iterable[WatchedValue]) -> None:
         """Compare these values of this tree, and no others."""
+        if self.followed:
+            return
         self.values = WatchList(self.values.base)
         self.values.add(root, values)
 
@@ -103,8 +106,8 @@ class EditGuard:
         if (changed := self.values.changed(root)) is not None:
             raise EditedError(_changed(*changed))
 
-    def follow(self, mode: Mode, values: Iterable[WatchedValue]) -> None:
-        """From now on compare the original with what a fresh program of this mode holds of it.
+    def follow(self) -> None:
+        """Count one more change of the original that is followed.
 
         Raises:
             EditedError: The original was changed too often for that.
@@ -115,6 +118,9 @@ class EditGuard:
                 f"the original was changed {self.followed} times since the conversion, and each change makes the "
                 f"converted model be captured again: convert it when its numbers are final, or use ax.compile."
             )
+
+    def watch_original_anew(self, mode: Mode, values: Iterable[WatchedValue]) -> None:
+        """From now on compare the original with what a fresh program of this mode holds of it."""
         modes: set[Mode] = {"train", "eval"}
         self.stale = (self.stale or modes) - {mode}
         self.original_values = WatchList()

@@ -113,3 +113,45 @@ def test_gradients_with_dropout_are_the_originals(layer, inner):
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
     assert all(read.query.grad is not None for read in model.attnres.reads)
+
+
+class Scaled(nn.Module):
+    """Numbers of its modules are in checkpointed regions: an eps, a probability, a factor."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.factor = layer, 0.5
+        self.branches = nn.ModuleList(Branch() for _ in range(2))
+
+    def forward(self, x, scale=1.0):
+        for branch in self.branches:
+            x = self.layer(lambda y, branch=branch: self.factor * branch(y), x)
+        return x * scale
+
+
+@pytest.mark.parametrize("layer", [checkpointed, checkpointed_layer])
+def test_numbers_of_modules_in_a_region_are_no_inputs_of_graphs_of_any_size(layer):
+    torch.manual_seed(0)
+    model = Scaled(layer)
+    original = copy.deepcopy(model)
+    ax.compile(model, (torch.randn(2, 5, 16),), inner="eager")
+    for sizes in ((2, 5), (3, 4)):
+        x = torch.randn(*sizes, 16)
+        torch.manual_seed(1)
+        expected = original(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(model(x), expected)
+    assert len(ax.explain(model).graphs) == 1
+
+
+def test_values_of_a_float_argument_need_no_graphs_of_their_own():
+    torch.manual_seed(0)
+    model = Scaled(lambda branch, x: x + branch(x)).eval()
+    original = copy.deepcopy(model)
+    x = torch.randn(2, 5, 16)
+    ax.compile(model, (x,), inner="eager")
+    graphs = []
+    for scale in (0.5, 1.5, 2.5, 3.5):
+        torch.testing.assert_close(model(x, scale=scale), original(x, scale=scale))
+        graphs.append(len(ax.explain(model).graphs))
+    assert graphs[1:] == graphs[1:2] * 3

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -106,3 +107,26 @@ def test_what_is_converted_in_inference_mode_can_be_trained():
     torch.testing.assert_close(converted(x), model(x))
     converted(x).square().sum().backward()
     assert converted.attnres.reads[-1].query.grad is not None
+
+
+@pytest.mark.parametrize("value", [np.float64(2.5), np.full((8,), 2.5, dtype=np.float32)])
+def test_a_numpy_value_among_the_arguments_is_named_with_what_to_pass_instead(value):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+            self.mixes = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x, scale):
+            if not isinstance(scale, float | torch.Tensor):
+                scale = torch.as_tensor(scale)
+            for norm, mix in zip(self.norms, self.mixes, strict=True):
+                x = x + mix(norm(x)) * scale
+            return x
+
+    model, x = Scaled(), torch.randn(2, 5, 8)
+    with pytest.raises(CaptureError, match=r"argument holds a numpy value.*torch\.as_tensor"):
+        ax.convert(model, (x, value))
+    for given in (torch.as_tensor(value), 2.5):
+        converted = ax.convert(model, (x, given))
+        torch.testing.assert_close(converted(x, given), model(x, given))

@@ -46,6 +46,31 @@ class Halves(Layer):
         return x + F.dropout(self.down(F.gelu(self.up(self.norm_2(x)))), 0.2, self.training)
 
 
+class WithBatchNorm(Layer):
+    """Its statistics are written in the region, once more when it is recomputed."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm_1 = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x):
+        x = x + self.mix(self.norm_1(x.transpose(1, 2)).transpose(1, 2))
+        return x + F.dropout(self.down(F.gelu(self.up(self.norm_2(x)))), 0.2, self.training)
+
+
+class WithCounter(Layer):
+    """What it multiplies with is counted after the layer read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x):
+        x = super().forward(x * torch.ones_like(self.calls))
+        self.calls.add_(1)
+        return x
+
+
 class Net(nn.Module):
     def __init__(self, layer, every=1, checkpointed=True):
         super().__init__()
@@ -96,6 +121,8 @@ def pair(layer, variant="full", **options):
         (UnderAutocast, "full", 1),
         (WithStatistics, "block", 1),
         (Halves, "full", 1),
+        (WithBatchNorm, "full", 1),
+        (WithCounter, "block", 1),
     ],
 )
 def test_gradients_with_dropout_are_the_originals(layer, variant, every):
@@ -109,6 +136,8 @@ def test_gradients_with_dropout_are_the_originals(layer, variant, every):
         scale = max(g.abs().max() for g in gradients.values())
         for name, gradient in gradients.items():
             assert (found[name] - gradient).abs().max() / scale < (1e-4 if exact else 3e-2), name
+        for (name, buffer), own in zip(original.named_buffers(), converted.buffers(), strict=False):
+            torch.testing.assert_close(own, buffer, msg=name)
 
 
 @pytest.mark.parametrize("layer", [Layer, UnderAutocast, Halves])

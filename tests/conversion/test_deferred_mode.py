@@ -237,3 +237,31 @@ def test_a_model_that_is_sharded_after_its_conversion_gets_its_other_mode(tmp_pa
         assert all(p.grad is not None for p in converted.parameters())
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrote", ["floats", "indices"])
+def test_a_model_that_was_made_without_data_switches_once_it_has_some(wrote):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp = nn.Linear(8, 8) if wrote == "floats" else nn.Embedding(9, 8)
+            self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+            self.mixes = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x):
+            x = self.inp(x)
+            for norm, mix in zip(self.norms, self.mixes, strict=True):
+                x = x + mix(norm(x))
+            return x
+
+    expected = Net()
+    x = torch.randn(2, 5, 8) if wrote == "floats" else torch.randint(0, 9, (2, 5))
+    with torch.device("meta"):
+        model = Net()
+    converted = ax.convert(model, (x.to("meta"),)).to_empty(device="cpu")
+    for read in converted.attnres.reads:
+        nn.init.zeros_(read.query)
+        nn.init.ones_(read.key_weight)
+    converted.load_state_dict(expected.state_dict(), strict=False)
+    for training in (False, True):
+        torch.testing.assert_close(converted.train(training)(x), expected(x))

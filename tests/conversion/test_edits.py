@@ -103,6 +103,104 @@ def test_an_edit_of_the_original_is_followed(name):
     torch.testing.assert_close(converted(x), model(x))
 
 
+def test_every_later_capture_has_what_was_changed_in_the_original():
+    """Of another size, in the other mode and after a parameter of the result was replaced, too."""
+    model = copy.deepcopy(pair()[0])
+    converted = ax.convert(model, (torch.randn(2, 5, WIDTH),), check=False)
+    expected = copy.deepcopy(model)
+    for changed in (model, expected):
+        EDITS["act"](changed)
+    for changed in (converted, expected):
+        changed.mixes[0].weight = nn.Parameter(torch.eye(WIDTH))
+    for training in (False, True):
+        converted.train(training)
+        for sizes in ((2, 5), (1, 3), (3, 1)):
+            x = torch.randn(*sizes, WIDTH)
+            torch.testing.assert_close(converted(x), expected(x))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inp, self.out = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.mixes = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.out.weight = self.inp.weight
+
+    def forward(self, x):
+        x = self.inp(x)
+        for norm, mix in zip(self.norms, self.mixes, strict=True):
+            x = x + mix(norm(x))
+        return self.out(x)
+
+
+UNTYING = {
+    "another parameter": lambda m: setattr(m.out, "weight", nn.Parameter(2 * m.out.weight.detach())),
+    "an assigned state": lambda m: m.load_state_dict(
+        {n: v * 2 if n == "out.weight" else v.clone() for n, v in m.state_dict().items()}, assign=True
+    ),
+}
+
+
+@pytest.mark.parametrize("way", UNTYING)
+def test_weights_that_are_tied_no_more_are_two_weights(way):
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(2, 5, WIDTH)
+    expected = copy.deepcopy(model)
+    converted = ax.convert(model, (x,), check=False)
+    for changed in (converted, expected):
+        UNTYING[way](changed)
+    for training in (True, False):
+        converted.train(training)
+        torch.testing.assert_close(converted(x), expected(x))
+    converted.train()(x).sum().backward()
+    expected(x).sum().backward()
+    for layer in ("inp", "out"):
+        torch.testing.assert_close(getattr(converted, layer).weight.grad, getattr(expected, layer).weight.grad)
+
+
+class WithoutBias(Tied):
+    """A bias and a buffer that are None at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixes = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        return super().forward(x if self.scale is None else x * self.scale)
+
+
+FILLING = {
+    "parameter": lambda m: setattr(m.mixes[0], "bias", nn.Parameter(torch.linspace(0, 3, WIDTH))),
+    "buffer": lambda m: setattr(m, "scale", torch.linspace(0, 3, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("what", FILLING)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_tensor_in_a_place_that_held_none_is_seen(what, copied):
+    torch.manual_seed(0)
+    model, x = WithoutBias(), torch.randn(2, 5, WIDTH)
+    expected = copy.deepcopy(model)
+    converted = ax.convert(model, (x,), check=False)
+    converted = copy.deepcopy(converted) if copied else converted
+    for changed in (converted, expected):
+        FILLING[what](changed)
+    for training in (True, False):
+        torch.testing.assert_close(converted.train(training)(x), expected(x))
+
+
+def test_weights_of_a_loaded_model_that_are_tied_no_more_are_named(tmp_path):
+    x = torch.randn(2, 5, WIDTH)
+    ax.convert(Tied(), (x,), check=False).save(tmp_path / "model")
+    loaded = ax.load(tmp_path / "model")
+    loaded(x)
+    UNTYING["another parameter"](loaded)
+    with pytest.raises(EditedError, match=r"inp\.weight and out\.weight"):
+        loaded(x)
+
+
 def test_what_no_graph_holds_may_be_changed():
     converted = copy.deepcopy(pair()[1])
     converted.note, converted.norms[0].note = "mine", "mine"
