@@ -5,6 +5,7 @@ when all of them are on the disk. Until then the folder holds the old checkpoint
 """
 
 import contextlib
+import hashlib
 import io
 import math
 import os
@@ -24,11 +25,12 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan
 
-from attnres_fx.conversion.stored.whole_file import flush_folder
+from attnres_fx.conversion.stored.whole_file import flush_folder, flush_to_disk
 from attnres_fx.errors import AttnResError, SaveError
 
 _METADATA = ".metadata"
 _FILES = "__*.distcp"
+_CHECKSUM = hashlib.sha256().digest_size
 #: What a metadata file is made of, by module.
 _PARTS = {
     "torch.distributed.checkpoint.metadata": {
@@ -48,7 +50,7 @@ def in_words(path: Any, what: str) -> Iterator[None]:
         yield
     except AttnResError:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         found = list(error.failures.values()) if isinstance(error, CheckpointException) else [(error, None)]
         why = next((e for e, _ in found if isinstance(e, SaveError)), found[0][0] if found else error)
         raise SaveError(f"the checkpoint {str(path)!r} {what} ({type(why).__name__}: {why}).") from error
@@ -98,6 +100,10 @@ class _Replacing(FileSystem):
         """Nothing: the writer removes the old metadata before it renames the new one, which replaces it."""
 
     def rename(self, path: Any, new_path: Any) -> None:
+        """Metadata gets its checksum at the end, where whoever unpickles it does not look."""
+        data = Path(path).read_bytes()
+        Path(path).write_bytes(data + hashlib.sha256(data).digest())
+        flush_to_disk(Path(path))
         Path(path).replace(new_path)
 
 
@@ -115,8 +121,10 @@ class FolderReader(FileSystemReader):
             SaveError: It is no metadata, or does not fit the files beside it.
             OSError: There is none.
         """
-        with (Path(self.path) / _METADATA).open("rb") as file:
-            metadata = _PlainUnpickler(file).load()
+        data = (Path(self.path) / _METADATA).read_bytes()
+        if hashlib.sha256(data[:-_CHECKSUM]).digest() != data[-_CHECKSUM:]:
+            raise SaveError(f"the checksum at the end of {_METADATA} does not fit it")
+        metadata = _PlainUnpickler(io.BytesIO(data)).load()
         if not isinstance(metadata, Metadata):
             raise SaveError(f"{_METADATA} holds a {type(metadata).__name__}")
         _check_places(Path(self.path), metadata)
