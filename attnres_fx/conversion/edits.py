@@ -87,8 +87,8 @@ class EditGuard:
         Raises:
             EditedError: Something was changed that a call would not see; it is named.
         """
-        if _children(root, self.skipped) != self.children:
-            raise EditedError(f"a module of the converted model's root was replaced: that has no effect. {_WAY_OUT}")
+        if (children := _children(root, self.skipped)) != self.children:
+            raise EditedError(f"{_change_of(self.children, children)}: that has no effect. {_WAY_OUT}")
         for state in self.states:
             module = state.module
             if type(module) is not state.kind or tuple(module._modules.values()) != state.children:
@@ -164,8 +164,25 @@ def _state_of(path: str, module: nn.Module) -> _ModuleState:
     return _ModuleState(path, module, type(module), tuple(module._modules.values()), _hook_count(module))
 
 
-def _children(root: nn.Module, skipped: Sequence[str]) -> tuple[int, ...]:
-    return tuple(id(m) for n, m in root._modules.items() if n not in skipped)
+def _children(root: nn.Module, skipped: Sequence[str]) -> list[tuple[str, int]]:
+    """In order: the forward of a container goes by it."""
+    return [(n, id(m)) for n, m in root._modules.items() if n not in skipped]
+
+
+def _change_of(children: list[tuple[str, int]], now: list[tuple[str, int]]) -> str:
+    """What was done to the root's children since the conversion."""
+    before, after = dict(children), dict(now)
+    for name, module in after.items():
+        if name not in before:
+            return f"the module {name!r} was added to the converted model"
+        if module != before[name]:
+            return f"the module {name!r} of the converted model was replaced"
+    gone = [name for name in before if name not in after]
+    return (
+        f"the module {gone[0]!r} was taken out of the converted model"
+        if gone
+        else "the modules of the converted model were put in another order"
+    )
 
 
 def _hook_count(module: nn.Module) -> int:

@@ -230,3 +230,20 @@ def test_a_function_that_closes_over_a_module_is_no_edit_until_it_is_replaced():
     converted.act = lambda x: other(x)
     with pytest.raises(EditedError, match="act"):
         converted(x)
+
+
+CHANGES = {
+    "'extra' was added": lambda m: m.add_module("extra", nn.Linear(2, 2)),
+    "'gelu' of the converted model was replaced": lambda m: setattr(m, "gelu", nn.SiLU()),
+    "'other' was taken out": lambda m: delattr(m, "other"),
+    "in another order": lambda m: m._modules.update(norms=m._modules.pop("norms")),
+}
+
+
+def test_what_was_done_to_the_children_of_the_root_is_said():
+    x = torch.randn(2, WIDTH)
+    for said, change in CHANGES.items():
+        converted = ax.convert(Net(), (x,), check=False)
+        change(converted)
+        with pytest.raises(EditedError, match=said):
+            converted(x)
