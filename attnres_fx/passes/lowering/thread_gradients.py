@@ -61,13 +61,15 @@ def thread_gradients_pass(gm: GraphModule, *, choose: bool | Literal["auto"] = "
     plan = plan_threads(gm, choose)
     threads = {t.read: t for t in plan}
     latest: dict[Node, Node] = {}  # by source: the view of it that the last read returned
+    planned: dict[Node, str] = {}  # by output of a threaded read: the name of the output in whose place it is
     for node in list(gm.graph.nodes):
         sources = _sources(node)
         if not sources or not plan:
             continue
         views = [latest.get(s, s) for s in sources]
         if node.name in threads:
-            latest |= _thread(node, sources, views, threads[node.name].handed_on)
+            handed_on = [s for s in sources if planned.get(s, s.name) in threads[node.name].handed_on]
+            latest |= _thread(node, sources, views, handed_on, planned)
         else:
             node.args = (views, *node.args[1:])
     return PassResult(gm, bool(plan), plan, ())
@@ -113,14 +115,17 @@ def _sources(node: Node) -> list[Node]:
     return call.sources if call is not None and not call.merge and have_values(call.sources) else []
 
 
-def _thread(node: Node, sources: Sequence[Node], views: Sequence[Node], handed_on: Sequence[str]) -> dict[Node, Node]:
+def _thread(
+    node: Node, sources: Sequence[Node], views: Sequence[Node], handed_on: Sequence[Node], planned: dict[Node, str]
+) -> dict[Node, Node]:
     """Put a threaded read in place of a read.
 
     Args:
         node: the read.
         sources: what it read before any read was threaded.
         views: what it reads now: the views that earlier reads return.
-        handed_on: names of the sources that later reads take from this one.
+        handed_on: the sources that later reads take from this one.
+        planned: gets the name that the plan knows each new output by.
 
     Returns:
         The views that stand for those sources from here on.
@@ -141,16 +146,16 @@ def _thread(node: Node, sources: Sequence[Node], views: Sequence[Node], handed_o
         )
         (threaded_read,) = first.all_input_nodes
         for i, source in enumerate(returned, len(outputs)):
-            if source.name in handed_on:
+            if source in handed_on:
                 view = insert_call(
                     node.graph, operator.getitem, (threaded_read, i), like=node, value=known_tensor(source)
                 )
                 latest[source] = view
-    _replace_outputs(call, [first, *partial])
+    _replace_outputs(call, [first, *partial], planned)
     return latest
 
 
-def _replace_outputs(call: DepthReadCall, outputs: Sequence[Node]) -> None:
+def _replace_outputs(call: DepthReadCall, outputs: Sequence[Node], planned: dict[Node, str]) -> None:
     """Let the users of a read, and of its partial sum, take these instead; erase what nobody uses any more."""
     assert call.output is not None
     old = [call.output]
@@ -159,6 +164,7 @@ def _replace_outputs(call: DepthReadCall, outputs: Sequence[Node]) -> None:
     for before, after in zip(old, outputs, strict=False):
         after.meta.update({k: v for k, v in before.meta.items() if k not in ("val", "example_value")})
         before.replace_all_uses_with(after)
+        planned[after] = before.name
     for unused in (*old, call.node):
         if not unused._erased and not unused.users:
             unused.graph.erase_node(unused)

@@ -1,5 +1,7 @@
 """Reads that hand their sources on: the same values and gradients, and nothing left for autograd to add."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -46,6 +48,20 @@ def test_all_reads_of_a_source_but_the_last_hand_it_on():
     assert [("threaded" in str(n.target)) for n in reads] == [True] * (len(reads) - 1) + [False]
     taken = [s for n in reads for s in n.args[0]]
     assert len(taken) == len(set(taken)), "two reads take a source from one place"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_switch_beside_it_leaves_all_sources_handed_on(variant):
+    """No two reads take a source from one place, whatever else is folded into the reads."""
+    model, kwargs = MODELS["example"](layers=4)
+    model.train()
+    converted = ax.convert(model, (), kwargs, config=VARIANTS[variant], check=False)
+    for norms, sums in itertools.product([False, True], repeat=2):
+        gm = converted.graph_module()
+        lower_(gm, Lowering(fuse_norms=norms, fuse_partial_sums=sums, two_phase=False, thread_gradients=True))
+        reads = [n for n in gm.graph.nodes if "depth_attention" in str(n.target)]
+        taken = [s for n in reads for s in n.args[0]]
+        assert len(reads) > 6 and len(taken) == len(set(taken)), (norms, sums)
 
 
 def test_on_a_cpu_and_in_eval_nothing_is_threaded_by_itself():
