@@ -219,11 +219,19 @@ class _Placing:
             if node in self.floating or node in unused:
                 continue
             late = min((self._wanted(node, user) for user in self._users(node) if user not in unused), default=None)
-            self.unit[node] = self._unit_of(node, self.early.get(node), late)
+            self._place(node, self._unit_of(node, self.early.get(node), late))
         for node in unused:  # what is run for its effect: beside what it takes
             self.unit[node] = max((self.unit[i] for i in node.all_input_nodes if i in self.unit), default=-1)
         for write, owners in self.writes.targets.items():
             self._keep_together(write, owners)
+
+    def _place(self, node: Node, unit: int) -> None:
+        """Give a node its sublayer, and what is taken from it where it is no tensor: a list stays where it is made."""
+        self.unit[node] = unit
+        if isinstance(value_of(node), tuple | list):
+            for user in node.users:
+                if op_name(user) == "getitem" and user in self.unit:
+                    self._place(user, unit)
 
     def _unit_of(self, node: Node, early: int | None, late: int | None) -> int:
         """The sublayer of a node that can run no earlier than `early` and no later than `late`."""
