@@ -18,6 +18,7 @@ from attnres_fx.passes.streams.centring import centres
 from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.feature_dimensions import FeatureDimensions
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
+from attnres_fx.passes.streams.inside_norms import is_inside_norm
 
 
 def find_formal_sums(graph: Graph, beside: Collection[tuple[Node, Node]] = ()) -> FormalSums:
@@ -95,7 +96,7 @@ class _Interpreter:
             return sums.root[node]
         for row_map in self._maps_of(node):
             root = self._state_of(row_map.state)
-            if root is not None and self._is_independent(row_map, root):
+            if root is not None and self._is_independent(row_map, root) and not self._is_in_norm(node, row_map):
                 sums.states[node] = Mapped(node, row_map.state, row_map.kind)
                 sums.root[node] = root
                 return root
@@ -109,6 +110,13 @@ class _Interpreter:
 
     def _is_independent(self, row_map: RowMap, root: Node) -> bool:
         return not any(o is root or self.depends.at_all(o, root) for o in row_map.others)
+
+    def _is_in_norm(self, node: Node, row_map: RowMap) -> bool:
+        return row_map.kind == "factor" and is_inside_norm(node, self._forms_of(row_map.state))
+
+    def _forms_of(self, state: Node) -> set[Node]:
+        """A state, and what it is a cast or a view of."""
+        return set(self.sums.row_map_path(state))
 
     def _add(self, node: Node, addition: Addition) -> None:
         self._begin_with_one_value(addition)
@@ -221,7 +229,7 @@ class _Interpreter:
         a, root = reading.addition, reading.root
         if root is None or self._length(a.left) < 2 or not same_shape(a.left, node):
             return False
-        if a.right is root or self.depends.at_all(a.right, root):
+        if a.right is root or self.depends.at_all(a.right, root) or is_inside_norm(node, self._forms_of(a.left)):
             return False
         self._extend(node, a, root)
         return True
