@@ -79,7 +79,7 @@ def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> s
     if has_trait(node, Trait.CAST):
         return "cast"
     if name in _WRITES and _writes_zeros(node, *_WRITES[name]):
-        return "factor"
+        return None if keeps_rows(first, node) is False else "factor"
     if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
         return "factor" if same_shape(node, first) else None
     if not has_trait(node, Trait.RESHAPE | Trait.TOKEN_MOVE | Trait.PICKS):
@@ -104,6 +104,15 @@ def _writes_zeros(node: Node, position: int, name: str) -> bool:
     """Whether what is written into some rows of a tensor is zero: those rows are multiplied by it."""
     written = argument_of(node, position, name)
     return isinstance(written, Node) and op_name(written) == "zeros_like"
+
+
+def written_dimension(node: Node) -> int | None:
+    """The dimension along which a node writes into another tensor; None of other nodes, and where there are several."""
+    name = op_name(node)
+    if name not in _WRITES or name == "index_put":
+        return None
+    dim = argument_of(node, 2 if name.endswith("_scatter") else 1, "dim") or 0
+    return dim % len(shape_of(node)) if isinstance(dim, int) else None
 
 
 def _is_identity(node: Node, name: str) -> bool:

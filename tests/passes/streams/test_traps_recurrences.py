@@ -126,7 +126,17 @@ def found(model, *args):
     return [len(s.depth_reads) for s in streams.streams], {r.kind for r in streams.refusals}
 
 
-LOOPS = [delta_rule, delta_rule_unbound, residual_rnn, post_norm_rnn, lstm, test_time_training, chunks, rows_selected, rows_picked]
+LOOPS = [
+    delta_rule,
+    delta_rule_unbound,
+    residual_rnn,
+    post_norm_rnn,
+    lstm,
+    test_time_training,
+    chunks,
+    rows_selected,
+    rows_picked,
+]
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
