@@ -42,7 +42,7 @@ def is_inside_norm(node: Node, state: Collection[Node]) -> bool:
 
 def _meets(product: Node, inside: Collection[Node], state: Collection[Node], reduced: bool) -> bool:
     """Whether a product's other operand comes from the state without what is inside."""
-    if op_name(product) not in ("mul", "div"):
+    if op_name(product) not in ("mul", "div", "addcmul", "addcdiv"):
         return False
     stack = [(n, reduced) for n in product.all_input_nodes if n not in inside]
     seen = {n for n, _ in stack}

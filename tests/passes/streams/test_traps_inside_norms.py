@@ -19,6 +19,10 @@ def gain_first_after_a_cast(x, gain, bias):
     return ((gain * wide) * (wide * wide).mean(-1, keepdim=True).add(1e-6).rsqrt()).to(x.dtype)
 
 
+def gain_first_and_a_bias(x, gain, bias):
+    return torch.addcmul(bias, gain * x, torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
 def bias_for_the_variance(x, gain, bias):
     return x * ((x - bias).pow(2).mean(-1, keepdim=True) ** -0.5) * gain.mean().exp()
 
@@ -27,9 +31,19 @@ def scaled_for_the_variance(x, gain, bias):
     return x * (0.25 * x).pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt() * gain
 
 
+NORMS = (
+    gain_first,
+    gain_first_divided,
+    gain_first_after_a_cast,
+    gain_first_and_a_bias,
+    bias_for_the_variance,
+    scaled_for_the_variance,
+)
+
+
 @pytest.mark.parametrize(
     "norm",
-    [gain_first, gain_first_divided, gain_first_after_a_cast, bias_for_the_variance, scaled_for_the_variance],
+    NORMS,
     ids=lambda f: f.__name__,
 )
 def test_a_norm_that_is_written_out_reads_once(norm):
