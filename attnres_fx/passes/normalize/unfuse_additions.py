@@ -190,9 +190,12 @@ def _split_lerp(graph: Graph, node: Node) -> bool:
     if op_name(node) != "lerp" or len(node.args) != 3:
         return False
     start, end, weight = node.args
-    if not (isinstance(start, Node) and isinstance(end, Node) and _depends_on((end,), start)):
+    if not (isinstance(start, Node) and isinstance(end, Node)):
         return False
-    if isinstance(weight, Node) and (tensor_of(weight) is None or _depends_on((weight,), start)):
+    state = start if _depends_on((end,), start) else end
+    if state is end and not _depends_on((start,), end):
+        return False
+    if isinstance(weight, Node) and (tensor_of(weight) is None or _depends_on((weight,), state)):
         return False
     with graph.inserting_before(node):
         if isinstance(weight, Node):
@@ -230,7 +233,9 @@ def _split_choice(graph: Graph, node: Node) -> bool:
     if op_name(node) != "where" or len(node.args) != 3 or not is_floating(node):
         return False
     for taken, kept in (node.args[1:], node.args[:0:-1]):
-        addition = match_addition(taken) if isinstance(taken, Node) and list(taken.users) == [node] else None
+        if not isinstance(taken, Node) or not isinstance(kept, Node) or list(taken.users) != [node]:
+            continue
+        addition = match_addition(taken)
         sums = [a for a in (addition, addition.swapped) if a.left is kept] if addition is not None else []
         if not sums or sums[0].left_scale != 1 or not all(same_shape(n, node) for n in (sums[0].left, sums[0].right)):
             continue

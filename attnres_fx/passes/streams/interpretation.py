@@ -160,23 +160,25 @@ class _Interpreter:
         lengths = self._length(a.left), self._length(a.right)
         if min(lengths) == 1 < max(lengths):
             longer = a if lengths[0] > 1 else a.swapped
-            if self._was_read(longer.left):  # the root again, as one more addend
+            if self._was_read(longer.left, node):  # the root again, as one more addend
                 self._extend(node, longer, root)
                 return
         if max(lengths) > 1 or (self._is_scaled_root(a.left) and self._is_scaled_root(a.right)):
             sums.states[node] = Merged(node, a.left, a.left_scale, a.right, a.right_scale)
             sums.root[node] = root
 
-    def _was_read(self, state: Node) -> bool:
-        """Whether anything but sums takes in a state, or one that it was made of and that has more terms than the root.
+    def _was_read(self, state: Node, merged: Node) -> bool:
+        """Whether anything but its sum takes in a state, or one that it was made of and that has more than the root.
 
-        Until then all of it is one sum still being written: `lerp(h, h + 2 * f, 0.5)` is `h + f`.
+        Until then all of it is one sum still being written: `lerp(h, h + 2 * f, 0.5)` is `h + f`. A sum beside it that
+        stands before the merged one is a reader: positions that are added for one consumer.
         """
         stack = [state]
-        seen = set(stack)
+        seen = {state, merged}
         while stack:
-            current = stack.pop()
-            users = [u for u in current.users if u not in seen and u not in self.additions]
+            current = max(stack)  # so that what else the sum made of it was seen before
+            stack.remove(current)
+            users = [u for u in current.users if u not in seen and (u not in self.additions or u < merged)]
             if not all(u in self.maps or asks_only_metadata(u, current) for u in users):
                 return True
             below = (
