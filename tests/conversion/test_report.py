@@ -121,6 +121,34 @@ def test_a_root_of_two_tables_is_named_by_both_and_an_input_by_its_name(spelling
     assert stream_of(toy(given), (rows(),), spelling).made_by == "x"
 
 
+class Queries(nn.Module):
+    """Learned queries, spread over the batch of a memory that they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.queries = nn.Linear(4, WIDTH), nn.Parameter(torch.ones(1, 3, WIDTH))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, queries = self.into(x), self.queries
+        h = queries.expand(x.shape[0], -1, -1)
+        for norm in self.norms[:2]:
+            q = norm(h)
+            h = h + (q @ memory.transpose(1, 2)).softmax(-1) @ memory
+        return self.norms[2](h)
+
+
+def test_a_root_that_is_a_parameter_goes_by_its_name_and_not_by_what_its_sizes_come_from():
+    assert ax.inspect(Queries().eval(), (torch.randn(2, 5, 4),)).streams[0].made_by == "queries"
+
+
+def test_a_line_of_a_remark_is_never_the_librarys_own():
+    residual = Residual(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)))
+    again = Residual(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)))
+    report = ax.inspect(nn.Sequential(residual, nn.Linear(WIDTH, WIDTH), again), (torch.randn(2, 5, WIDTH),))
+    assert "interrupted" in str(report) and "recorder" not in str(report)
+
+
 def test_inspect_lists_as_many_reads_as_it_announces_and_the_sublayer_that_each_feeds():
     report = ax.inspect(Text().eval(), (tokens(),))
     assert "Text: 1 residual stream, 4 reads" in str(report) and "embed_tokens" in str(report)
@@ -133,6 +161,15 @@ def test_inspect_lists_as_many_reads_as_it_announces_and_the_sublayer_that_each_
     ]
     converted = ax.convert(Text().eval(), (tokens(),), check=False).report
     assert len(converted.reads_table().splitlines()[2:]) == converted.num_reads == 4
+
+
+class Residual(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
 
 
 class Skipped(nn.Module):

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _OWN = str(Path(__file__).parents[2])
+_TRACER = f"{_OWN}/capture/"
 _TORCH = str(Path(torch.__file__).parent)
 _INSTALLED = tuple({*site.getsitepackages(), *map(sysconfig.get_path, ("purelib", "platlib", "stdlib"))})
 
@@ -54,6 +55,7 @@ def frames_of(node: Node) -> tuple[Frame, ...]:
 @lru_cache(maxsize=4096)
 def _frames(stack: str) -> tuple[Frame, ...]:
     found = tuple(Frame(file, int(line), function) for file, line, function in _FRAME.findall(stack))
+    found = tuple(f for f in found if not f.file.startswith(_TRACER))  # a plain Sequential's stack holds nothing else
     return of_owner(found, PACKAGE) or found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import added_zero_operand, adds_zero, is_zero
-from attnres_fx.passes.graph.nodes import argument_of, is_floating, same_row_sizes, same_shape, shape_of
+from attnres_fx.passes.graph.nodes import argument_of, is_floating, same_row_sizes, same_shape, shape_of, tensor_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import (
     dropout_probability,
@@ -59,9 +59,10 @@ def match_row_maps(node: Node, keeps_rows: KeepsRows = in_last_dimension) -> tup
         return _products(node, name)
     first = added_zero_operand(node) or (node.args[0] if node.args else node.kwargs.get("input"))
     if name == "where" and len(node.args) == 3:
-        first = node.args[1]
-        if not is_zero(node.args[2]):
+        kept = [n for n, other in (node.args[1:], node.args[:0:-1]) if _is_of_zeros(other)]
+        if len(kept) != 1:
             return ()
+        first = kept[0]
     if not isinstance(first, Node) or not is_floating(first):
         return ()
     kind = _kind_of_map(node, name, first, keeps_rows)
@@ -79,17 +80,20 @@ def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> s
     if has_trait(node, Trait.CAST):
         return "cast"
     if name in _WRITES and _writes_zeros(node, *_WRITES[name]):
-        return "factor"
+        return None if keeps_rows(first, node) is False else "factor"
     if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
         return "factor" if same_shape(node, first) else None
-    if not has_trait(node, Trait.RESHAPE | Trait.TOKEN_MOVE | Trait.PICKS):
+    if not (has_trait(node, Trait.RESHAPE | Trait.TOKEN_MOVE | Trait.PICKS) or name in _GATHERS):
         return None
     kept = keeps_rows(first, node)
     if has_trait(node, Trait.RESHAPE):
         return "reshape" if (same_row_sizes(first, node) if kept is None else kept) else None
+    if name in _GATHERS:
+        return "token" if kept is None and _gathers_whole_rows(node, first) else None
     return "token" if (_moves_whole_rows(node, name, first) if kept is None else kept) else None
 
 
+_ZEROS = ("zeros_like", "zeros", "new_zeros")
 #: Where an operation takes what it writes into some rows.
 _WRITES = {
     "slice_scatter": (1, "src"),
@@ -103,7 +107,21 @@ _WRITES = {
 def _writes_zeros(node: Node, position: int, name: str) -> bool:
     """Whether what is written into some rows of a tensor is zero: those rows are multiplied by it."""
     written = argument_of(node, position, name)
-    return isinstance(written, Node) and op_name(written) == "zeros_like"
+    return isinstance(written, Node) and _is_of_zeros(written)
+
+
+def _is_of_zeros(value: Any) -> bool:
+    """Whether an argument is the number zero, or a tensor that was made of zeros and that nothing writes to."""
+    return op_name(value) in _ZEROS if isinstance(value, Node) else is_zero(value)
+
+
+def written_dimension(node: Node) -> int | None:
+    """The dimension along which a node writes into another tensor; None of other nodes, and where there are several."""
+    name = op_name(node)
+    if name not in _WRITES or name == "index_put":
+        return None
+    dim = argument_of(node, 2 if name.endswith("_scatter") else 1, "dim") or 0
+    return dim % len(shape_of(node)) if isinstance(dim, int) else None
 
 
 def _is_identity(node: Node, name: str) -> bool:
@@ -135,6 +153,25 @@ def _moves_whole_rows(node: Node, name: str, first: Node) -> bool:
     if name == "t":
         return False
     return not any(d % rank == rank - 1 for d in _dimensions(node, name, rank))
+
+
+#: Where an operation that gathers has its dimension and its index.
+_GATHERS = {"gather": ((1, "dim"), (2, "index")), "take_along_dim": ((2, "dim"), (1, "indices"))}
+
+
+def _gathers_whole_rows(node: Node, first: Node) -> bool:
+    """Whether the index of a gather is the same for all features of a row."""
+    at, which = _GATHERS[op_name(node)]
+    dim, index = argument_of(node, *at), argument_of(node, *which)
+    rank = len(shape_of(first))
+    if not isinstance(dim, int) or not isinstance(index, Node) or dim % rank == rank - 1:
+        return False
+    picked = tensor_of(index)
+    if op_name(index) == "repeat" and shape_of(index.all_input_nodes[0])[-1:] == (1,):
+        picked = tensor_of(index.all_input_nodes[0])
+    if picked is None or picked.dim() != rank or not same_row_sizes(first, node):
+        return False
+    return bool(picked.shape[-1] == 1 or picked.stride(-1) == 0)  # an index that is expanded has one number a row
 
 
 def _dimensions(node: Node, name: str, rank: int) -> list[int]:

@@ -6,8 +6,8 @@ After:
     h1 = h0 + torch.mm(a, w)
 
 Only where the addend has the result's shape and the product depends on it: a bias stays where it is.
-So are `stack([h, f]).sum(0)` and its mean, `h.index_add(...)`, `h.scatter_add(...)` and `lerp(h, f, w)` with a constant
-weight. The `0 + x` that Python's `sum` begins with becomes `x`.
+So are `stack([h, f]).sum(0)` and its mean, `h.index_add(...)`, `h.scatter_add(...)`, `where(m, h + f, h)` and
+`lerp(h, f, w)` with a constant weight. The `0 + x` that Python's `sum` begins with becomes `x`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from attnres_fx.passes.graph.additions import added_zero_operand
+from attnres_fx.passes.graph.additions import added_zero_operand, match_addition
 from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import argument_of, copy_call, is_floating, same_shape, shape_of, tensor_of
 from attnres_fx.passes.graph.operations import op_name, operation_of
@@ -190,9 +190,12 @@ def _split_lerp(graph: Graph, node: Node) -> bool:
     if op_name(node) != "lerp" or len(node.args) != 3:
         return False
     start, end, weight = node.args
-    if not (isinstance(start, Node) and isinstance(end, Node) and _depends_on((end,), start)):
+    if not (isinstance(start, Node) and isinstance(end, Node)):
         return False
-    if isinstance(weight, Node) and (tensor_of(weight) is None or _depends_on((weight,), start)):
+    state = start if _depends_on((end,), start) else end
+    if state is end and not _depends_on((start,), end):
+        return False
+    if isinstance(weight, Node) and (tensor_of(weight) is None or _depends_on((weight,), state)):
         return False
     with graph.inserting_before(node):
         if isinstance(weight, Node):
@@ -225,4 +228,29 @@ def _split_list(graph: Graph, node: Node) -> bool:
     return True
 
 
-_SPLITS = (_split_product, _split_sum_of_stack, _split_scatter, _split_lerp, _split_list)
+def _split_choice(graph: Graph, node: Node) -> bool:
+    """`where(m, h + f, h)` is `h + where(m, f, 0)`."""
+    if op_name(node) != "where" or len(node.args) != 3 or not is_floating(node):
+        return False
+    for taken, kept in (node.args[1:], node.args[:0:-1]):
+        if not isinstance(taken, Node) or not isinstance(kept, Node) or list(taken.users) != [node]:
+            continue
+        addition = match_addition(taken)
+        sums = [a for a in (addition, addition.swapped) if a.left is kept] if addition is not None else []
+        if not sums or sums[0].left_scale != 1 or not all(same_shape(n, node) for n in (sums[0].left, sums[0].right)):
+            continue
+        state, addend = sums[0].left, sums[0].right
+        if not _depends_on((addend,), state):
+            continue
+        with graph.inserting_before(node):
+            zeros = emit(graph, "zeros_like", (addend,), like=node)
+            written = copy_call(node, {taken: addend, kept: zeros})
+            total = emit(graph, "add", (state, written), like=node)
+            if sums[0].right_scale != 1:
+                total.kwargs = {"alpha": sums[0].right_scale}
+        node.replace_all_uses_with(total)
+        return True
+    return False
+
+
+_SPLITS = (_split_product, _split_sum_of_stack, _split_scatter, _split_lerp, _split_list, _split_choice)

@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from attnres_fx.passes.graph.kept_dimensions import kept_dimensions
 from attnres_fx.passes.graph.nodes import body_of, is_floating, shape_of
 from attnres_fx.passes.graph.operations import is_light, operation_of
+from attnres_fx.passes.graph.row_maps import written_dimension
 from attnres_fx.passes.streams.feature_evidence import Evidence, evidence_of, is_parameter
 
 #: How the last dimension is written, whatever the rank.
@@ -77,6 +78,8 @@ class FeatureDimensions:
         x, y = self.dimension(before), self.dimension(after)
         if x == y == LAST:
             return None
+        if written_dimension(after) == x:
+            return False
         return self._find(self._index(before, x)) == self._find(self._index(after, y))
 
     def turns(self, before: Node, after: Node) -> bool:

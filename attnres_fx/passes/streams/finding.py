@@ -58,7 +58,7 @@ def _named(chains: list[StreamChain]) -> tuple[list[Stream], list[Interruption]]
 
 
 def _preludes(interruptions: list[Interruption], chains: list[StreamChain]) -> set[int]:
-    """The sums that only prepare the root of a stream: one sublayer before the first of a deeper one, on its rows.
+    """The sums that only prepare the root of a stream: one sublayer before the first of a deeper one, and a norm.
 
     A token that is smeared over the next, an embedding that is convolved, and then normed.
     """
@@ -66,7 +66,7 @@ def _preludes(interruptions: list[Interruption], chains: list[StreamChain]) -> s
     return {
         i.before
         for i in interruptions
-        if i.before not in begun and chains[i.before].num_sublayers == 1 < chains[i.after].num_sublayers
+        if i.normed and i.before not in begun and chains[i.before].num_sublayers == 1 < chains[i.after].num_sublayers
     }
 
 

@@ -18,6 +18,7 @@ from attnres_fx.passes.streams.centring import centres
 from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.feature_dimensions import FeatureDimensions
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
+from attnres_fx.passes.streams.inside_norms import is_inside_norm
 
 
 def find_formal_sums(graph: Graph, beside: Collection[tuple[Node, Node]] = ()) -> FormalSums:
@@ -95,7 +96,7 @@ class _Interpreter:
             return sums.root[node]
         for row_map in self._maps_of(node):
             root = self._state_of(row_map.state)
-            if root is not None and self._is_independent(row_map, root):
+            if root is not None and self._is_independent(row_map, root) and not self._is_in_norm(node, row_map):
                 sums.states[node] = Mapped(node, row_map.state, row_map.kind)
                 sums.root[node] = root
                 return root
@@ -109,6 +110,13 @@ class _Interpreter:
 
     def _is_independent(self, row_map: RowMap, root: Node) -> bool:
         return not any(o is root or self.depends.at_all(o, root) for o in row_map.others)
+
+    def _is_in_norm(self, node: Node, row_map: RowMap) -> bool:
+        return row_map.kind == "factor" and is_inside_norm(node, self._forms_of(row_map.state))
+
+    def _forms_of(self, state: Node) -> set[Node]:
+        """A state, and what it is a cast or a view of."""
+        return set(self.sums.row_map_path(state))
 
     def _add(self, node: Node, addition: Addition) -> None:
         self._begin_with_one_value(addition)
@@ -152,23 +160,25 @@ class _Interpreter:
         lengths = self._length(a.left), self._length(a.right)
         if min(lengths) == 1 < max(lengths):
             longer = a if lengths[0] > 1 else a.swapped
-            if self._was_read(longer.left):  # the root again, as one more addend
+            if self._was_read(longer.left, node):  # the root again, as one more addend
                 self._extend(node, longer, root)
                 return
         if max(lengths) > 1 or (self._is_scaled_root(a.left) and self._is_scaled_root(a.right)):
             sums.states[node] = Merged(node, a.left, a.left_scale, a.right, a.right_scale)
             sums.root[node] = root
 
-    def _was_read(self, state: Node) -> bool:
-        """Whether anything but sums takes in a state, or one that it was made of and that has more terms than the root.
+    def _was_read(self, state: Node, merged: Node) -> bool:
+        """Whether anything but its sum takes in a state, or one that it was made of and that has more than the root.
 
-        Until then all of it is one sum still being written: `lerp(h, h + 2 * f, 0.5)` is `h + f`.
+        Until then all of it is one sum still being written: `lerp(h, h + 2 * f, 0.5)` is `h + f`. A sum beside it that
+        stands before the merged one is a reader: positions that are added for one consumer.
         """
         stack = [state]
-        seen = set(stack)
+        seen = {state, merged}
         while stack:
-            current = stack.pop()
-            users = [u for u in current.users if u not in seen and u not in self.additions]
+            current = max(stack)  # so that what else the sum made of it was seen before
+            stack.remove(current)
+            users = [u for u in current.users if u not in seen and (u not in self.additions or u < merged)]
             if not all(u in self.maps or asks_only_metadata(u, current) for u in users):
                 return True
             below = (
@@ -221,7 +231,7 @@ class _Interpreter:
         a, root = reading.addition, reading.root
         if root is None or self._length(a.left) < 2 or not same_shape(a.left, node):
             return False
-        if a.right is root or self.depends.at_all(a.right, root):
+        if a.right is root or self.depends.at_all(a.right, root) or is_inside_norm(node, self._forms_of(a.left)):
             return False
         self._extend(node, a, root)
         return True

@@ -57,11 +57,13 @@ class Interruption:
         before: Index of the stream that ends.
         after: Index of the one that begins.
         refusal: What the report says of it.
+        normed: Whether a norm stands between the two.
     """
 
     before: int
     after: int
     refusal: Refusal
+    normed: bool
 
 
 def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain]) -> list[Interruption]:
@@ -87,7 +89,8 @@ def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain])
         beside = (w for w in found if streams[w.stream].nested_in == streams[i].nested_in)
         way = next((w for w in beside if not _encloses(chains[w.stream], chain)), None)
         if way is not None:
-            interruptions.append(Interruption(way.stream, i, _refusal(way, streams[way.stream], streams[i])))
+            refusal = _refusal(way, streams[way.stream], streams[i])
+            interruptions.append(Interruption(way.stream, i, refusal, way.normed))
     return interruptions
 
 

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Collection
 
+import torch
 from torch.fx import Node
 
 from attnres_fx.passes.graph.module_paths import module_path
-from attnres_fx.passes.graph.nodes import is_floating, tensor_of
+from attnres_fx.passes.graph.nodes import value_of
 from attnres_fx.passes.graph.operations import asks_only_metadata, is_dropout, may_be_in_norm
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums
 from attnres_fx.passes.streams.recurrences import is_parameter
@@ -34,7 +35,7 @@ def made_by(root: Node, sums: FormalSums, inside: Collection[str]) -> str:
         if part and not any(p == part or p.startswith(f"{part}.") for p in inside):
             return part
     if not modules:
-        modules = [n.name for n in makers if is_parameter(n)] or [module_path(root) or root.name]
+        modules = [_name_of_parameter(n) for n in makers if is_parameter(n)] or [module_path(root) or root.name]
     more = [f"{len(modules) - _SHOWN} more"] if len(modules) > _SHOWN else []
     return " + ".join([*modules[:_SHOWN], *more])
 
@@ -60,6 +61,10 @@ def _named(node: Node) -> str:
     return _LOCAL.sub(r"\1", str(node.target)) if node.op == "placeholder" else module_path(node)
 
 
+def _name_of_parameter(node: Node) -> str:
+    return str(node.target) if node.op == "get_attr" else node.name
+
+
 def _makers(root: Node, sums: FormalSums) -> list[Node]:
     """What a root is made from by elementwise work, norms and joins alone, in graph order."""
     found: set[Node] = set()
@@ -67,7 +72,7 @@ def _makers(root: Node, sums: FormalSums) -> list[Node]:
     while stack:
         node = stack.pop()
         before = [n for n in node.all_input_nodes if not asks_only_metadata(node, n)]
-        before = [n for n in before if is_floating(n) or tensor_of(n) is None]
+        before = [n for n in before if _holds_floats(n)]
         before = [n for n in before if not is_parameter(n)] or before
         through = may_be_in_norm(node) or is_dropout(node)
         carried = isinstance(sums.states.get(node), Extended)
@@ -77,6 +82,13 @@ def _makers(root: Node, sums: FormalSums) -> list[Node]:
         stack += [n for n in before if n not in seen]
         seen.update(before)
     return sorted(found)
+
+
+def _holds_floats(node: Node) -> bool:
+    """Whether a node is a floating tensor or several, as far as that is known: a size makes no value."""
+    value = value_of(node)
+    parts = value if isinstance(value, list | tuple) else (value,)
+    return value is None or any(isinstance(p, torch.Tensor) and p.is_floating_point() for p in parts)
 
 
 def _common(paths: list[list[str]]) -> str:

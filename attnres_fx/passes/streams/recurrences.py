@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import match_addition
-from attnres_fx.passes.graph.nodes import argument_of, shape_of, tensor_of
+from attnres_fx.passes.graph.nodes import argument_of, is_floating, shape_of, tensor_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import asks_only_metadata, called_module, has_trait, moves_data, op_name
 
@@ -168,7 +168,8 @@ def _slice_of(node: Node) -> _Slice | None:
         if cut is not None:
             place.append(cut)
             rank = len(shape_of(node))
-            features = features and dimension is not None and dimension % max(rank, 1) == rank - 1
+            last = dimension is not None and dimension % max(rank, 1) == rank - 1
+            features = features and last and is_floating(node) and node.op != "placeholder"
     return _Slice(node, tuple(place), features) if place else None
 
 
@@ -182,9 +183,12 @@ def _step_below(node: Node) -> tuple[Node, Any, int | None] | None:
         whole = source.args[0]
         position = 1 if op_name(source) == "unbind" else 2
         return (whole, ("part", node.args[1]), _dimension(source, position)) if isinstance(whole, Node) else None
+    if name == "index" and isinstance(node.args[1], list | tuple):
+        picked = [i for i, part in enumerate(node.args[1]) if part is not None]
+        return source, (name, tuple(map(str, node.args[1]))), picked[0] if len(picked) == 1 else None
     if not moves_data(node):
         return None
-    if name in ("select", "narrow", "slice"):
+    if name in ("select", "narrow", "slice", "index_select"):
         cut = tuple(node.args[1:]) + tuple(v for k, v in sorted(node.kwargs.items()) if k != "input")
         return source, (name, cut), _dimension(node, 1)
     if name == "getitem":

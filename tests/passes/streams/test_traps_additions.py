@@ -196,3 +196,20 @@ def test_what_is_scattered_into_the_stream_is_a_term(how):
     converted = ax.convert(model, (tokens(),), config=ax.AttnResConfig(variant="full"))
     assert [r.name for r in converted.attnres.reads] == ["norm_2", "norm_f"]
     assert ax.verify(model, converted, (tokens(),)).passed
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_branch_that_is_added_to_some_rows_alone_is_a_term(flipped):
+    chosen = (torch.arange(10).reshape(2, 5) % 3 > 0)[..., None]
+
+    def added(h, f):
+        return torch.where(~chosen, h, h - f) if flipped else torch.where(chosen, f + h, h)
+
+    def program(m, x):
+        h = m.embed(x)
+        h = added(h, m.attn_1(m.norm_1(h)))
+        h = added(h, m.mlp_1(m.norm_2(h)))
+        return m.head(m.norm_f(h))
+
+    expected = TWO_LAYERS.replace("1: attn_1", "1: where").replace("2: mlp_1", "2: where")
+    check_trap(program, (tokens(),), expected)

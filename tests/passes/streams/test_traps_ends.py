@@ -61,6 +61,20 @@ def test_what_ends_a_stream_is_named(end):
         assert spelling != "dynamo" or "test_traps_ends.py:" in refusal.place
 
 
+@pytest.mark.parametrize("spelling", ["symbolic", "export", "dynamo"])
+def test_a_stream_that_ends_after_its_first_sublayer_is_named_too(spelling):
+    def program(m, x):
+        h = m.embed(x)
+        h = (h + m.attn_1(m.norm_1(h))).clamp(-5, 5)
+        h = h + m.attn_2(m.norm_3(h))
+        h = h + m.mlp_2(m.norm_4(h))
+        return m.head(m.norm_f(h))
+
+    found = analyze_(captured(toy(program), (tokens(),), spelling))
+    assert [len(s.depth_reads) for s in found.streams] == [1, 2]
+    assert ["clamp" in r.reason for r in found.refusals if r.kind == "interrupted"] == [True]
+
+
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 def test_a_stream_that_begins_behind_another_is_not_called_interrupted(beginning):
     for spelling in ("symbolic", "export"):

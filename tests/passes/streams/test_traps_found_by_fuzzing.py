@@ -34,3 +34,12 @@ def test_the_index_of_rows_may_be_taken_twice(write):
 def test_a_sum_inside_a_post_norm_branch_is_not_what_is_normed(capture):
     program = PostNormProgram((Layer("mlp", "x + f"), Layer("adapter", "f + x"), Layer("mlp", "x + f")))
     check_post_norm(program, captured(program, capture), FULL)
+
+
+def test_the_root_comes_back_after_a_sum_beside_the_stream_was_read():
+    beside = Step("side", 0), Step("move", 0, ("roll",)), Step("positions", 0)
+    check(Step("remember", 0), *beside, Step("recall", 0, ("h + e",), 1), Step("recall", 0, ("h + e",), 1))
+
+
+def test_an_earlier_state_is_mixed_in_by_lerp_from_the_later_one():
+    check(Step("side", 0), Step("remember", 0), Step("positions", 0), Step("recall", 0, ("lerp",), 2))

@@ -23,6 +23,8 @@ FACTORS = {
     "padding mask": lambda m, h: h * padding()[..., None],
     "masked_fill": lambda m, h: h.masked_fill(padding()[..., None] == 0, 0.0),
     "torch.where": lambda m, h: torch.where(padding()[..., None] > 0, h, 0.0),
+    "torch.where, a tensor of zeros": lambda m, h: torch.where(padding()[..., None] > 0, h, torch.zeros_like(h)),
+    "torch.where, zero first": lambda m, h: torch.where(padding()[..., None] == 0, torch.zeros_like(h), h),
     "contiguous": lambda m, h: h.contiguous(),
     "clone": lambda m, h: h.clone(),
     "to its own dtype": lambda m, h: h.to(torch.float32),
@@ -35,12 +37,18 @@ FACTORS = {
     "sliced": lambda m, h: h[:, 1:4],
     "narrowed": lambda m, h: h.narrow(1, 0, 3),
     "flipped": lambda m, h: h.flip(1),
+    "gathered": lambda m, h: h.gather(1, order()[..., None].expand(-1, -1, 8)),
+    "taken along a dimension": lambda m, h: torch.take_along_dim(h, order()[..., None], 1),
     "reversed order": lambda m, h: h[:, ::2],
 }
 
 
 def padding():
     return torch.tensor([[1.0, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+
+
+def order():
+    return torch.tensor([[2, 0, 1], [4, 3, 4]])
 
 
 @pytest.mark.parametrize("factor", FACTORS)
@@ -236,3 +244,27 @@ def test_a_broadcast_root_is_spread_over_the_states_shape():
     model = toy(program)
     converted = ax.convert(model, (tokens(),), config=ax.AttnResConfig(variant="full"), check=False)
     torch.testing.assert_close(converted(tokens()), model(tokens()))
+
+
+def test_rows_that_are_picked_by_what_was_computed_from_them_keep_their_sources():
+    def program(m, x):
+        h = m.embed(x)
+        h = h + m.attn_1(m.norm_1(h))
+        best = m.attn_2(m.norm_3(h)).sum(-1).topk(3, 1).indices
+        h = h.gather(1, best[..., None].expand(-1, -1, 8))
+        h = h + m.mlp_1(m.norm_2(h))
+        return m.head(m.norm_f(h))
+
+    check_trap(program, (tokens(),), TWO_LAYERS.replace("norm_2", "norm_3"))
+
+
+def test_a_gather_that_takes_each_feature_from_another_row_is_a_read():
+    def program(m, x):
+        h = m.embed(x)
+        h = h + m.attn_1(m.norm_1(h))
+        h = h.gather(1, (torch.arange(80) % 5).view(2, 5, 8))
+        h = h + m.mlp_1(m.norm_2(h))
+        return m.head(m.norm_f(h))
+
+    texts = found_text(toy(program), (tokens(),), "symbolic").splitlines()
+    assert [t.split(" from ")[1] for t in texts if t.startswith("stream")] == ["embed", "gather"]

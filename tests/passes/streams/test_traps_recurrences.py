@@ -113,12 +113,39 @@ def chunks(m, x):
     return rows
 
 
+def rows_selected(m, x):
+    h, rows = x.new_zeros(x.shape[0], WIDTH), []
+    for t in range(LENGTH):
+        h = h + torch.tanh(m.q(x.index_select(1, torch.tensor([t])).squeeze(1)) + m.k(h))
+        rows.append(h)
+    return rows
+
+
+def rows_picked(m, x):
+    h, rows = x.new_zeros(x.shape[0], WIDTH), []
+    for t in range(LENGTH):
+        h = h + torch.tanh(m.q(x[:, torch.tensor([t])].squeeze(1)) + m.k(h))
+        rows.append(h)
+    return rows
+
+
 def found(model, *args):
     streams = analyze_(captured(model.eval(), args, "export"))
     return [len(s.depth_reads) for s in streams.streams], {r.kind for r in streams.refusals}
 
 
-LOOPS = [delta_rule, delta_rule_unbound, residual_rnn, post_norm_rnn, leaky_rnn, lstm, test_time_training, chunks]
+LOOPS = [
+    delta_rule,
+    delta_rule_unbound,
+    residual_rnn,
+    post_norm_rnn,
+    leaky_rnn,
+    lstm,
+    test_time_training,
+    chunks,
+    rows_selected,
+    rows_picked,
+]
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
@@ -126,6 +153,26 @@ def test_a_sum_over_time_is_no_stream_of_any_kind(loop):
     reads, kinds = found(Stack(loop), torch.randn(2, LENGTH, WIDTH))
     assert reads == [2]
     assert kinds <= {"recurrence", "injected"} and "recurrence" in kinds
+
+
+class OverSteps(nn.Module):
+    """A sum over the steps of an input that has no features: tokens, or a series of numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.into, self.again = nn.Embedding(11, WIDTH), nn.Linear(1, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[0], WIDTH)
+        for t in range(LENGTH):
+            step = self.into(x[:, t : t + 1]) if x.is_floating_point() else self.embed(x[:, t])
+            h = h + torch.tanh(self.again(h) + step)
+        return h
+
+
+@pytest.mark.parametrize("x", [torch.arange(8).reshape(2, LENGTH), torch.ones(2, LENGTH)], ids=["tokens", "series"])
+def test_a_sum_over_the_steps_of_an_input_without_features_is_no_stream(x):
+    assert found(OverSteps(), x) == ([], {"recurrence"})
 
 
 class Sliced(nn.Module):

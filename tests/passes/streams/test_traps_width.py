@@ -185,6 +185,22 @@ HYBRID = """stream stream from stem
   norm_4 reads 3"""
 
 
+def half_pooled(m, x):
+    x = m.stem(x)
+    for i in (1, 2):
+        pooled, kept = x.split(CHANNELS // 2, 1)
+        y = torch.cat([F.avg_pool2d(pooled, 3, 1, 1), kept], 1)
+        x = x + m.get_submodule(f"conv_{i}")(written(m, i, y))
+    return m.head(written(m, 4, x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_channels_that_a_sublayer_replaces_are_no_rows(spelling):
+    text, widths = found(Layers(half_pooled), (image(),), spelling)
+    assert widths == [(CHANNELS, 1)]
+    assert positions(text) == ["1", "2"]
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_convolutions_and_then_tokens_are_one_stream(spelling):
     assert found(Layers(hybrid), (image(),), spelling) == (HYBRID, [(CHANNELS, 1)])
