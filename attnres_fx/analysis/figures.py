@@ -3,7 +3,6 @@
 matplotlib (extra `plot`) is imported when something is drawn, never through pyplot: no window, no global state.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +50,9 @@ def every(count: int, inches: float, size: float = LINE) -> int:
 def without_common_path(names: Sequence[str], length: int = 30) -> list[str]:
     """Module paths without the modules that all of them are in, cut at their end where they are long."""
     steps = [n.split(".") for n in names]
-    shared = len(os.path.commonprefix([s[:-1] for s in steps])) if len(names) > 1 else 0
+    shared = 0
+    while len(names) > 1 and all(len(s) > shared + 1 and s[shared] == steps[0][shared] for s in steps):
+        shared += 1
     short = [".".join(s[shared:]) for s in steps]
     return [s if len(s) <= length else f"{s[: length - 1]}…" for s in short]
 

@@ -1,0 +1,69 @@
+"""A depth profile as tables, in text and in HTML."""
+
+import textwrap
+from collections.abc import Sequence
+
+from attnres_fx.analysis.html import html_table, page, paragraph
+from attnres_fx.analysis.profile_data import StreamProfile, SublayerProfile
+from attnres_fx.shown import WIDTH, table
+
+_NUMBERS = ("#", "writes", "state", "adds", "share", "gradient", "entropy", "reach")
+_SAID = (
+    "writes, state: root mean square of what the sublayer writes, and of the state behind it; adds: the first over the "
+    "second; share: of the last state; entropy, reach: of what the read behind it is made of, reach in sublayers back"
+)
+
+
+def profile_text(head: str, streams: Sequence[StreamProfile]) -> str:
+    """A verdict and a table for each stream."""
+    parts = [f"{textwrap.fill(s.verdict(), WIDTH)}\n\n{table(_rows(s), right=_NUMBERS)}" for s in streams]
+    return "\n\n".join((head, *parts, textwrap.fill(_SAID, WIDTH)))
+
+
+def profile_html(head: str, streams: Sequence[StreamProfile]) -> str:
+    """The same as HTML that needs nothing else, with a bar for each share."""
+    parts = [paragraph(head)]
+    for stream in streams:
+        bars = _bars(stream)
+        rows = [{**row, "": bar} for row, bar in zip(_rows(stream), bars, strict=True)]
+        parts += [paragraph(stream.verdict()), html_table(rows, numbers=_NUMBERS, raw=("",))]
+    return page(*parts, paragraph(_SAID))
+
+
+def _rows(stream: StreamProfile) -> list[dict[str, str]]:
+    return [_row(stream, s) for s in (stream.root, *stream.sublayers)]
+
+
+def _row(stream: StreamProfile, sublayer: SublayerProfile) -> dict[str, str]:
+    read = stream.read_after(sublayer.index)
+    state = read.magnitude if read is not None else sublayer.magnitude if sublayer.index == 0 else None
+    adds = sublayer.magnitude / state if sublayer.index and sublayer.magnitude is not None and state else None
+    return {
+        "#": str(sublayer.index),
+        "sublayer": sublayer.name,
+        "writes": _number(sublayer.magnitude),
+        "state": _number(state),
+        "adds": "" if adds is None else f"{adds:.2f}",
+        "share": "" if sublayer.share is None else f"{sublayer.share:.1%}",
+        "gradient": _number(sublayer.gradient),
+        "entropy": "" if read is None or read.entropy is None else f"{read.entropy:.2f}",
+        "reach": "" if read is None or read.reach is None else f"{read.reach:.1f}",
+    }
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _bars(stream: StreamProfile) -> list[str]:
+    shares = [s.share for s in (stream.root, *stream.sublayers)]
+    most = max((abs(s) for s in shares if s is not None), default=0.0) or 1.0
+    return [_bar(s, most) for s in shares]
+
+
+def _bar(share: float | None, most: float) -> str:
+    """A length for a share; another colour for what is taken away."""
+    if share is None:
+        return ""
+    colour = "#2171b5" if share >= 0 else "#d55e00"
+    return f'<i style="width:{120 * abs(share) / most:.0f}px;background:{colour}" title="share {share:.2%}"></i>'
