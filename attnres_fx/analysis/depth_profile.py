@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from attnres_fx.analysis.figures import PAGE, saved
@@ -173,7 +172,7 @@ def _structured(outputs: Any, out_spec: Any) -> Any:
 
 def _loss_of(outputs: Any, loss: Loss | None) -> Tensor | None:
     if loss is not None:
-        value = loss(outputs)
+        value: Any = loss(outputs)
     elif isinstance(outputs, Mapping):
         value = outputs.get("loss")
     else:

@@ -44,7 +44,8 @@ def saved(figure: "Figure", path: str | Path | None) -> "Figure":
 def every(count: int, inches: float, size: float = LINE) -> int:
     """The step at which labels of `size` inches have room on an axis of `count` places: 1, 2, 5, 10, 20, 50, …"""
     least = count * size / max(inches, size)
-    return next(s for power in range(9) for base in (1, 2, 5) if (s := base * 10**power) >= least)
+    steps = [base * int(10**power) for power in range(9) for base in (1, 2, 5)]
+    return next(s for s in steps if s >= least)
 
 
 def without_common_path(names: Sequence[str], length: int = 30) -> list[str]:

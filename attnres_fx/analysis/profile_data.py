@@ -15,7 +15,8 @@ class SublayerProfile:
         gradient: Norm of the loss's gradient with respect to what it writes; None without a loss.
         share: Of the state that the last read sees, averaged over tokens: `<c v, h> / <h, h>` for what it wrote, `v`,
             and the weight `c` that it has there. Shares of a stream add up to one; a negative one is taken away again.
-            None where the state is no sum of what was written (norms on the stream), or the sublayer is behind a summary (`local`).
+            None where the state is no sum of what was written (norms on the stream), or the sublayer is behind a
+            summary (`local`).
     """
 
     index: int
@@ -114,4 +115,3 @@ class StreamProfile:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
         return {**asdict(self), "growth": self.growth, "halves": self.halves, "dilutes": self.dilutes}
-

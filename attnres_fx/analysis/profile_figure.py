@@ -38,7 +38,7 @@ def _draw_magnitudes(stream: StreamProfile, axes: "Axes") -> None:
     axes.plot([r.position for r in stream.reads], [r.magnitude for r in stream.reads], color=LINES[0], linewidth=1)
     known = _known(stream, "magnitude")
     axes.plot(*known, ".", color=LINES[1], markersize=3)
-    axes.set_yscale("log")
+    _scale(axes, [*known[1], *(r.magnitude for r in stream.reads)])
     _title(axes, "root mean square", ("state", LINES[0]), ("written", LINES[1]))
 
 
@@ -56,18 +56,18 @@ def _draw_gradients(stream: StreamProfile, axes: "Axes") -> None:
     places, norms = _known(stream, "gradient")
     if any(norms):
         axes.plot(places, norms, ".-", color=LINES[2], linewidth=0.7, markersize=3)
-        axes.set_yscale("log")
+        _scale(axes, norms)
     else:
         _say(axes, "no loss was given" if not norms else "all zero")
     _title(axes, "gradient norm")
 
 
 def _draw_reach(stream: StreamProfile, axes: "Axes") -> None:
-    reads = [r for r in stream.reads if r.reach is not None]
-    places = [r.position for r in reads]
-    axes.plot(places, [r.even_reach for r in reads], color="#888888", linewidth=0.7, linestyle="dashed")
-    axes.plot(places, [r.reach for r in reads], color=LINES[0], linewidth=1)
-    if not reads:
+    known = [(r.position, r.even_reach, r.reach) for r in stream.reads if r.reach is not None]
+    places = [position for position, _, _ in known]
+    axes.plot(places, [even for _, even, _ in known], color="#888888", linewidth=0.7, linestyle="dashed")
+    axes.plot(places, [reach for _, _, reach in known], color=LINES[0], linewidth=1)
+    if not known:
         _say(axes, "not known for this stream")
     _title(axes, "sublayers back", ("reach", LINES[0]), ("even", "#888888"))
 
@@ -76,6 +76,15 @@ def _known(stream: StreamProfile, what: str) -> tuple[list[int], list[float]]:
     every: tuple[SublayerProfile, ...] = (stream.root, *stream.sublayers)
     known = [(s.index, getattr(s, what)) for s in every if getattr(s, what) is not None]
     return [i for i, _ in known], [v for _, v in known]
+
+
+def _scale(axes: "Axes", values: Sequence[float]) -> None:
+    """Logarithmic where the values are more than a factor of ten apart."""
+    from matplotlib.ticker import NullFormatter
+
+    if 0 < 10 * min(values) < max(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _title(axes: "Axes", text: str, *lines: tuple[str, str]) -> None:

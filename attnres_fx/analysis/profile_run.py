@@ -133,7 +133,7 @@ class _Probe(Interpreter):
 
     def _state(self, read: ReadPlace, value: Tensor) -> Tensor:
         """What the read returns: behind a gate, the state moved a little towards the mixture."""
-        if not read.plan.gated:
+        if not (read.attends and read.plan.gated):
             return value
         site = _wide(self._rows(read.plan.site, read, moved=True))
         gate = self.fetch_attr(f"attnres.reads.{attribute_name(read.plan.read)}.gate")

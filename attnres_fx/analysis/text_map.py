@@ -29,8 +29,8 @@ def text_map(reads: Sequence[ReadWeights]) -> str:
 def _map(grid: WeightGrid) -> str:
     name = max(len(r.name) for r in grid.reads)
     if name + 9 * len(grid.columns) <= WIDTH:
-        rows = zip(grid.reads, grid.rows(), strict=True)
-        return table([{"read": r.name, **_numbers(grid, row)} for r, row in rows])
+        pairs = zip(grid.reads, grid.rows(), strict=True)
+        return table([{"read": r.name, **_numbers(grid, row)} for r, row in pairs])
     each = per_cell(len(grid.columns), _STRIP)
     header = _ruler(grid.columns, each)
     rows = [

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import StreamCost
@@ -142,9 +142,18 @@ def _write(text: str, sublayers: range, row: int, stage_map: StageMap, axes: "Ax
     elif row >= 0:
         before, after = _free_beside(sublayers, row, stage_map)
         if before >= wide + gap:
-            axes.text(sublayers.start - gap, row, text, ha="right", va="center", fontsize=FONT, zorder=4)
+            axes.text(sublayers.start - gap, row, text, ha="right", **_BESIDE)
         elif after >= 2 * (wide + gap):  # as much again for the number of the next box
-            axes.text(sublayers.stop + gap, row, text, ha="left", va="center", fontsize=FONT, zorder=4)
+            axes.text(sublayers.stop + gap, row, text, ha="left", **_BESIDE)
+
+
+#: Of a number beside its box, where a line may pass.
+_BESIDE: dict[str, Any] = {
+    "va": "center",
+    "fontsize": FONT,
+    "zorder": 4,
+    "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+}
 
 
 def _free_beside(stage: range, row: int, stage_map: StageMap) -> tuple[int, int]:

@@ -30,9 +30,7 @@ def plan(schedule="Interleaved1F1B", ranks=4, rounds=2, microbatches=8, per_stag
     starts = range(0, per_stage * ranks * rounds, per_stage)
     count = per_stage * ranks * rounds + last
     config = AttnResConfig(boundaries=[b for b in blocks if b < count])
-    stage_map = StageMap(
-        (StreamCost("main", 0, count, 1),), {"main": plan_schedule(count, config)}, starts, ranks
-    )
+    stage_map = StageMap((StreamCost("main", 0, count, 1),), {"main": plan_schedule(count, config)}, starts, ranks)
     return timeline, stage_map
 
 
