@@ -16,7 +16,7 @@ from attnres_fx.analysis.profile_data import ReadProfile, StreamProfile, Sublaye
 from attnres_fx.analysis.profile_figure import draw_profile
 from attnres_fx.analysis.profile_places import Places, places_of_reads
 from attnres_fx.analysis.profile_run import Measurements, measure
-from attnres_fx.analysis.profile_text import profile_html, profile_text
+from attnres_fx.analysis.profile_text import profile_html, profile_text, reads_table
 from attnres_fx.analysis.sum_graph import ProfiledGraph, require_agreement, sum_graph
 from attnres_fx.backend.attachment import is_attached, unwrapped
 from attnres_fx.capture.isolated_run import fast_path_off, seeded
@@ -86,6 +86,14 @@ class DepthProfile:
             ArgumentError: The file cannot be written.
         """
         return saved(draw_profile(self.streams, width), path)
+
+    def reads_table(self) -> str:
+        """One line a read: its name, the sublayers before it, its state, and what that is mostly made of.
+
+        Returns:
+            A table to print.
+        """
+        return reads_table(self.streams)
 
     def __str__(self) -> str:
         return profile_text(self._head, self.streams)

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from attnres_fx.analysis.html import html_table, page, paragraph
-from attnres_fx.analysis.profile_data import StreamProfile, SublayerProfile
+from attnres_fx.analysis.profile_data import ReadProfile, StreamProfile, SublayerProfile
 from attnres_fx.shown import WIDTH, table
 
 _NUMBERS = ("#", "writes", "state", "adds", "share", "gradient", "entropy", "reach")
@@ -18,6 +18,32 @@ def profile_text(head: str, streams: Sequence[StreamProfile]) -> str:
     """A verdict and a table for each stream."""
     parts = [f"{textwrap.fill(s.verdict(), WIDTH)}\n\n{table(_rows(s), right=_NUMBERS)}" for s in streams]
     return "\n\n".join((head, *parts, textwrap.fill(_SAID, WIDTH)))
+
+
+def reads_table(streams: Sequence[StreamProfile]) -> str:
+    """One row a read: its name, the sublayers before it, its state, and what that is mostly made of."""
+    rows = [
+        {
+            "stream": stream.name,
+            "read": read.name,
+            "after": read.position,
+            "state": _number(read.magnitude),
+            "entropy": "" if read.entropy is None else f"{read.entropy:.2f}",
+            "reach": "" if read.reach is None else f"{read.reach:.1f}",
+            "if even": f"{read.even_reach:.1f}",
+            "mostly": _mostly(read),
+        }
+        for stream in streams
+        for read in stream.reads
+    ]
+    if len(streams) == 1:
+        rows = [{h: text for h, text in row.items() if h != "stream"} for row in rows]
+    return table(rows, right=("state", "entropy", "reach", "if even"))
+
+
+def _mostly(read: ReadProfile, count: int = 3) -> str:
+    most = sorted(zip(read.mixture, read.sources, strict=False), reverse=True)[:count]
+    return ", ".join(f"{source} {share:.0%}" for share, source in most)
 
 
 def profile_html(head: str, streams: Sequence[StreamProfile]) -> str:

@@ -180,6 +180,6 @@ def test_a_summary_writer_gets_numbers_for_each_read_and_a_picture_for_each_stre
     assert writer.scalars[f"depth_reach/model.layers/{one.name}", 5] == one.reach
     assert len(writer.scalars) == 3 * len(weights)
     (image,) = writer.images.values()
-    assert image.shape[0] == 3 and 0 <= image.min() and image.max() <= 1
+    assert image.shape[0] == 3 and image.min() >= 0 and image.max() <= 1
     with pytest.raises(ArgumentError, match="SummaryWriter"):
         ax.log_depth_weights(weights, 5, 3)
