@@ -3,18 +3,18 @@
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
-#: From nothing to the most: readable in grey too.
-RAMP = ("#ffffff", "#e3eef9", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
+#: From next to nothing to the most: readable in grey too, and never the white of what is not there.
+RAMP = ("#f1f5fa", "#e3eef9", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
 
 _STYLE = (
     ".attnres{background:#fff;color:#111;font:12px/1.35 system-ui,sans-serif;padding:8px;overflow-x:auto}"
-    ".attnres table{border-collapse:collapse;color:#111}"
+    ".attnres table{border-collapse:collapse;color:#111;font:inherit}"
     ".attnres th,.attnres td{padding:1px 6px;text-align:left;white-space:nowrap;border:0;background:none}"
     ".attnres th{font-weight:600;border-bottom:1px solid #999}"
     ".attnres td.n,.attnres th.n{text-align:right;font-variant-numeric:tabular-nums}"
     ".attnres td.m{padding:0;font-size:0}"
-    ".attnres i{display:inline-block;width:9px;height:12px}"
-    ".attnres i.j{outline:1.5px solid #d55e00;outline-offset:-1.5px}"
+    ".attnres i{display:inline-block;width:7px;height:12px}"
+    ".attnres i.j{box-shadow:inset 0 0 0 2px #e8710a}"
     ".attnres p{margin:4px 0}" + "".join(f".attnres .s{i}{{background:{c}}}" for i, c in enumerate(RAMP))
 )
 

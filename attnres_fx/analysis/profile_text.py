@@ -47,11 +47,11 @@ def _mostly(read: ReadProfile, count: int = 3) -> str:
 
 
 def profile_html(head: str, streams: Sequence[StreamProfile]) -> str:
-    """The same as HTML that needs nothing else, with a bar for each share."""
+    """The same as HTML that needs nothing else, with a bar for the share of each sublayer."""
     parts = [paragraph(head)]
     for stream in streams:
         bars = _bars(stream)
-        rows = [{**row, "": bar} for row, bar in zip(_rows(stream), bars, strict=True)]
+        rows = [_with_bar(row, bar) for row, bar in zip(_rows(stream), bars, strict=True)]
         parts += [paragraph(stream.verdict()), html_table(rows, numbers=_NUMBERS, raw=("",))]
     return page(*parts, paragraph(_SAID))
 
@@ -82,9 +82,20 @@ def _number(value: float | None) -> str:
 
 
 def _bars(stream: StreamProfile) -> list[str]:
-    shares = [s.share for s in (stream.root, *stream.sublayers)]
+    """For the sublayers; the root, which often has more than all of them, has its number alone."""
+    shares = [s.share for s in stream.sublayers]
     most = max((abs(s) for s in shares if s is not None), default=0.0) or 1.0
-    return [_bar(s, most) for s in shares]
+    return ["", *(_bar(s, most) for s in shares)]
+
+
+def _with_bar(row: dict[str, str], bar: str) -> dict[str, str]:
+    """A row with the bar of its share behind the number."""
+    cells: dict[str, str] = {}
+    for name, text in row.items():
+        cells[name] = text
+        if name == "share":
+            cells[""] = bar
+    return cells
 
 
 def _bar(share: float | None, most: float) -> str:
@@ -92,4 +103,4 @@ def _bar(share: float | None, most: float) -> str:
     if share is None:
         return ""
     colour = "#2171b5" if share >= 0 else "#d55e00"
-    return f'<i style="width:{120 * abs(share) / most:.0f}px;background:{colour}" title="share {share:.2%}"></i>'
+    return f'<i style="width:{90 * abs(share) / most:.0f}px;background:{colour}" title="share {share:.2%}"></i>'

@@ -34,13 +34,13 @@ def weights_html(reads: Sequence[ReadWeights]) -> str:
 
 
 def _table(grid: WeightGrid, each: int) -> str:
-    rows = []
+    rows, wide = [], min(28, max(7, 560 * each // len(grid.columns)))
     for read, cells in zip(grid.reads, grid.rows(each), strict=True):
         jump = read.sources[read.jump] if read.jump is not None else ""
         rows.append(
             {
                 "read": read.name,
-                "sources": "".join(_cell(c, jump) for c in cells),
+                "sources": "".join(_cell(c, jump, wide) for c in cells),
                 "newest": f"{read.newest:.3f}",
                 "reach": f"{read.reach:.1f}",
                 "entropy": f"{read.entropy:.2f}",
@@ -49,8 +49,9 @@ def _table(grid: WeightGrid, each: int) -> str:
     return html_table(rows, numbers=("newest", "reach", "entropy"), raw=("sources",))
 
 
-def _cell(cell: Cell | None, jump: str) -> str:
+def _cell(cell: Cell | None, jump: str, wide: int) -> str:
+    size = "" if wide == 7 else f' style="width:{wide}px"'
     if cell is None:
-        return "<i></i>"
+        return f"<i{size}></i>"
     framed = " j" if cell.source == jump else ""
-    return f'<i class="s{shade(cell.of_row)}{framed}" title="{escape(cell.source)} {cell.weight:.3f}"></i>'
+    return f'<i class="s{shade(cell.of_row)}{framed}" title="{escape(cell.source)} {cell.weight:.3f}"{size}></i>'

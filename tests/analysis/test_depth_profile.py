@@ -227,9 +227,7 @@ class TableRows(HTMLParser):
 
 
 def test_what_cannot_be_profiled_is_refused_by_name():
-    with pytest.raises(
-        ArgumentError, match=r"scalar tensor that depends on the model; it returned a tensor \(2"
-    ):
+    with pytest.raises(ArgumentError, match=r"scalar tensor that depends on the model; it returned a tensor \(2"):
         ax.profile_depth(toy(four_layers), (tokens(),), loss=lambda y: y)
     with pytest.raises(ArgumentError, match="meta device"):
         ax.profile_depth(toy(four_layers).to("meta"), (tokens(),))
