@@ -13,7 +13,7 @@ _STYLE = (
     ".attnres th{font-weight:600;border-bottom:1px solid #999}"
     ".attnres td.n,.attnres th.n{text-align:right;font-variant-numeric:tabular-nums}"
     ".attnres td.m{padding:0;font-size:0}"
-    ".attnres i{display:inline-block;width:7px;height:12px}"
+    ".attnres i{display:inline-block;width:var(--cell,7px);height:12px}"
     ".attnres i.j{box-shadow:inset 0 0 0 2px #e8710a}"
     ".attnres p{margin:4px 0}" + "".join(f".attnres .s{i}{{background:{c}}}" for i, c in enumerate(RAMP))
 )

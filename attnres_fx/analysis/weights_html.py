@@ -40,18 +40,18 @@ def _table(grid: WeightGrid, each: int) -> str:
         rows.append(
             {
                 "read": read.name,
-                "sources": "".join(_cell(c, jump, wide) for c in cells),
+                "sources": "".join(_cell(c, jump) for c in cells),
                 "newest": f"{read.newest:.3f}",
                 "reach": f"{read.reach:.1f}",
                 "entropy": f"{read.entropy:.2f}",
             }
         )
-    return html_table(rows, numbers=("newest", "reach", "entropy"), raw=("sources",))
+    table = html_table(rows, numbers=("newest", "reach", "entropy"), raw=("sources",))
+    return f'<div style="--cell:{wide}px">{table}</div>'
 
 
-def _cell(cell: Cell | None, jump: str, wide: int) -> str:
-    size = "" if wide == 7 else f' style="width:{wide}px"'
+def _cell(cell: Cell | None, jump: str) -> str:
     if cell is None:
-        return f"<i{size}></i>"
+        return "<i></i>"
     framed = " j" if cell.source == jump else ""
-    return f'<i class="s{shade(cell.of_row)}{framed}" title="{escape(cell.source)} {cell.weight:.3f}"{size}></i>'
+    return f'<i class="s{shade(cell.of_row)}{framed}" title="{escape(cell.source)} {cell.weight:.3f}"></i>'
