@@ -7,7 +7,10 @@ from attnres_fx import errors, ops  # the operators are registered: saved progra
 from attnres_fx._version import __version__
 
 if TYPE_CHECKING:
-    from attnres_fx.analysis.depth_weights import depth_weights
+    from attnres_fx.analysis.callbacks import DepthWeightsCallback, LightningDepthWeightsCallback
+    from attnres_fx.analysis.depth_profile import DepthProfile, profile_depth
+    from attnres_fx.analysis.depth_weights import DepthWeights, depth_weights
+    from attnres_fx.analysis.weight_log import log_depth_weights
     from attnres_fx.backend.attach import attach, detach, plain
     from attnres_fx.backend.compile import compile
     from attnres_fx.backend.explain import explain
@@ -30,6 +33,10 @@ _HOMES = {
     "AttnResConfig": "attnres_fx.config",
     "AttnResError": "attnres_fx.errors",
     "ConvertedModel": "attnres_fx.conversion.converted_model",
+    "DepthProfile": "attnres_fx.analysis.depth_profile",
+    "DepthWeights": "attnres_fx.analysis.depth_weights",
+    "DepthWeightsCallback": "attnres_fx.analysis.callbacks",
+    "LightningDepthWeightsCallback": "attnres_fx.analysis.callbacks",
     "Lowering": "attnres_fx.passes.lowering.lower",
     "attach": "attnres_fx.backend.attach",
     "build_stages": "attnres_fx.partition.plan.build_stages",
@@ -43,9 +50,11 @@ _HOMES = {
     "load": "attnres_fx.conversion.loading",
     "load_adapter": "attnres_fx.conversion.adapter",
     "load_plan": "attnres_fx.partition.plan.load_plan",
+    "log_depth_weights": "attnres_fx.analysis.weight_log",
     "parameter_groups": "attnres_fx.parameters",
     "plain": "attnres_fx.backend.attach",
     "plan": "attnres_fx.partition.plan.planning",
+    "profile_depth": "attnres_fx.analysis.depth_profile",
     "save_adapter": "attnres_fx.conversion.adapter",
     "verify": "attnres_fx.conversion.verify",
 }
@@ -54,6 +63,10 @@ __all__ = [
     "AttnResConfig",
     "AttnResError",
     "ConvertedModel",
+    "DepthProfile",
+    "DepthWeights",
+    "DepthWeightsCallback",
+    "LightningDepthWeightsCallback",
     "Lowering",
     "__version__",
     "attach",
@@ -69,10 +82,12 @@ __all__ = [
     "load",
     "load_adapter",
     "load_plan",
+    "log_depth_weights",
     "ops",
     "parameter_groups",
     "plain",
     "plan",
+    "profile_depth",
     "save_adapter",
     "verify",
 ]

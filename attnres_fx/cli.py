@@ -1,4 +1,4 @@
-"""`attnres-fx inspect | convert | plan | demo`."""
+"""`attnres-fx inspect | profile | convert | plan | demo`."""
 
 import argparse
 import contextlib
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attnres_fx._version import __version__
+from attnres_fx.cli_profile import add_profile
 from attnres_fx.errors import AttnResError
 
 
@@ -46,6 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     look = commands.add_parser("inspect", help="show the residual streams of a model")
     _add_model(look)
     look.set_defaults(run=_inspect)
+
+    profile = commands.add_parser("profile", help="measure how a model uses its depth, before it is converted")
+    _add_model(profile)
+    add_profile(profile, _load)
 
     convert = commands.add_parser("convert", help="convert a model, check it, and save it if asked to")
     _add_model(convert)

@@ -91,3 +91,7 @@ class PlanError(AttnResError, ValueError):
 
 class PipelineError(AttnResError, RuntimeError):
     """A pipeline that cannot be built or run as planned."""
+
+
+class MissingPackageError(AttnResError, ImportError):
+    """What was asked for needs an optional package that is not installed."""

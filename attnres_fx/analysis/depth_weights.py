@@ -2,54 +2,31 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Interpreter, Node
 
-from attnres_fx.backend.attachment import is_attached, unwrapped
-from attnres_fx.backend.converted_form import converted_form
-from attnres_fx.conversion.converted_model import ConvertedModel
-from attnres_fx.errors import AttachError
+from attnres_fx.analysis.figures import PAGE, saved
+from attnres_fx.analysis.graph_of_call import GraphOfCall, graph_of_call, with_reads
+from attnres_fx.analysis.read_weights import ReadWeights, column
+from attnres_fx.analysis.text_map import text_map
+from attnres_fx.analysis.weights_figure import Scale, draw_weights
+from attnres_fx.analysis.weights_html import weights_html
+from attnres_fx.analysis.written_back import written_back
+from attnres_fx.capture.isolated_run import seeded
 from attnres_fx.ops import depth_weights as weights_of
-from attnres_fx.shown import WIDTH, brief, table
+from attnres_fx.shown import brief
 
-_SHADES = " ░▒▓█"
-#: How wide the map may be where a cell is one shade and no number, beside the names of the reads.
-_STRIP = 60
-
-
-@dataclass(frozen=True)
-class ReadWeights:
-    """Attention over depth of one read.
-
-    Attributes:
-        name: Of the read.
-        stream: The residual stream it belongs to.
-        sources: What each weight is on, oldest first: `v_0` (the root), `v_i` (sublayer i), `b_n` (block n),
-            `b_n[:i]` (its first i sublayers), `c_n` (what block n receives).
-        weights: [S], averaged over tokens, or [S, ...] per token; they sum to one over S.
-    """
-
-    name: str
-    stream: str
-    sources: tuple[str, ...]
-    weights: Tensor
-
-    def mean(self) -> list[float]:
-        """[S]: the weights, averaged over tokens."""
-        weights = self.weights
-        return (weights.flatten(1).mean(1) if weights.dim() > 1 else weights).tolist()
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{s} {w:.2f}" for s, w in zip(self.sources, self.mean(), strict=True))
-        return brief(f"ReadWeights({self.name!r}, [{', '.join(map(str, self.weights.shape))}]: {shown})", length=1_000)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class DepthWeights:
-    """Attention over depth of every read; `print` it for a small heat map.
+    """Attention over depth of every read; `print` it for a small heat map, `plot` it for a figure.
 
     Args:
         reads: In execution order; `weights["name"]` is the one of that name.
@@ -71,42 +48,41 @@ class DepthWeights:
         """Every source that some read sees, in the order in which they are first seen."""
         return tuple(dict.fromkeys(column(s) for r in self.reads for s in r.sources))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON.
+
+        Returns:
+            `{"reads": [...]}`, one entry a read, as `ReadWeights.to_dict` says.
+        """
+        return {"reads": [r.to_dict() for r in self.reads]}
+
+    def plot(self, path: str | Path | None = None, *, scale: Scale = "row", width: float = PAGE) -> "Figure":
+        """Draw a heat map, and beside it how far each read looks.
+
+        Args:
+            path: Of a file to write; its suffix chooses one of matplotlib's formats.
+            scale: What a colour is: `"row"`, the weight over the largest of the read; `"log"`, the weight on a
+                logarithmic scale; `"linear"`, the weight from 0 to 1.
+            width: Inches; labels stay 7 points.
+
+        Returns:
+            The figure. Lines are drawn between layers where they have room; a mark is on each long jump: where a read
+            weighs most what is further back than it would look with all weights alike.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+            ArgumentError: There is no such scale, or the file cannot be written.
+        """
+        return saved(draw_weights(self.reads, scale=scale, width=width), path)
+
     def __str__(self) -> str:
-        columns = self.sources
-        cells = {r.name: dict(zip(map(column, r.sources), r.mean(), strict=True)) for r in self.reads}
-        name = max((len(n) for n in cells), default=0)
-        if name + 9 * len(columns) <= WIDTH:
-            rows = [{"read": n, **{c: _cell(found.get(c)) for c in columns}} for n, found in cells.items()]
-            return table(rows)
-        each = -(-len(columns) // _STRIP)
-        several = "one shade a source" if each == 1 else f"one shade for {each} sources"
-        header = f"{columns[0]} … {columns[-1]}, {several}"
-        rows = [{"read": n, header: _strip(found, columns, each)} for n, found in cells.items()]
-        return table(rows)
+        return text_map(self.reads)
 
     def __repr__(self) -> str:
         return brief(str(self), 'see .reads, or ["name"]')
 
-
-def column(source: str) -> str:
-    """The column of a source in the heat map: a partial sum shares that of its block."""
-    return source.split("[")[0]
-
-
-def _strip(cells: Mapping[str, float], columns: Sequence[str], each: int) -> str:
-    """The weights as shades side by side, those of `each` sources added; a dot where none is seen."""
-    groups = [[cells[c] for c in columns[i : i + each] if c in cells] for i in range(0, len(columns), each)]
-    return "".join(_shade(sum(g)) if g else "." for g in groups)
-
-
-def _shade(weight: float) -> str:
-    return _SHADES[min(int(weight * len(_SHADES)), len(_SHADES) - 1)]
-
-
-def _cell(weight: float | None) -> str:
-    if weight is None:
-        return ""
-    return f"{_shade(weight) * 2} {weight:.2f}"
+    def _repr_html_(self) -> str:
+        return weights_html(self.reads)
 
 
 def depth_weights(
@@ -122,7 +98,7 @@ def depth_weights(
 
     Args:
         model: A converted model, or an attached one (compiled or not), which is captured to look into it. It runs in
-            its current mode.
+            its current mode, on a clone: its buffers and the random state stay as they are.
         args: Positional arguments, as for calling it.
         kwargs: Keyword arguments.
         per_token: Keep weights [S, ...] for every token instead of their average [S].
@@ -132,33 +108,22 @@ def depth_weights(
 
     Raises:
         AttachError: The model is neither converted nor attached.
+        ArgumentError: The call fits no program, and cannot be captured.
     """
-    converted = _with_graph(model, args, kwargs)
-    gm = converted.graph_module()
-    replacements = {r.node: r for r in converted.replacements()}
-    recorder = _Recorder(gm, replacements, per_token)
-    with torch.no_grad():
-        recorder.run(*converted.flatten_arguments(*args, **(kwargs or {})))
+    call = graph_of_call(with_reads(model, args, kwargs, "depth_weights"), args, kwargs)
+    recorder = _Recorder(call, per_token)
+    with torch.no_grad(), seeded(call.devices):
+        recorder.run(*call.inputs)
     return DepthWeights(tuple(recorder.weights))
-
-
-def _with_graph(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> ConvertedModel:
-    if isinstance(model, ConvertedModel):
-        return model
-    if not is_attached(unwrapped(model)):
-        raise AttachError(
-            f"depth_weights takes a converted or an attached model, and {type(model).__name__} is neither: call "
-            f"attnres_fx.convert(model, args, kwargs) first, and train what it returns."
-        )
-    return converted_form(model, args, kwargs)
 
 
 class _Recorder(Interpreter):
     """Runs a graph and records the weights of its reads."""
 
-    def __init__(self, gm: torch.fx.GraphModule, replacements: Mapping[str, Any], per_token: bool) -> None:
-        super().__init__(gm)
-        self.replacements = replacements
+    def __init__(self, call: GraphOfCall, per_token: bool) -> None:
+        super().__init__(call.gm)
+        self.replacements = {r.node: r for r in call.program.replacements}
+        self.schedules = {s.stream.name: s.schedule for s in call.converted.report.streams}
         self.per_token = per_token
         self.weights: list[ReadWeights] = []
 
@@ -169,6 +134,7 @@ class _Recorder(Interpreter):
             weights = weights_of(sources, query, key_weight, eps=eps)
             if not self.per_token:
                 weights = weights.flatten(1).mean(1)
-            labels = tuple(label for label, _ in replacement.sources)
-            self.weights.append(ReadWeights(replacement.read, replacement.stream, labels, weights))
+            plan = replacement.plan
+            back = written_back(plan, self.schedules[plan.stream])
+            self.weights.append(ReadWeights(plan.read, plan.stream, plan.sources, weights, back))
         return super().run_node(n)

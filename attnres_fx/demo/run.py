@@ -1,5 +1,6 @@
 """The main job on real text: train a small GPT, convert it three ways, train on, look at the weights."""
 
+import contextlib
 import copy
 import json
 import sys
@@ -14,10 +15,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from attnres_fx.analysis.depth_weights import DepthWeights, column, depth_weights
+from attnres_fx.analysis.depth_weights import DepthWeights, depth_weights
 from attnres_fx.config import AttnResConfig, Variant
 from attnres_fx.conversion.convert import convert
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
+from attnres_fx.errors import MissingPackageError
 from attnres_fx.parameters import parameter_groups
 
 VARIANTS: tuple[Variant, ...] = ("full", "block", "local")
@@ -194,25 +196,5 @@ def _picture_note(output: Path) -> str:
 
 def _draw(weights: DepthWeights, path: Path) -> None:
     """The heat map as a PNG, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = weights.sources
-    table = torch.full((len(weights), len(columns)), float("nan"))
-    for row, read in enumerate(weights):
-        for source, weight in zip(read.sources, read.weights.tolist(), strict=True):
-            table[row, columns.index(column(source))] = weight
-    figure, axes = plt.subplots(figsize=(2.5 + 0.6 * len(columns), 1.5 + 0.32 * len(weights)), layout="constrained")
-    image = axes.imshow(table.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(weights)), [r.name for r in weights])
-    axes.set_xlabel("source")
-    axes.set_ylabel("read, in execution order")
-    axes.set_title("Attention over depth, mean over tokens")
-    figure.colorbar(image, ax=axes, label="weight")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with contextlib.suppress(MissingPackageError):
+        weights.plot(path)

@@ -14,6 +14,7 @@ from attnres_fx.partition.costs.traffic import Traffic, count_traffic, size, sta
 from attnres_fx.partition.plan.fingerprint import ModelFingerprint, check_same_model
 from attnres_fx.partition.plan.options import InputSpec, PlanOptions
 from attnres_fx.partition.plan.plan_file import write_content
+from attnres_fx.partition.plan.trace import write_trace
 from attnres_fx.partition.planner.objective import Partition
 from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
@@ -260,6 +261,20 @@ class Plan:
             draw_plan(self.timeline, stage_map, path)
         except (OSError, ValueError) as error:
             raise PlanError(f"the plan cannot be drawn to {str(path)!r}: {error}.") from error
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write the simulated step as a trace for chrome://tracing or ui.perfetto.dev.
+
+        Args:
+            path: Of the JSON file. Ranks are tracks, and so are the links between them.
+
+        Raises:
+            PlanError: The file cannot be written.
+        """
+        try:
+            write_trace(self.timeline, path)
+        except OSError as error:
+            raise PlanError(f"the trace cannot be written to {str(path)!r}: {error}.") from error
 
 
 _RIGHT = ("stage", "rank", "forward ms", "backward ms", "sends", "parameters", "activations")

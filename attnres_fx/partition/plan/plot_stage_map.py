@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts
 from attnres_fx.partition.costs.model_costs import StreamCost
@@ -131,15 +131,37 @@ def _draw_band(sublayers: range, row: float, colour: str, axes: "Axes") -> None:
     axes.add_patch(Rectangle((sublayers.start, row - BAR / 2), len(sublayers), BAR, facecolor=colour, linewidth=0))
 
 
-def _write(text: str, sublayers: range, row: float, stage_map: StageMap, axes: "Axes") -> None:
+def _write(text: str, sublayers: range, row: int, stage_map: StageMap, axes: "Axes") -> None:
     """A text in the middle of its sublayers, or, where it is wider than they are, beside a stage's box."""
     points_per_sublayer = POINTS / stage_map.stages[-1].stop
-    if len(sublayers) * points_per_sublayer >= 0.64 * FONT * len(text):
+    wide = 0.64 * FONT * len(text) / points_per_sublayer
+    gap = 3 / points_per_sublayer
+    if len(sublayers) >= wide:
         middle = (sublayers.start + sublayers.stop) / 2
         axes.text(middle, row, text, ha="center", va="center", fontsize=FONT, zorder=4)
-    elif row >= 0 and stage_map.num_stages > 1:  # the rank's stage before ends far to the left
-        beside = sublayers.start - 3 / points_per_sublayer
-        axes.text(beside, row, text, ha="right", va="center", fontsize=FONT, zorder=4)
+    elif row >= 0:
+        before, after = _free_beside(sublayers, row, stage_map)
+        if before >= wide + gap:
+            axes.text(sublayers.start - gap, row, text, ha="right", **_BESIDE)
+        elif after >= 2 * (wide + gap):  # as much again for the number of the next box
+            axes.text(sublayers.stop + gap, row, text, ha="left", **_BESIDE)
+
+
+#: Of a number beside its box, where a line may pass.
+_BESIDE: dict[str, Any] = {
+    "va": "center",
+    "fontsize": FONT,
+    "zorder": 4,
+    "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+}
+
+
+def _free_beside(stage: range, row: int, stage_map: StageMap) -> tuple[int, int]:
+    """How many sublayers are free in the row of a rank, from the box of a stage to the next one or the end."""
+    own = stage_map.stages[row :: stage_map.num_stages]
+    before = max((s.stop for s in own if s.stop <= stage.start), default=0)
+    after = min((s.start for s in own if s.start >= stage.stop), default=stage_map.stages[-1].stop)
+    return stage.start - before, after - stage.stop
 
 
 def _draw_legend(axes: "Axes") -> None:

@@ -1,5 +1,6 @@
 """Pictures of plans: what they show is what was simulated, and no text lies on another."""
 
+import json
 import sys
 
 import pytest
@@ -16,19 +17,20 @@ from attnres_fx.partition.plan.plot_stage_map import StageMap, draw_stage_map
 from attnres_fx.partition.plan.plot_style import BAR, BLOCK_COLOURS, COLOURS
 from attnres_fx.partition.plan.plot_timeline import draw_timeline
 from attnres_fx.partition.plan.plots import draw_plan
+from attnres_fx.partition.plan.trace import trace_events, write_trace
 from attnres_fx.partition.simulate.timeline import simulate
 from attnres_fx.passes.schedule import plan_schedule
 
 
-def plan(schedule="Interleaved1F1B", ranks=4, rounds=2, microbatches=8, per_stage=3, blocks=(5, 10, 15, 20)):
+def plan(schedule="Interleaved1F1B", ranks=4, rounds=2, microbatches=8, per_stage=3, blocks=(5, 10, 15, 20), last=0):
+    """`last`: sublayers that the last stage has more than the others."""
     load = StageLoad(1.0, 1.0, 1.0, send_forward=0.25, send_backward=0.25)
     how = {"num_stages": ranks, "virtual_stages": rounds, "num_microbatches": microbatches}
     timeline = simulate([load] * (ranks * rounds), schedule=schedule, **how)
-    count = per_stage * ranks * rounds
+    starts = range(0, per_stage * ranks * rounds, per_stage)
+    count = per_stage * ranks * rounds + last
     config = AttnResConfig(boundaries=[b for b in blocks if b < count])
-    stage_map = StageMap(
-        (StreamCost("main", 0, count, 1),), {"main": plan_schedule(count, config)}, range(0, count, per_stage), ranks
-    )
+    stage_map = StageMap((StreamCost("main", 0, count, 1),), {"main": plan_schedule(count, config)}, starts, ranks)
     return timeline, stage_map
 
 
@@ -104,6 +106,8 @@ def test_maps_without_blocks_say_so():
         {"schedule": "InterleavedZeroBubble"},
         {"ranks": 8, "rounds": 4, "microbatches": 16, "blocks": (24, 48, 72)},
         {"ranks": 16, "microbatches": 64, "per_stage": 1, "blocks": (2, 4, 9)},
+        {"schedule": "1F1B", "rounds": 1, "per_stage": 1, "last": 190},
+        {"rounds": 3, "microbatches": 12, "per_stage": 1, "last": 180, "blocks": (48, 96, 144)},
     ],
 )
 def test_no_text_lies_on_another_nor_outside(tmp_path, monkeypatch, shape):
@@ -137,3 +141,26 @@ def test_without_matplotlib_the_command_to_install_it_is_named(monkeypatch, tmp_
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(PlanError, match=r"pip install 'attnres-fx\[plot\]'"):
         draw_plan(*plan(microbatches=4), tmp_path / "plan.png")
+
+
+def test_a_trace_has_every_computation_and_message_where_the_timeline_has_it(tmp_path):
+    timeline, _ = plan(microbatches=4)
+    write_trace(timeline, tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    found = [e for e in trace["traceEvents"] if e["ph"] == "X"]
+    ran = {(e["name"], e["tid"], e["ts"], e["ts"] + e["dur"]) for e in found if e["pid"] == 0}
+    assert ran == {(str(t.action), r, t.start * 1e6, t.end * 1e6) for r, ts in enumerate(timeline.ranks) for t in ts}
+    sent = sorted((e["ts"], e["ts"] + e["dur"]) for e in found if e["pid"] == 1)
+    assert sent == sorted((h.start * 1e6, h.end * 1e6) for h in timeline.hops)
+
+
+def test_every_arrow_of_a_trace_begins_and_ends_inside_a_bar(tmp_path):
+    timeline, _ = plan("InterleavedZeroBubble", microbatches=4)
+    events = trace_events(timeline)["traceEvents"]
+    bars = [e for e in events if e["ph"] == "X"]
+    arrows = [e for e in events if e["ph"] in "stf"]
+    assert len(arrows) == 3 * len(timeline.hops) > 0
+    for arrow in arrows:
+        where = arrow["pid"], arrow["tid"]
+        own = [b for b in bars if (b["pid"], b["tid"]) == where]
+        assert any(b["ts"] <= arrow["ts"] < b["ts"] + b["dur"] for b in own), arrow

@@ -1,0 +1,50 @@
+"""`attnres-fx profile`: how a model uses its depth."""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: The model that the options of a command name, and example arguments for it.
+Load = Callable[[argparse.Namespace], tuple[Any, tuple[Any, ...], dict[str, Any]]]
+
+
+def add_profile(parser: argparse.ArgumentParser, load: Load) -> None:
+    """Give the command its options; those that name a model it has already."""
+    parser.add_argument("--loss", metavar="MODULE:FUNCTION", help="from what the model returns to a scalar")
+    parser.add_argument("--train", action="store_true", help="profile the model in train mode instead of eval mode")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write it as data")
+    parser.set_defaults(run=lambda options: _profile(options, load))
+
+
+def _profile(options: argparse.Namespace, load: Load) -> int:
+    import attnres_fx as ax
+
+    model, args, kwargs = load(options)
+    model.train(options.train)
+    profile = ax.profile_depth(model, args, kwargs, loss=_function(options.loss))
+    print(profile)
+    if options.reads:
+        print(f"\n{profile.reads_table()}")
+    if options.plot is not None:
+        profile.plot(options.plot)
+        print(f"\ndrawn to {options.plot}")
+    written = {options.html: f'<!doctype html><meta charset="utf-8">{profile._repr_html_()}\n'}
+    written[options.json] = profile.to_json()
+    for path, text in written.items():
+        if path is not None:
+            path.write_text(text)
+            print(f"\nwritten to {path}")
+    return 0
+
+
+def _function(place: str | None) -> Any:
+    if place is None:
+        return None
+    module, colon, name = place.partition(":")
+    if not colon:
+        raise ValueError(f"--loss {place!r} should name a function after a colon: mypackage.losses:next_token.")
+    return getattr(importlib.import_module(module), name)
