@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attnres_fx.ops.dtypes import result_dtype
 from attnres_fx.ops.kernels.availability import kernel_device, why_not
 from attnres_fx.ops.kernels.layout import MOST_SOURCES, MOST_WIDTH
 from attnres_fx.ops.kernels.tuning import Launch, launch_with
 from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, promoted_dtype
-from attnres_fx.ops.reference import result_dtype
 
 if TYPE_CHECKING:
     from attnres_fx.ops.kernels.autograd import ReadDefinition
