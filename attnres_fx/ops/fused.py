@@ -15,12 +15,12 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
-from attnres_fx.ops.read_style import ReadStyle, check_style
 from attnres_fx.ops.dispatch import is_transformed, runs_in_plain_eager, runs_under_a_compiler
 from attnres_fx.ops.dtypes import compute_dtype, result_dtype
 from attnres_fx.ops.epilogue import FUSED_FIELDS, Epilogue, NormKind, check_epilogue
 from attnres_fx.ops.inductor import TracedDepthAttention
 from attnres_fx.ops.operator import STYLE_ARGUMENTS, check_read, library
+from attnres_fx.ops.read_style import ReadStyle, check_style
 from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, read_of, sources_as_views, with_delta_added
 from attnres_fx.ops.recompute import recomputed
 from attnres_fx.ops.reference import RecomputedDepthAttention, mixture

@@ -17,7 +17,6 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
-from attnres_fx.ops.read_style import ReadStyle, check_style
 from attnres_fx.ops.dispatch import (
     has_no_data,
     is_transformed,
@@ -25,6 +24,7 @@ from attnres_fx.ops.dispatch import (
     runs_under_a_compiler,
 )
 from attnres_fx.ops.inductor import TracedDepthAttention
+from attnres_fx.ops.read_style import ReadStyle, check_style
 from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, read_of
 from attnres_fx.ops.reference import RecomputedDepthAttention, ShapeOfDepthAttention, definition
 from attnres_fx.ops.sharded import read_by_tokens
@@ -164,5 +164,5 @@ library.impl("depth_attention", _depth_attention, "CompositeImplicitAutograd")
 # Without this second registration vmap meets the composite kernel above its batching rules and fails.
 library.impl("depth_attention", _depth_attention, "FuncTorchBatched")
 
-#: What stands in a graph: `DEPTH_ATTENTION(list(sources), query, key_weight, eps, gain)`, and a `ReadStyle` where one is.
+#: What stands in a graph: `DEPTH_ATTENTION(list(sources), query, key_weight, eps, gain)`, and a `ReadStyle` behind.
 DEPTH_ATTENTION = torch.ops.attnres_fx.depth_attention.default

@@ -18,12 +18,12 @@ from torch.fx import Proxy
 
 from attnres_fx.errors import OperatorError
 from attnres_fx.ops import kernels
-from attnres_fx.ops.read_style import ReadStyle, check_style, folded_gain
 from attnres_fx.ops.dispatch import is_transformed, runs_in_plain_eager
 from attnres_fx.ops.dtypes import compute_dtype, result_dtype
 from attnres_fx.ops.epilogue import FUSED_FIELDS, Epilogue, NormKind, check_epilogue
 from attnres_fx.ops.fused import normed
 from attnres_fx.ops.operator import STYLE_ARGUMENTS, check_read, library
+from attnres_fx.ops.read_style import ReadStyle, check_style, folded_gain
 from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, read_of, with_delta_added
 from attnres_fx.ops.recompute import recomputed
 from attnres_fx.ops.reference import mix, row_logit, row_logits, times_scales
@@ -127,9 +127,7 @@ def _batch(
     def again(tensors: Sequence[Tensor | None]) -> list[Tensor]:
         *given, bias = tensors
         all_given = _present(given)
-        return batch_definition(
-            all_given[:first], all_given[first:last], all_given[last:], eps, bias, value_norm
-        )
+        return batch_definition(all_given[:first], all_given[first:last], all_given[last:], eps, bias, value_norm)
 
     return recomputed(again, [*sources, *queries, *gains, bias])
 

@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from attnres_fx.ops.read_style import ReadStyle, folded_gain
 from attnres_fx.ops.dtypes import compute_dtype, result_dtype
 from attnres_fx.ops.epilogue import Epilogue, NormKind
+from attnres_fx.ops.read_style import ReadStyle, folded_gain
 
 Value = TypeVar("Value")
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnres_fx.ops.read_style import folded_gain
 from attnres_fx.ops.dtypes import compute_dtype, result_dtype
+from attnres_fx.ops.read_style import folded_gain
 from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors
 from attnres_fx.ops.recompute import gradients_again
 
@@ -176,7 +176,7 @@ class ShapeOfDepthAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: ReadOptions, *flat: Tensor | None) -> Tensor:
-        sources = ReadTensors.from_flat(flat).sources
+        sources: tuple[Tensor, ...] = ReadTensors.from_flat(flat).sources
         ctx.save_for_backward(*flat)
         ctx.options = options
         return sources[0].new_empty(sources[0].shape, dtype=result_dtype(sources))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from attnres_fx.ops.read_style import ReadStyle
 from attnres_fx.ops.epilogue import FUSED_FIELDS, Epilogue, NormKind
 from attnres_fx.ops.fused import DEPTH_ATTENTION_FUSED
 from attnres_fx.ops.kernels import described
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
+from attnres_fx.ops.read_style import ReadStyle
 from attnres_fx.ops.threaded import DEPTH_ATTENTION_THREADED
 from attnres_fx.passes.graph.nodes import fake_like, insert_call, set_value, tensor_of
 from attnres_fx.passes.graph.operation_table import Trait
