@@ -14,6 +14,7 @@ from attnres_fx.capture.held_values import Library
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.capture.watched import WatchedValue
+from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.own_python import OwnPython
@@ -91,6 +92,7 @@ class Conversion:
             each, None where there was none.
         branches: Paths of the submodules that the root's own code calls for what it adds.
         recapture: Captures further kinds of calls, None where that cannot be done.
+        reconfigure: Rewrites the programs for another config, None where there is no Python of the original.
         edits: Compares the tree with what the graphs hold of it.
         placement: Device and dtype that the parameters had when the programs were captured.
         outdated: The modes whose programs were captured for another placement.
@@ -108,6 +110,7 @@ class Conversion:
     guarded: dict[str, Any] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
     recapture: Recapture | None = None
+    reconfigure: Callable[[Any, AttnResConfig], None] | None = None
     edits: EditGuard | None = None
     placement: Placement | None = None
     outdated: set[Mode] = field(default_factory=set)
