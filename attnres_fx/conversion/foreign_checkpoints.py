@@ -100,12 +100,12 @@ def export_foreign(owner: nn.Module, attnres: AttnResParameters, folder: Path, s
     for place, read in enumerate(reads):
         _require_plain_read(read, place, len(reads))
     settings = style.settings(_block_size(attnres), config.eps)
+    settings = {**_settings_there(folder), **settings}
     pairs = [(_plain(read, "query"), _plain(read, "key_weight")) for read in reads]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_container(folder / f"attnres_{style.name}.safetensors", {}, written_pairs(style, pairs))
-        text = json.dumps({**_settings_there(folder), **settings}, indent=1) + "\n"
-        write_whole(folder / SETTINGS_FILE, lambda path: path.write_text(text))
+        write_whole(folder / SETTINGS_FILE, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
     except OSError as error:
         raise SaveError(f"{folder} could not be written: {error}.") from error
 

@@ -63,21 +63,26 @@ class Reconfiguring:
         """Do it, in place.
 
         Raises:
+            EditedError: The model was changed in a way that a capture does not see.
             SaveError: A mode cannot be captured under the config; the model is as it was.
         """
         with CAPTURE_LOCK:
             conversion = model._attnres_conversion
-            call = dataclasses.replace(
-                self.call, config=config, check=False
-            )  # means are not what the original computes
+            if conversion.edits is not None:
+                conversion.edits.check(model)
+            conversion.note_placement(model)
+            # Not checked: means are not what the original computes.
+            call = dataclasses.replace(self.call, config=config, check=False)
             before, report = model.attnres.config, dataclasses.replace(conversion.report)
             modes = {mode: DeferredMode(mode, call, self.tree) for mode in (*conversion.programs, *conversion.deferred)}
             model.attnres.set_config(config)
             try:
                 programs = {mode: modes[mode](model) for mode in conversion.programs}
-            except AttnResError as error:
+            except BaseException as error:
                 model.attnres.set_config(before)
                 conversion.report.take(report)
+                if not isinstance(error, AttnResError):
+                    raise
                 raise SaveError(f"the model cannot be rewritten with {shown_config(config)}: {error}") from error
             conversion.programs, conversion.deferred = programs, {m: modes[m] for m in conversion.deferred}
             conversion.further.clear()
