@@ -147,6 +147,27 @@ def test_vmap_over_sources_queries_and_biases_is_a_loop(style):
             assert worst_ratio(one[i], other) <= 1e-4
 
 
+@every_style
+def test_vmap_over_several_queries_is_a_loop(style):
+    many = [given(style, 5, queries=2) for _ in range(2)]
+    for leaf in many[1].leaves:
+        leaf.data.mul_(1.1)
+    count = len(many[0].sources)
+
+    def read(*leaves):
+        bias = leaves[-1] if style.bias else None
+        gains = list(leaves[count + 2 : count + 4]) if style.key_gain else None
+        outputs = depth_attention_batch(
+            list(leaves[:count]), list(leaves[count : count + 2]), gains, bias=bias, **many[0].options
+        )
+        return outputs[0], outputs[1]
+
+    stacked = [torch.stack(group) for group in zip(*(m.leaves for m in many), strict=True)]
+    for query, found in enumerate(torch.vmap(read)(*stacked)):
+        for one, inputs in zip(found, many, strict=True):
+            assert worst_ratio(one, inputs.exact().oracle(query)) <= 1e-5
+
+
 def test_a_bias_of_minus_infinity_takes_a_source_out():
     inputs = given(STYLES["no key gain"], 5)
     bias = torch.tensor([float("-inf"), 0.0, 0.0, 0.0], requires_grad=True)

@@ -53,6 +53,14 @@ def check_a_source_that_is_taken_out() -> None:
     torch.testing.assert_close(both[0], out)
 
 
+def check_compiled_reads() -> None:
+    for run, queries in ((one_read, 1), (several_queries, 2)):
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        gain = 3.0 if run is one_read else 1.0
+        inputs = given(STYLES["all"], 5, queries=queries)
+        compare(inputs, compiled, lambda exact, n=queries, g=gain: [exact.oracle(q, gain=g) for q in range(n)])
+
+
 def check_registration() -> None:
     rows, weight = [torch.randn(5, 16) for _ in range(3)], torch.randn(16)
     bias = torch.randn(3)
@@ -69,5 +77,6 @@ if __name__ == "__main__":
         check_style(style)
         print(f"{name}: ok")
     check_a_source_that_is_taken_out()
+    check_compiled_reads()
     check_registration()
     print("the rest: ok")
