@@ -44,6 +44,7 @@ def values(model):
 
 @every_case
 @pytest.mark.parametrize("make", [converted, compiled])
+@pytest.mark.slow_after(2)
 def test_a_checkpoint_computes_what_its_own_code_does(reference, style, block, make, tmp_path):
     right = reference.random(block=block)
     right.save(tmp_path, prefix="language_model.", shards=3, nested=style == "kimi")
@@ -57,6 +58,7 @@ def test_a_checkpoint_computes_what_its_own_code_does(reference, style, block, m
 
 
 @every_case
+@pytest.mark.slow_after(2)
 def test_in_float64_and_in_gradients_it_is_the_same_function(reference, style, block, tmp_path):
     right = reference.random(block=block).double()
     right.save(tmp_path)
@@ -84,7 +86,7 @@ def test_a_model_that_took_a_checkpoint_trains_saves_and_is_copied(tmp_path):
     ax.load_adapter(model, tmp_path / "theirs")
     assert apart(model, right, LONGER[:1]) <= 1e-6
     assert "mean" in str(model.report)
-    assert [len(r.sources) for r in model.report.reads[:5]] == [2, 2, 2, 2, 3]
+    assert [len(r.sources) for r in model.report.reads] == [2, 2, 2, 2, 3, 3]
     assert apart(pickle.loads(pickle.dumps(model)), right) <= 1e-6
     model.save(tmp_path / "model.attnres")
     assert apart(ax.load(tmp_path / "model.attnres"), right) <= 1e-6
@@ -100,10 +102,10 @@ def test_a_model_that_took_a_checkpoint_trains_saves_and_is_copied(tmp_path):
 
 @every_case
 @pytest.mark.parametrize("make", [converted, compiled])
+@pytest.mark.slow_after(2)
 def test_what_is_exported_computes_the_same_in_their_code_and_here(reference, style, block, make, tmp_path):
-    layers = 5
     size = block * (2 if style == "kimi" else 1)
-    model = make(PlainModel(layers).eval(), ax.AttnResConfig(block_size=size, output="mean", eps=1e-5))
+    model = make(PlainModel().eval(), ax.AttnResConfig(block_size=size, output="mean", eps=1e-5))
     with torch.no_grad():
         for read in model.attnres.reads:
             read.query.normal_(0, 0.5)
@@ -112,7 +114,7 @@ def test_what_is_exported_computes_the_same_in_their_code_and_here(reference, st
     ax.export_adapter(model, tmp_path, style=style)
     settings = json.loads((tmp_path / "config.json").read_text())
     assert settings["hidden_size"] == 16
-    theirs = reference(layers=layers, eps=settings[reference.eps_setting], block=settings[reference.setting]).eval()
+    theirs = reference(eps=settings[reference.eps_setting], block=settings[reference.setting]).eval()
     state = load_file(tmp_path / f"attnres_{style}.safetensors")
     shapes = {"proj": (1, WIDTH), "norm": (WIDTH,)}
     assert all(t.shape == shapes[n.split(".")[-2].split("_")[-1]] for n, t in state.items())
@@ -125,9 +127,9 @@ def test_what_is_exported_computes_the_same_in_their_code_and_here(reference, st
 
 
 class Parallel(nn.Module):
-    """One read a layer, ten of them."""
+    """One read a layer, six of them."""
 
-    def __init__(self, layers=10):
+    def __init__(self, layers=6):
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(layers))
         self.embed, self.norm = nn.Embedding(TOKENS, WIDTH), nn.RMSNorm(WIDTH)
@@ -150,8 +152,8 @@ class PostNorm(Parallel):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: PlainModel(5), ["no attnres parameters"]),
-        (lambda: converted(PlainModel(4).eval()), ["5 layers", "10 reads", "8 reads"]),
+        (lambda: PlainModel(), ["no attnres parameters"]),
+        (lambda: converted(PlainModel(4).eval()), ["3 layers", "6 reads", "8 reads"]),
         (lambda: converted(Parallel().eval()), ["read 2", "blocks.2", "layer 1"]),
         (lambda: converted(PostNorm().eval()), ["gate"]),
     ],
@@ -236,7 +238,7 @@ def _cut(path):
 
 @pytest.fixture(scope="module")
 def model():
-    return converted(PlainModel(5).eval())
+    return converted(PlainModel().eval())
 
 
 @pytest.mark.parametrize(("damage", "words"), WRONG.values(), ids=WRONG)
@@ -278,12 +280,13 @@ def test_damaged_headers_and_settings_are_save_errors_or_load(model, tmp_path):
         (ax.AttnResConfig(block_size=4), "kimi", ["sums", "eps"]),
         (ax.AttnResConfig(variant="local", block_size=4, output="mean"), "fla", ["local"]),
         (ax.AttnResConfig(block_size=3, output="mean"), "kimi", ["2 sublayers", "3"]),
-        (ax.AttnResConfig(boundaries=(2, 7), output="mean"), "fla", ["0, 2, 7", "block_size"]),
+        (ax.AttnResConfig(boundaries=(1, 3), output="mean"), "fla", ["0, 1, 3", "block_size"]),
         (ax.AttnResConfig(block_size=4, output="mean"), "inkling", ["'kimi'", "'fla'", "inkling"]),
     ],
 )
 def test_what_a_style_cannot_say_is_named(config, style, words, tmp_path):
-    model = converted(PlainModel(5).eval(), config)
+    model = PlainModel().eval()
+    ax.attach(model, (X,), config=config)
     with pytest.raises(SaveError) as caught:
         ax.export_adapter(model, tmp_path / "new", style=style)
     assert all(w in str(caught.value) for w in words), caught.value
@@ -291,7 +294,8 @@ def test_what_a_style_cannot_say_is_named(config, style, words, tmp_path):
 
 
 def test_an_export_does_not_hide_behind_an_adapter_or_break_settings(tmp_path):
-    model = converted(PlainModel(5).eval(), ax.AttnResConfig(block_size=4, output="mean"))
+    model = PlainModel().eval()
+    ax.attach(model, (X,), config=ax.AttnResConfig(block_size=4, output="mean"))
     ax.save_adapter(model, tmp_path / "ours")
     with pytest.raises(SaveError, match="another folder"):
         ax.export_adapter(model, tmp_path / "ours", style="kimi")

@@ -54,7 +54,7 @@ class Trunk(nn.Module):
 class PlainModel(nn.Module):
     """The decoder with residual connections: what a conversion is given."""
 
-    def __init__(self, layers: int = 5, eps: float = 1e-5):
+    def __init__(self, layers: int = 3, eps: float = 1e-5):
         super().__init__()
         self.model, self.lm_head = Trunk(layers, eps), nn.Linear(WIDTH, TOKENS, bias=False)
 
@@ -73,7 +73,7 @@ class _Reference(PlainModel):
     setting: str
     eps_setting: str
 
-    def __init__(self, layers: int = 5, eps: float = 1e-5, block: int = 2):
+    def __init__(self, layers: int = 3, eps: float = 1e-5, block: int = 2):
         super().__init__(layers, eps)
         self.eps, self.block = eps, block
         for layer in self.model.layers:
