@@ -96,9 +96,13 @@ def _check_batch(
             f"depth_attention_batch: {len(queries)} queries and {len(key_weights)} key_weights; "
             f"there must be as many of each, one a read."
         )
-    for query, key_weight in zip(queries, key_weights or [None] * len(queries), strict=True):
+    for query, key_weight in zip(queries, _gain_of_each(queries, key_weights), strict=True):
         check_read(sources, query, key_weight, eps)
     check_style("depth_attention_batch", sources, style, queries=len(queries))
+
+
+def _gain_of_each(queries: Sequence[Tensor], key_weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return key_weights or [None for _ in queries]
 
 
 def _batch(
@@ -109,7 +113,7 @@ def _batch(
     held, bias, value_norm = compute_dtype(sources), style.bias, style.value_norm
     gains = [
         folded_gain(query, key_weight, style.scale, held)
-        for query, key_weight in zip(queries, key_weights or [None] * len(queries), strict=True)
+        for query, key_weight in zip(queries, _gain_of_each(queries, key_weights), strict=True)
     ]
     if not is_transformed(sources) and kernels.batch_usable(sources, *queries, *gains, bias):
 
