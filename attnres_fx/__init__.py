@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attnres_fx.backend.explain import explain
     from attnres_fx.backend.pretrained import from_pretrained
     from attnres_fx.config import AttnResConfig
-    from attnres_fx.conversion.adapter import load_adapter, save_adapter
+    from attnres_fx.conversion.adapter import export_adapter, load_adapter, save_adapter
     from attnres_fx.conversion.convert import convert
     from attnres_fx.conversion.converted_model import ConvertedModel
     from attnres_fx.conversion.inspection import inspect
@@ -45,6 +45,7 @@ _HOMES = {
     "depth_weights": "attnres_fx.analysis.depth_weights",
     "detach": "attnres_fx.backend.attach",
     "explain": "attnres_fx.backend.explain",
+    "export_adapter": "attnres_fx.conversion.adapter",
     "from_pretrained": "attnres_fx.backend.pretrained",
     "inspect": "attnres_fx.conversion.inspection",
     "load": "attnres_fx.conversion.loading",
@@ -77,6 +78,7 @@ __all__ = [
     "detach",
     "errors",
     "explain",
+    "export_adapter",
     "from_pretrained",
     "inspect",
     "load",

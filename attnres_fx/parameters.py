@@ -113,6 +113,14 @@ class AttnResParameters(nn.Module):
         self.config = config
         self.reads = DepthReads(reads)
 
+    def set_config(self, config: AttnResConfig) -> None:
+        """Let the parameters be for another config, under which the reads are the same.
+
+        Args:
+            config: The other config.
+        """
+        self.config = config
+
     def get_extra_state(self) -> torch.Tensor:
         """The config, as bytes in a tensor, so that every format of checkpoint can hold it.
 

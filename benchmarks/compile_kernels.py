@@ -47,11 +47,11 @@ class Case:
     delta: bool = False
     carry: bool = False
     other_grads: bool = False
+    bias: bool = False
+    value_norm: bool = False
 
     def __str__(self) -> str:
-        extras = [
-            n for n, on in (("delta", self.delta), ("carry", self.carry), ("other_grads", self.other_grads)) if on
-        ]
+        extras = [n for n in ("delta", "carry", "other_grads", "bias", "value_norm") if getattr(self, n)]
         norm = ["", "rms", "layer"][self.norm]
         return " ".join(filter(None, [self.direction, f"S={self.sources} D={self.width}", self.dtype, norm, *extras]))
 
@@ -91,21 +91,28 @@ def arguments(case: Case) -> dict[str, str | int | None]:
         "C": layout.chunk,
         "NORM": case.norm,
         "PACKED": True,
+        "VALUE_NORM": case.value_norm,
     }
+    weights = {"query": "*fp32", "key_weight": "*fp32", "bias": maybe("*fp32", case.bias)}
+    weights |= {"norm_weight": maybe("*fp32", case.norm > 0)}
     given: dict[str, str | int | None] = {**many("s", rows), **strides}
     if case.direction == "forward":
         given |= {"delta": maybe(rows, case.delta), "delta_stride": "i32" if case.delta else 0}
         given |= {"carry": maybe(rows, case.carry), "carry_lse": maybe("*fp32", case.carry)}
-        given |= {"query": "*fp32", "key_weight": "*fp32", "norm_weight": maybe("*fp32", case.norm > 0)}
-        given |= {"norm_bias": maybe("*fp32", case.norm == 2), "out": rows, "partial": maybe(rows, case.delta)}
+        given |= {
+            **weights,
+            "norm_bias": maybe("*fp32", case.norm == 2),
+            "out": rows,
+            "partial": maybe(rows, case.delta),
+        }
         given |= {"lse": "*fp32", "stats": "*fp32", "norm_stats": maybe("*fp32", case.norm > 0)}
         return given | {"N": "i32", "eps": "fp32", "gain": "fp32", "norm_eps": "fp32"} | ends
     given |= {**many("g", rows), **many("a", rows, case.other_grads)}
     given |= {"carry": maybe(rows, case.carry), "carry_lse": maybe("*fp32", case.carry)}
-    given |= {"query": "*fp32", "key_weight": "*fp32", "norm_weight": maybe("*fp32", case.norm > 0)}
-    given |= {"grad_out": rows, "grad_out_stride": "i32", "grad_lse": None, "lse": "*fp32", "stats": "*fp32"}
+    given |= {**weights, "grad_out": rows, "grad_out_stride": "i32", "grad_lse": None, "lse": "*fp32", "stats": "*fp32"}
     given |= {"norm_stats": maybe("*fp32", case.norm > 0), "grad_carry": maybe(rows, case.carry)}
-    given |= {"grad_carry_lse": maybe("*fp32", case.carry), "weight_rows": "*fp32"}
+    given |= {"grad_carry_lse": maybe("*fp32", case.carry)}
+    given |= {"grad_logits": maybe("*fp32", case.bias), "weight_rows": "*fp32"}
     given |= {"norm_weight_rows": maybe("*fp32", case.norm > 0), "norm_bias_rows": maybe("*fp32", case.norm == 2)}
     return given | {"N": "i32", "gain": "fp32"} | ends
 
@@ -116,8 +123,11 @@ def batch_arguments(case: Case) -> dict[str, str | int | None]:
     kernel = getattr(batch, case.direction)
     given: dict[str, str | int | None] = {}
     fixed = {"S": count, "Q": count, "QP": 16, "P": 16, "D": case.width, **tiles_of(case)}
+    absent = {"bias": not case.bias, "scales": not case.value_norm and case.direction == "batch_mix"}
     for name in kernel.arg_names:
-        if name in fixed:
+        if absent.get(name):
+            given[name] = None
+        elif name in fixed:
             given[name] = fixed[name]
         elif re.fullmatch(r"[sgd]\d+", name):
             given[name] = rows if int(name[1:]) < count else None
@@ -203,8 +213,11 @@ def all_cases() -> list[Case]:
         Case("backward", 1, 7168, carry=True),
         Case("forward", 9, 7168, "fp32"),
         Case("backward", 9, 7168, "fp32"),
+        Case("forward", 9, 7168, bias=True, value_norm=True),
+        Case("backward", 9, 7168, bias=True, value_norm=True),
     ]
     phases = [Case(f"batch_{k}", n, 4096) for k in ("logits", "mix", "scores", "spread", "weights") for n in (4, 9)]
+    phases += [Case(f"batch_{k}", 9, 4096, bias=True, value_norm=True) for k in ("logits", "mix")]
     return [*plain, *fused, *phases]
 
 

@@ -32,6 +32,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 from attnres_fx.ops import depth_attention
+from attnres_fx.ops.read_tensors import read_of
 from attnres_fx.ops.reference import definition
 
 EPS = 1e-6
@@ -51,7 +52,7 @@ def ours(query: Tensor, key_weight: Tensor, *sources: Tensor) -> Tensor:
 
 
 def by_source(query: Tensor, key_weight: Tensor, *sources: Tensor) -> Tensor:
-    return definition(sources, query, key_weight, EPS, 1.0)
+    return definition(*read_of(sources, query, key_weight, EPS, 1.0))
 
 
 def base_of(name: str) -> str:

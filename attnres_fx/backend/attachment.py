@@ -85,6 +85,15 @@ class AttachedParameters(AttnResParameters):
         self._logs: dict[str, CompileLog] = {}
         self._write_about()
 
+    def set_config(self, config: AttnResConfig) -> None:
+        """Let the parameters be for another config; what is compiled is compiled again.
+
+        Args:
+            config: The other config.
+        """
+        super().set_config(config)
+        self._write_about()
+
     def _write_about(self) -> None:
         homes = tuple(self.homes.items())
         self.abouts = {

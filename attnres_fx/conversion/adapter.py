@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from attnres_fx._version import __version__
 from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.checkpoint_styles import found_style, known_settings
+from attnres_fx.conversion.foreign_checkpoints import export_foreign, load_foreign_
 from attnres_fx.conversion.plain_data import from_plain
 from attnres_fx.conversion.stored.container import open_container, reading, text_checksum, write_container
 from attnres_fx.conversion.stored.tensors import plain_tensor
@@ -79,13 +81,36 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise SaveError(f"{place} could not be written ({error}); the adapter in it is as it was.") from error
 
 
+def export_adapter(model: nn.Module, folder: str | os.PathLike[str], *, style: str) -> None:
+    """Write the queries and key gains of a model as another library's checkpoints hold them.
+
+    The folder gets a safetensors file with the tensors of the reads, and in `config.json` the settings of blocks and
+    eps; what else is in it stays. `load_adapter` reads it again.
+
+    Args:
+        model: A converted or attached model, or one that wraps one, with `output="mean"` and two reads a layer.
+        folder: Is made where it is not there.
+        style: `"kimi"` (Kimi K3: blocks counted in decoder layers) or `"fla"` (flash-linear-attention: in sublayers).
+
+    Raises:
+        SaveError: The style cannot say what the model computes, or the folder cannot be written.
+    """
+    place = Path(folder)
+    if (place / CONFIG_FILE).exists():
+        raise SaveError(
+            f"{place} holds an adapter of this library, which load_adapter would read: take another folder."
+        )
+    export_foreign(*_owner(model, None), place, style)
+
+
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AttnResParameters:
-    """Read into a model what `save_adapter` wrote.
+    """Read into a model what `save_adapter` wrote, or the reads of a checkpoint of Kimi K3 or flash-linear-attention.
 
     Args:
         model: A converted or attached model, or one that wraps one, of the same base model and config. It is changed
-            only when everything fits.
-        folder: With `attnres_config.json` and `attnres.safetensors`.
+            only when everything fits. With a checkpoint of another library it takes on `output="mean"`, and the eps
+            and blocks that the checkpoint's `config.json` says; of its tensors those of the reads alone are loaded.
+        folder: With `attnres_config.json` and `attnres.safetensors`, or with `config.json` and safetensors files.
 
     Returns:
         The parameters of the model, which hold the values of the folder in the dtype and on the device that they had.
@@ -94,6 +119,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AttnResPar
         SaveError: The folder is damaged, or does not fit the model; the first difference is named.
     """
     place = Path(folder)
+    if not (place / CONFIG_FILE).is_file():
+        with reading(place, "a library whose checkpoints are known"):
+            if (found := found_style(place)) is None:
+                raise SaveError(
+                    f"{place} holds no adapter: it has no {CONFIG_FILE}, nor a config.json with {known_settings()}."
+                )
+            owner, attnres = _owner(model, None)
+            load_foreign_(owner, attnres, place, *found)
+        return attnres
     with reading(place, "save_adapter"):
         described = _table_of(place)
         file = _tensor_file(place, described.pop("checksum", None))

@@ -14,6 +14,7 @@ from attnres_fx.capture.held_values import Library
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.capture.watched import WatchedValue
+from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.own_python import OwnPython
@@ -92,6 +93,7 @@ class Conversion:
             each, None where there was none.
         branches: Paths of the submodules that the root's own code calls for what it adds.
         recapture: Captures further kinds of calls, None where that cannot be done.
+        reconfigure: Rewrites the programs for another config, None where there is no Python of the original.
         edits: Compares the tree with what the graphs hold of it.
         placement: Device and dtype that the parameters had when the programs were captured.
         tensors: Which tensors were one, and which were none, when the programs were captured.
@@ -111,6 +113,7 @@ class Conversion:
     guarded: dict[str, Any] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
     recapture: Recapture | None = None
+    reconfigure: Callable[[Any, AttnResConfig], None] | None = None
     edits: EditGuard | None = None
     placement: Placement | None = None
     tensors: TensorsAsCaptured = field(default_factory=TensorsAsCaptured)

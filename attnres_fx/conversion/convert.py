@@ -26,6 +26,7 @@ from attnres_fx.conversion.loading import pickled_as_file
 from attnres_fx.conversion.own_python import OwnPython
 from attnres_fx.conversion.progress import Progress
 from attnres_fx.conversion.recapturing import Recapturing
+from attnres_fx.conversion.reconfiguring import Reconfiguring
 from attnres_fx.conversion.report import ConversionReport, shortened
 from attnres_fx.conversion.rewriting import modules_that_add, require_same_reads, rewrite_, same_streams
 from attnres_fx.conversion.source_model import Model, checked_config, model_name, refuse_converted
@@ -111,6 +112,7 @@ def convert(
         call = ConversionCall(*example, config, dynamic_shapes, check, lowering, placement)
         conversion.deferred = {mode: DeferredMode(mode, call, tree) for mode in captured.untried}
         conversion.pickled = functools.partial(_pickled, call)
+        conversion.reconfigure = Reconfiguring(call, tree, _pickled)
         refuse_forwards(converted, conversion.guarded)
         refuse_around_forward(converted, conversion.guarded, conversion.branches)
         conversion.guard_edits(converted, model if isinstance(model, nn.Module) else None)

@@ -65,6 +65,7 @@ class DeferredMode:
             selected = [s.stream for s in model.report.streams]
             require_same_reads({self.mode: streams}, selected)
             plan = plan_depth_reads(streams, same_streams(streams, selected), self.call.config)
+            model.report.follow(self.call.config, plan.streams)
             guard_forwards(model, model._attnres_conversion.guarded, modules_that_add(captured.root, graph.gm, plan))
             reads = rewrite_(graph.gm, streams, plan, model.attnres)
             _put_back(graph.gm, stand_ins)

@@ -26,7 +26,7 @@ def keep(model: Any, mode: Mode, program: CapturedProgram) -> None:
         conversion.edits.watch(model, program.watched)
     if len(further) > MOST_PROGRAMS:
         further.pop()
-        _drop_unused_constants(model)
+        drop_unused_constants(model)
         conversion.watch_anew(model)
         log.warning(
             "%s: more than %d kinds of calls were captured in %s mode, and the program used longest ago is dropped "
@@ -63,7 +63,7 @@ def _warn_of_floats(conversion: Conversion, mode: Mode, program: CapturedProgram
                 )
 
 
-def _drop_unused_constants(model: Any) -> None:
+def drop_unused_constants(model: Any) -> None:
     """Let go of the constants that only a dropped program held."""
     store = model._modules.get(CONSTANTS)
     if store is None:

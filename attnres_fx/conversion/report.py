@@ -130,6 +130,18 @@ class ConversionReport:
         self._set("deferred", tuple(m for m in self.deferred if m != mode))
         self.add_note(f"no {mode} graph: {shortened(why)}")
 
+    def follow(self, config: AttnResConfig, streams: tuple[StreamPlan, ...]) -> None:
+        """Say what a program was rewritten with, where that is another config than before."""
+        if config != self.config:
+            self._set("config", config)
+            self._set("streams", streams)
+            self._set("difference", None)  # that of the programs before
+
+    def take(self, report: "ConversionReport") -> None:
+        """Say what another report says."""
+        for name in self.__dataclass_fields__:
+            self._set(name, getattr(report, name))
+
     def add_note(self, note: str) -> None:
         """Say one more thing, once."""
         if note not in self.notes:

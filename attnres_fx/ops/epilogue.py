@@ -1,7 +1,7 @@
 """What is fused to a read: the addition before it, the norm and the cast after it, as one value."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
@@ -45,12 +45,16 @@ class Epilogue(Generic[Value]):
 
     @classmethod
     def from_arguments(cls, *arguments: Any) -> "Epilogue[Any]":
-        """From the last six arguments of a registered operator."""
+        """From the arguments of a registered operator that follow those of the read."""
         return cls(*arguments)
 
     def to_arguments(self) -> tuple[Any, ...]:
-        """The last six arguments of a registered operator, plain numbers among them."""
+        """The arguments of a registered operator that follow those of the read, plain numbers among them."""
         return (self.delta, int(self.norm), self.norm_weight, self.norm_bias, float(self.norm_eps), self.dtype)
+
+
+#: How many arguments of a registered operator are an epilogue's.
+FUSED_FIELDS = len(fields(Epilogue))
 
 
 def check_epilogue(name: str, last: Tensor, epilogue: Epilogue[Tensor]) -> None:

@@ -5,14 +5,15 @@ back, by `read_of`, `ReadTensors.to_flat` and `ReadTensors.from_flat` alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from attnres_fx.ops.dtypes import compute_dtype, result_dtype
 from attnres_fx.ops.epilogue import Epilogue, NormKind
-from attnres_fx.ops.reference import result_dtype
+from attnres_fx.ops.read_style import ReadStyle, folded_gain
 
 Value = TypeVar("Value")
 
@@ -24,12 +25,13 @@ class ReadTensors(Generic[Value]):
     Args:
         sources: S >= 1 tensors [..., D].
         query: [D].
-        key_weight: [D].
+        key_weight: [D], with the scale of the logits in it.
         delta: [..., D], added to the last source.
         norm_weight: [D], of the norm after the read.
         norm_bias: [D].
         carry: [..., D], a mixture of other sources that the read goes on from.
         carry_lse: [...], the log-sum-exp of the logits that the carry was mixed with.
+        bias: [S], added to the logits of the sources.
     """
 
     sources: tuple[Value, ...]
@@ -40,21 +42,25 @@ class ReadTensors(Generic[Value]):
     norm_bias: Value | None = None
     carry: Value | None = None
     carry_lse: Value | None = None
+    bias: Value | None = None
 
     @classmethod
     def from_flat(cls, values: Sequence[Any]) -> "ReadTensors[Any]":
         """The inverse of `to_flat`."""
-        query, key_weight, delta, norm_weight, norm_bias, carry, carry_lse, *sources = values
-        return cls(tuple(sources), query, key_weight, delta, norm_weight, norm_bias, carry, carry_lse)
+        return cls(tuple(values[_BESIDE:]), *values[:_BESIDE])
 
     def to_flat(self) -> tuple[Value | None, ...]:
         """All fields in one tuple, for `torch.autograd.Function.apply`: the sources last, None where one is absent."""
-        beside = (self.query, self.key_weight, self.delta, self.norm_weight, self.norm_bias, self.carry, self.carry_lse)
-        return *beside, *self.sources
+        weights = (self.query, self.key_weight, self.delta, self.norm_weight, self.norm_bias)
+        return *weights, self.carry, self.carry_lse, self.bias, *self.sources
 
     def present(self) -> list[Value]:
         """All tensors that are there."""
         return [t for t in self.to_flat() if t is not None]
+
+
+#: How many fields there are beside the sources.
+_BESIDE = len(fields(ReadTensors)) - 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class ReadOptions:
         norm_eps: added to the mean square or the variance of the read.
         dtype: of the read; None for the one that its sources, delta and carry promote to.
         returns_sources: whether every source that no delta changes is returned too, as a view of itself.
+        value_norm: whether values are divided by their root mean square, as keys are.
     """
 
     eps: float
@@ -76,15 +83,17 @@ class ReadOptions:
     norm_eps: float = 0.0
     dtype: torch.dtype | None = None
     returns_sources: bool = False
+    value_norm: bool = False
 
 
 def read_of(
     sources: Sequence[Tensor],
     query: Tensor,
-    key_weight: Tensor,
+    key_weight: Tensor | None,
     eps: float,
     gain: float,
     epilogue: Epilogue[Tensor] = Epilogue(),  # noqa: B008 (frozen)
+    style: ReadStyle[Tensor] = ReadStyle(),  # noqa: B008 (frozen)
     *,
     carry: Tensor | None = None,
     carry_lse: Tensor | None = None,
@@ -92,8 +101,11 @@ def read_of(
 ) -> tuple[ReadTensors[Tensor], ReadOptions]:
     """The tensors and the options of a read from the arguments of a registered operator."""
     around = (epilogue.delta, epilogue.norm_weight, epilogue.norm_bias)
-    tensors = ReadTensors(tuple(sources), query, key_weight, *around, carry, carry_lse)
-    return tensors, ReadOptions(eps, gain, int(epilogue.norm), epilogue.norm_eps, epilogue.dtype, returns_sources)
+    held = compute_dtype(sources if carry is None else [*sources, carry])
+    gain_of_keys = folded_gain(query, key_weight, style.scale, held)
+    tensors = ReadTensors(tuple(sources), query, gain_of_keys, *around, carry, carry_lse, style.bias)
+    norm = int(epilogue.norm), epilogue.norm_eps
+    return tensors, ReadOptions(eps, gain, *norm, epilogue.dtype, returns_sources, style.value_norm)
 
 
 def with_delta_added(tensors: ReadTensors[Tensor]) -> ReadTensors[Tensor]:

@@ -1,8 +1,9 @@
 """Depth attention in plain PyTorch: the definition that every kernel is held against.
 
-    k_i = v_i * rsqrt(mean(v_i^2, -1) + eps) * key_weight
-    a   = softmax_i(<query, k_i>)                 per token, over the S sources
-    out = gain * sum_i a_i v_i
+    r_i = rsqrt(mean(v_i^2, -1) + eps)
+    k_i = v_i * r_i * key_weight
+    a   = softmax_i(scale * <query, k_i> + bias_i)    per token, over the S sources
+    out = gain * sum_i a_i v_i                        with value_norm: gain * sum_i a_i r_i v_i
 
 Sources are taken one by one and never stacked; only row statistics [S, ...] are. Arithmetic is float32,
 float64 for float64 sources, with one cast at the end.
@@ -11,21 +12,15 @@ Source: arXiv 2603.15031, section 3.1.
 """
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def result_dtype(sources: Sequence[Tensor]) -> torch.dtype:
-    """The dtype `+` over all sources would have."""
-    return reduce(torch.promote_types, (s.dtype for s in sources))
-
-
-def compute_dtype(sources: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of the arithmetic: float64 where a source is, else float32."""
-    return torch.float64 if result_dtype(sources) == torch.float64 else torch.float32
+from attnres_fx.ops.dtypes import compute_dtype, result_dtype
+from attnres_fx.ops.read_style import folded_gain
+from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors
+from attnres_fx.ops.recompute import gradients_again
 
 
 def row_logit(source: Tensor, logit_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -35,28 +30,59 @@ def row_logit(source: Tensor, logit_weight: Tensor, eps: float) -> tuple[Tensor,
     return scale, (value * logit_weight).sum(-1, keepdim=True) * scale
 
 
-def depth_weights(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+def row_logits(
+    sources: Sequence[Tensor], logit_weight: Tensor, eps: float, bias: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """Reciprocal root mean squares, S of [..., 1], and logits [..., S] with the bias [S] in them."""
+    pairs = [row_logit(s, logit_weight, eps) for s in sources]
+    logits = torch.cat([logit for _, logit in pairs], -1)
+    return [scale for scale, _ in pairs], logits if bias is None else logits + bias.to(logits.dtype)
+
+
+def depth_weights(
+    sources: Sequence[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     """The attention over depth that `depth_attention` mixes with.
 
     Args:
         sources: S >= 1 floating tensors [..., D] of one shape and device.
         query: [D].
-        key_weight: [D].
+        key_weight: [D], or None.
         eps: added to the mean square of a source.
+        bias: [S], added to the logits.
+        scale: multiplies the products of query and keys.
 
     Returns:
         [S, ...], float32 (float64 for float64 sources), summing to one over S. Nothing is checked.
     """
     dtype = compute_dtype(sources)
-    logit_weight = query.to(dtype) * key_weight.to(dtype)
-    logits = [row_logit(s, logit_weight, eps)[1] for s in sources]
-    return torch.softmax(torch.cat(logits, -1), -1).movedim(-1, 0)
+    logit_weight = query.to(dtype) * folded_gain(query, key_weight, scale, dtype).to(dtype)
+    return torch.softmax(row_logits(sources, logit_weight, eps, bias)[1], -1).movedim(-1, 0)
 
 
-def definition(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor, eps: float, gain: float) -> Tensor:
+def definition(tensors: ReadTensors[Tensor], options: ReadOptions) -> Tensor:
     """Depth attention as differentiable aten operations; every transform goes through this one."""
-    weights = depth_weights(sources, query, key_weight, eps=eps) * gain
-    return mix(sources, weights).to(result_dtype(sources))
+    return mixture(tensors, options).to(result_dtype(tensors.sources))
+
+
+def mixture(tensors: ReadTensors[Tensor], options: ReadOptions) -> Tensor:
+    """What `definition` returns, before it is rounded."""
+    dtype = compute_dtype(tensors.sources)
+    logit_weight = tensors.query.to(dtype) * tensors.key_weight.to(dtype)
+    scales, logits = row_logits(tensors.sources, logit_weight, options.eps, tensors.bias)
+    factors = torch.softmax(logits, -1).movedim(-1, 0) * options.gain
+    return mix(tensors.sources, times_scales(factors, scales, options))
+
+
+def times_scales(factors: Tensor, scales: Sequence[Tensor], options: ReadOptions) -> Tensor:
+    """What sources are multiplied by, [S, ...], from the factors of their values and S scales [..., 1]."""
+    return factors * torch.cat(list(scales), -1).movedim(-1, 0) if options.value_norm else factors
 
 
 def mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -71,50 +97,74 @@ def mix(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
 class RecomputedDepthAttention(torch.autograd.Function):
     """The definition for eager autograd: saves the sources and two numbers a row for each, nothing else.
 
-    Float copies of half-precision sources live one at a time, in forward and again in backward.
+    Float copies of half-precision sources live one at a time, in forward and again in backward. Takes the options of
+    the read, and its tensors as `ReadTensors.to_flat` has them.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key_weight: Tensor, eps: float, gain: float, *sources: Tensor) -> Tensor:
-        dtype = compute_dtype(sources)
-        logit_weight = query.to(dtype) * key_weight.to(dtype)
-        scales, logits = zip(*(row_logit(s, logit_weight, eps) for s in sources), strict=True)
-        weights = torch.softmax(torch.cat(logits, -1), -1).movedim(-1, 0)
-        ctx.save_for_backward(query, key_weight, torch.cat(scales, -1), weights, *sources)
-        ctx.eps, ctx.gain = eps, gain
-        mixed = sources[0].to(dtype) * (weights[0] * gain).unsqueeze(-1)
-        for source, weight in zip(sources[1:], weights[1:], strict=True):
-            mixed.addcmul_(source.to(dtype), (weight * gain).unsqueeze(-1))
+    def forward(ctx: Any, options: ReadOptions, *flat: Tensor | None) -> Tensor:
+        tensors: ReadTensors[Tensor] = ReadTensors.from_flat(flat)
+        sources, dtype = tensors.sources, compute_dtype(tensors.sources)
+        logit_weight = tensors.query.to(dtype) * tensors.key_weight.to(dtype)
+        scales, logits = row_logits(sources, logit_weight, options.eps, tensors.bias)
+        weights = torch.softmax(logits, -1).movedim(-1, 0)
+        ctx.save_for_backward(torch.cat(scales, -1), weights, *flat)
+        ctx.options = options
+        factors = times_scales(weights * options.gain, scales, options)
+        mixed = sources[0].to(dtype) * factors[0].unsqueeze(-1)
+        for source, factor in zip(sources[1:], factors[1:], strict=True):
+            mixed.addcmul_(source.to(dtype), factor.unsqueeze(-1))
         return mixed.to(result_dtype(sources))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key_weight, scales, weights, *sources = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        scales, weights, *flat = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition itself
-            return gradients_of_definition(ctx, (query, key_weight, *sources), grad)
-        dtype = weights.dtype
-        logit_weight = query.to(dtype) * key_weight.to(dtype)
-        grad = grad.to(dtype)
-        scores = torch.stack([(grad * s.to(dtype)).sum(-1) for s in sources]) * ctx.gain
-        grad_logits = weights * (scores - (weights * scores).sum(0))
-        grad_logit_weight = torch.zeros_like(logit_weight)
-        source_grads: list[Tensor | None] = []
-        for i, source in enumerate(sources):
-            value, scale = source.to(dtype), scales[..., i : i + 1]
-            row = grad_logits[i].unsqueeze(-1) * scale
-            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                grad_logit_weight = grad_logit_weight + over_tokens(value * row)
-            if not ctx.needs_input_grad[4 + i]:
-                source_grads.append(None)
-                continue
-            product = (value * logit_weight).sum(-1, keepdim=True)
-            value_factor = row * product * scale.square() / source.shape[-1]
-            total = grad * (weights[i] * ctx.gain).unsqueeze(-1)
-            total.addcmul_(logit_weight.expand_as(total), row).addcmul_(value, value_factor, value=-1)
-            source_grads.append(total.to(source.dtype))
-        grad_query = (grad_logit_weight * key_weight.to(dtype)).to(query.dtype)
-        grad_key_weight = (grad_logit_weight * query.to(dtype)).to(key_weight.dtype)
-        return grad_query, grad_key_weight, None, None, *source_grads
+            return gradients_of_definition(ctx, flat, grad)
+        tensors: ReadTensors[Tensor] = ReadTensors.from_flat(flat)
+        needs: ReadTensors[bool] = ReadTensors.from_flat(ctx.needs_input_grad[1:])
+        return None, *_gradients(tensors, ctx.options, (scales, weights), grad, needs).to_flat()
+
+
+def _gradients(
+    tensors: ReadTensors[Tensor],
+    options: ReadOptions,
+    statistics: tuple[Tensor, Tensor],
+    grad: Tensor,
+    needs: ReadTensors[bool],
+) -> ReadTensors[Tensor | None]:
+    """Gradients of a read from its scales [..., S], its weights [S, ...] and the gradient of its result."""
+    scales, weights = statistics
+    dtype, width = weights.dtype, tensors.sources[0].shape[-1]
+    by_source, grad = scales.movedim(-1, 0).unsqueeze(-1), grad.to(dtype)
+    logit_weight = tensors.query.to(dtype) * tensors.key_weight.to(dtype)
+    scores = torch.stack([(grad * s.to(dtype)).sum(-1) for s in tensors.sources]) * options.gain
+    scores = scores * by_source.squeeze(-1) if options.value_norm else scores
+    grad_logits = weights * (scores - (weights * scores).sum(0))
+    grad_logit_weight = torch.zeros_like(logit_weight)
+    source_grads: list[Tensor | None] = []
+    for i, source in enumerate(tensors.sources):
+        value, scale = source.to(dtype), by_source[i]
+        row, factor = grad_logits[i].unsqueeze(-1) * scale, (weights[i] * options.gain).unsqueeze(-1)
+        if needs.query or needs.key_weight:
+            grad_logit_weight = grad_logit_weight + over_tokens(value * row)
+        if not needs.sources[i]:
+            source_grads.append(None)
+            continue
+        along = row * (value * logit_weight).sum(-1, keepdim=True)
+        if options.value_norm:  # the scale is in the value too
+            factor, along = factor * scale, along + (weights[i] * scores[i]).unsqueeze(-1)
+        total = grad * factor
+        total.addcmul_(logit_weight.expand_as(total), row)
+        total.addcmul_(value, along * scale.square() / width, value=-1)
+        source_grads.append(total.to(source.dtype))
+    bias = tensors.bias
+    return ReadTensors[Tensor | None](
+        tuple(source_grads),
+        (grad_logit_weight * tensors.key_weight.to(dtype)).to(tensors.query.dtype),
+        (grad_logit_weight * tensors.query.to(dtype)).to(tensors.key_weight.dtype),
+        bias=None if bias is None else grad_logits.flatten(1).sum(1).to(bias.dtype),
+    )
 
 
 class ShapeOfDepthAttention(torch.autograd.Function):
@@ -125,17 +175,17 @@ class ShapeOfDepthAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key_weight: Tensor, eps: float, gain: float, *sources: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key_weight, *sources)
-        ctx.eps, ctx.gain = eps, gain
+    def forward(ctx: Any, options: ReadOptions, *flat: Tensor | None) -> Tensor:
+        sources: tuple[Tensor, ...] = ReadTensors.from_flat(flat).sources
+        ctx.save_for_backward(*flat)
+        ctx.options = options
         return sources[0].new_empty(sources[0].shape, dtype=result_dtype(sources))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             return gradients_of_definition(ctx, ctx.saved_tensors, grad)
-        query, key_weight, *sources = map(torch.empty_like, ctx.saved_tensors)
-        return query, key_weight, None, None, *sources
+        return None, *(None if t is None else torch.empty_like(t) for t in ctx.saved_tensors)
 
 
 def over_tokens(rows: Tensor) -> Tensor:
@@ -143,16 +193,13 @@ def over_tokens(rows: Tensor) -> Tensor:
     return rows.sum(tuple(range(rows.dim() - 1))) if rows.dim() > 1 else rows
 
 
-def gradients_of_definition(ctx: Any, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+def gradients_of_definition(ctx: Any, flat: Sequence[Tensor | None], grad: Tensor) -> tuple[Any, ...]:
     """Gradients of `definition` that can be differentiated again, for an autograd function over its arguments.
 
-    inputs: query, key_weight and the sources; ctx: holds eps and gain.
+    flat: the tensors of the read; ctx: holds its options.
     """
-    needed = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (2, 3)]
-    # The same tensor may stand twice in `inputs`; views keep its two gradients apart.
-    query, key_weight, *sources = aliases = [t.view_as(t) for t in inputs]
-    out = definition(sources, query, key_weight, ctx.eps, ctx.gain)
-    wanted = [t for t, need in zip(aliases, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    query_grad, key_grad, *rest = (next(found) if need else None for need in needed)
-    return query_grad, key_grad, None, None, *rest
+
+    def again(given: Sequence[Tensor | None]) -> list[Tensor]:
+        return [definition(ReadTensors.from_flat(given), ctx.options)]
+
+    return None, *gradients_again(again, flat, ctx.needs_input_grad[1:], [grad])

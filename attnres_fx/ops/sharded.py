@@ -75,7 +75,7 @@ def _local_rows(tensors: ReadTensors[Any]) -> ReadTensors[Tensor]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     placements = [Partial() if isinstance(p, Shard) else Replicate() for p in tensors.sources[0].placements]
-    query, key_weight, norm_weight, norm_bias = (
+    query, key_weight, norm_weight, norm_bias, bias = (
         None if t is None else t.to_local(grad_placements=placements) for t in _weights(tensors)
     )
     return replace(
@@ -86,8 +86,9 @@ def _local_rows(tensors: ReadTensors[Any]) -> ReadTensors[Tensor]:
         delta=None if tensors.delta is None else tensors.delta.to_local(),
         norm_weight=norm_weight,
         norm_bias=norm_bias,
+        bias=bias,
     )
 
 
 def _weights(tensors: ReadTensors[Any]) -> tuple[Any, ...]:
-    return tensors.query, tensors.key_weight, tensors.norm_weight, tensors.norm_bias
+    return tensors.query, tensors.key_weight, tensors.norm_weight, tensors.norm_bias, tensors.bias

@@ -9,16 +9,11 @@ import functools
 
 import torch
 
-from attnres_fx.ops.fused import run_fused
+from attnres_fx.ops.fused import FUSED_ARGUMENTS, run_fused
 from attnres_fx.ops.operator import library
 
-SCHEMA = (
-    "depth_attention_threaded(Tensor[] sources, Tensor query, Tensor key_weight, float eps, float gain, Tensor? delta, "
-    "int norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, ScalarType? dtype) -> Tensor[]"
-)
-
 _threaded = functools.partial(run_fused, "depth_attention_threaded", returns_sources=True)
-library.define(SCHEMA)
+library.define(f"depth_attention_threaded({FUSED_ARGUMENTS}) -> Tensor[]")
 library.impl("depth_attention_threaded", _threaded, "CompositeImplicitAutograd")
 library.impl("depth_attention_threaded", _threaded, "FuncTorchBatched")
 

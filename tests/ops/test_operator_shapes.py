@@ -7,6 +7,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnres_fx.ops.operator as operator
+from attnres_fx.ops.read_tensors import read_of
 from attnres_fx.ops.reference import definition
 
 SHAPES = [(2, 3, 8), (1, 3, 8), (2, 1, 8), (2, 0, 8), (8,), (2, 2, 3, 4, 8)]
@@ -28,7 +29,7 @@ def read_of_fakes(shape, dtypes, mode, context=None, transposed=False):
 
 def both(sources, query, key_weight):
     """Results and gradients of the operator and of the definition."""
-    for run in (operator.DEPTH_ATTENTION, definition):
+    for run in (operator.DEPTH_ATTENTION, lambda *read: definition(*read_of(*read))):
         result = run(sources, query, key_weight, 1e-6, 2.0)
         gradients = torch.autograd.grad(result.sum(), [*sources, query, key_weight])
         yield [looks(t) for t in (result, *gradients)]

@@ -403,13 +403,15 @@ def operators_are_registered_right() -> None:
         1e-6,
         torch.float32,
         True,
+        None,
+        False,
     )
     assert set(opcheck(torch.ops.attnres_fx.read_forward, given).values()) == {"SUCCESS"}
     out, partial, lse, stats, norm_stats = torch.ops.attnres_fx.read_forward(*given)
     rows = [*rows[:-1], partial]
     back = (
         *(out, None, [None, rows[0], None], rows, weight, weight, 2.0, None, None, 1, weight, None),
-        *(lse, stats, norm_stats, [True, True, False], True),
+        *(lse, stats, norm_stats, [True, True, False], True, None, False),
     )
     assert set(opcheck(torch.ops.attnres_fx.read_backward, back).values()) == {"SUCCESS"}
 

@@ -14,15 +14,38 @@ TOLERANCE = {
 }
 
 
-def oracle_weights(sources: list[Tensor], query: Tensor, key_weight: Tensor, eps: float = EPS) -> Tensor:
+def oracle_weights(
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None,
+    eps: float = EPS,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     values = torch.stack([s.double() for s in sources])
-    keys = F.rms_norm(values, values.shape[-1:], key_weight.double(), eps)
-    return torch.einsum("s...d,d->s...", keys, query.double()).softmax(0)
+    keys = F.rms_norm(values, values.shape[-1:], None if key_weight is None else key_weight.double(), eps)
+    logits = torch.einsum("s...d,d->s...", keys, query.double() * scale)
+    if bias is not None:
+        logits = logits + bias.double().reshape(-1, *[1] * (logits.dim() - 1))
+    return logits.softmax(0)
 
 
-def oracle(sources: list[Tensor], query: Tensor, key_weight: Tensor, *, eps: float = EPS, gain: float = 1.0) -> Tensor:
+def oracle(
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None,
+    *,
+    eps: float = EPS,
+    gain: float = 1.0,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    value_norm: bool = False,
+) -> Tensor:
     values = torch.stack([s.double() for s in sources])
-    return gain * torch.einsum("s...,s...d->...d", oracle_weights(sources, query, key_weight, eps), values)
+    weights = oracle_weights(sources, query, key_weight, eps, bias=bias, scale=scale)
+    mixed = F.rms_norm(values, values.shape[-1:], None, eps) if value_norm else values
+    return gain * torch.einsum("s...,s...d->...d", weights, mixed)
 
 
 def random_inputs(shape: tuple[int, ...], dtypes: list[torch.dtype], weights: torch.dtype | None = None):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attnres_fx.ops.dtypes import result_dtype
 from attnres_fx.ops.kernels.availability import kernel_device, why_not
 from attnres_fx.ops.kernels.layout import MOST_SOURCES, MOST_WIDTH
 from attnres_fx.ops.kernels.tuning import Launch, launch_with
 from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors, promoted_dtype
-from attnres_fx.ops.reference import result_dtype
 
 if TYPE_CHECKING:
     from attnres_fx.ops.kernels.autograd import ReadDefinition
@@ -41,8 +41,8 @@ def usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:
 
 def takes(tensors: ReadTensors[Tensor]) -> bool:
     """`usable`, for all that a read takes."""
-    others = (tensors.query, tensors.key_weight, tensors.delta, tensors.norm_weight, tensors.norm_bias, tensors.carry)
-    return usable(tensors.sources, *others)
+    weights = (tensors.query, tensors.key_weight, tensors.bias, tensors.norm_weight, tensors.norm_bias)
+    return usable(tensors.sources, *weights, tensors.delta, tensors.carry)
 
 
 def _say(reason: str) -> None:
@@ -102,6 +102,9 @@ def kernel_batch(
     key_weights: Sequence[Tensor],
     eps: float,
     definition: "Definition",
+    *,
+    bias: Tensor | None = None,
+    value_norm: bool = False,
 ) -> list[Tensor]:
     """Phase 1 on the kernels, differentiable.
 
@@ -111,14 +114,18 @@ def kernel_batch(
         key_weights: Q tensors [D].
         eps: added to the mean square of a source.
         definition: the same as differentiable aten operations, from Q weights [Q, D] (a query times its key gain,
-            float32) and the sources.
+            float32), the bias or None, and the sources.
+        bias: [Q, S], added to the logits.
+        value_norm: whether values are divided by their root mean square.
 
     Returns:
         Q outputs [..., D], then Q log-sum-exps [...].
     """
-    from attnres_fx.ops.kernels.batch_launch import batch_of
+    from attnres_fx.ops.kernels.batch_launch import BatchOptions, batch_of
 
-    return batch_of(sources, queries, key_weights, eps, result_dtype(sources), definition)
+    return batch_of(
+        sources, queries, key_weights, BatchOptions(eps, result_dtype(sources), value_norm), definition, bias
+    )
 
 
 def batch_usable(sources: Sequence[Tensor], *others: Tensor | None) -> bool:

@@ -95,6 +95,7 @@ def _all_as_rows(tensors: ReadTensors[Tensor]) -> ReadTensors[Tensor]:
         delta=None if tensors.delta is None else as_rows(tensors.delta),
         carry=None if tensors.carry is None else as_rows(tensors.carry).contiguous(),
         carry_lse=None if tensors.carry_lse is None else tensors.carry_lse.reshape(-1).float().contiguous(),
+        bias=None if tensors.bias is None else tensors.bias.contiguous(),
     )
 
 

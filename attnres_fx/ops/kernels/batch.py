@@ -20,10 +20,13 @@ def tile(pointer, stride, rows, cols, N, D: tl.constexpr):
 def batch_logits(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
     t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
-    weights, logits, scales, lse, N, eps,
+    weights, bias, logits, scales, lse, N, eps,
     S: tl.constexpr, Q: tl.constexpr, QP: tl.constexpr, D: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """weights [Q, D] float32. Writes logits [S, Q, N], scales [S, N] (reciprocal root mean squares), lse [Q, N]."""
+    """weights [Q, D] float32, bias [Q, S] or None.
+
+    Writes logits [S, Q, N] without the bias, scales [S, N] (reciprocal root mean squares) and lse [Q, N].
+    """
     sources = (s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)
     strides = (t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -44,8 +47,13 @@ def batch_logits(
         logit = product * scale[:, None]
         tl.store(scales + tl.full([], i, tl.int64) * N + rows, scale, mask=rows < N)
         tl.store(logits + (tl.full([], i * Q, tl.int64) + queries[None, :]) * N + rows[:, None], logit, mask=kept)
+        if bias is not None:
+            logit += tl.load(bias + queries * S + i, mask=queries < Q, other=0.0).to(tl.float32)[None, :]
         new_top = tl.maximum(top, logit)
-        mass = mass * tl.exp(top - new_top) + tl.exp(logit - new_top)
+        held, taken = tl.exp(top - new_top), tl.exp(logit - new_top)
+        if bias is not None:  # one that is minus infinity takes a source out, the first as well
+            held, taken = tl.where(top == new_top, 1.0, held), tl.where(logit == float("-inf"), 0.0, taken)
+        mass = mass * held + taken
         top = new_top
     tl.store(lse + queries[None, :].to(tl.int64) * N + rows[:, None], top + tl.log(mass), mask=kept)
 
@@ -54,10 +62,10 @@ def batch_logits(
 def batch_mix(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
     t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
-    logits, lse, mixed, N,
+    logits, lse, bias, scales, mixed, N,
     S: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """mixed [Q, N, D]: a tile of every source is held while all queries mix it."""
+    """mixed [Q, N, D]: a tile of every source is held while all queries mix it; with scales, of normalised values."""
     sources = (s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)
     strides = (t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -71,7 +79,12 @@ def batch_mix(
         level = tl.load(lse + at * N + rows, mask=rows < N, other=0.0)
         out = tl.zeros([R, B], tl.float32)
         for i in tl.static_range(S):
-            share = tl.exp(tl.load(logits + (i * Q + at) * N + rows, mask=rows < N, other=0.0) - level)
+            logit = tl.load(logits + (i * Q + at) * N + rows, mask=rows < N, other=0.0)
+            if bias is not None:
+                logit += tl.load(bias + q * S + i).to(tl.float32)
+            share = tl.exp(logit - level)
+            if scales is not None:
+                share *= tl.load(scales + tl.full([], i, tl.int64) * N + rows, mask=rows < N, other=0.0)
             out += share[:, None] * values[i]
         place = mixed + (at * N + rows)[:, None] * D + cols[None, :]
         tl.store(place, out.to(mixed.dtype.element_ty), mask=inside)

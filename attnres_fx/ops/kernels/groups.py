@@ -76,6 +76,8 @@ def forward_in_groups(
             part_options.norm_eps,
             part_options.dtype,
             saves,
+            part.bias,
+            part_options.value_norm,
         )
         is_last = group.stop == len(tensors.sources)
         statistics.append(GroupStatistics(lse, stats, norm_stats, None if is_last else out))
@@ -122,6 +124,7 @@ def backward_in_groups(
         norm_bias=last.norm_bias,
         carry=first.carry,
         carry_lse=first.carry_lse,
+        bias=None if tensors.bias is None else torch.cat([g.bias for g in reversed(by_group) if g.bias is not None]),
     )
 
 
@@ -136,7 +139,7 @@ def _group_read(
     tensors: ReadTensors[Tensor], options: ReadOptions, group: slice, before: GroupStatistics | None
 ) -> tuple[ReadTensors[Tensor], ReadOptions]:
     """A group as a read of its own, that goes on from the group before it."""
-    part = replace(tensors, sources=tensors.sources[group])
+    part = replace(tensors, sources=tensors.sources[group], bias=None if tensors.bias is None else tensors.bias[group])
     if before is not None:
         part = replace(part, carry=before.mixed, carry_lse=before.lse)
     if group.stop == len(tensors.sources):
@@ -154,24 +157,33 @@ def _group_backward(
 ) -> ReadTensors[Tensor | None]:
     """Gradients of one group; outer_grads: those of its mixture and log-sum-exp, and the sources' other gradients."""
     weights_need = bool(needs.query or needs.key_weight)
-    *grad_sources, grad_query, grad_key_weight, grad_norm_weight, grad_norm_bias, grad_carry, grad_carry_lse = (
-        torch.ops.attnres_fx.read_backward(
-            *outer_grads,
-            tensors.sources,
-            tensors.query,
-            tensors.key_weight,
-            options.gain,
-            tensors.carry,
-            tensors.carry_lse,
-            options.norm,
-            tensors.norm_weight,
-            tensors.norm_bias,
-            statistics.lse,
-            statistics.stats,
-            statistics.norm_stats,
-            list(needs.sources),
-            weights_need,
-        )
+    (
+        *grad_sources,
+        grad_query,
+        grad_key_weight,
+        grad_norm_weight,
+        grad_norm_bias,
+        grad_carry,
+        grad_carry_lse,
+        grad_bias,
+    ) = torch.ops.attnres_fx.read_backward(
+        *outer_grads,
+        tensors.sources,
+        tensors.query,
+        tensors.key_weight,
+        options.gain,
+        tensors.carry,
+        tensors.carry_lse,
+        options.norm,
+        tensors.norm_weight,
+        tensors.norm_bias,
+        statistics.lse,
+        statistics.stats,
+        statistics.norm_stats,
+        list(needs.sources),
+        weights_need,
+        tensors.bias,
+        options.value_norm,
     )
     return ReadTensors(
         sources=tuple(g if need else None for g, need in zip(grad_sources, needs.sources, strict=True)),
@@ -181,6 +193,7 @@ def _group_backward(
         norm_bias=None if tensors.norm_bias is None else grad_norm_bias,
         carry=None if tensors.carry is None else grad_carry,
         carry_lse=None if tensors.carry is None else grad_carry_lse,
+        bias=None if tensors.bias is None else grad_bias,
     )
 
 

@@ -29,16 +29,18 @@ from attnres_fx.ops.kernels.rows import (
 def read_forward(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
     t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
-    delta, delta_stride, carry, carry_lse, query, key_weight, norm_weight, norm_bias,
+    delta, delta_stride, carry, carry_lse, query, key_weight, bias, norm_weight, norm_bias,
     out, partial, lse, stats, norm_stats,
     N, eps, gain, norm_eps,
     S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    VALUE_NORM: tl.constexpr,
 ):  # fmt: skip
     """Rows `pid, pid + programs, …` of the read.
 
     s*: the sources, rows t* elements apart. delta: added to the last source, the sum written to `partial`.
-    carry [N, D], carry_lse [N]. out [N, D]: gain * mixture, normed. lse [N], stats [2, S, N] (logits, then reciprocal
-    root mean squares) and norm_stats [2, N] (mean, reciprocal scale) are what backward needs; each may be None.
+    carry [N, D], carry_lse [N]. bias [S]: added to the logits. VALUE_NORM: values are mixed with keys' root mean
+    square. out [N, D]: gain * mixture, normed. lse [N], stats [2, S, N] (logits without bias, then reciprocal root
+    mean squares) and norm_stats [2, N] (mean, reciprocal scale) are what backward needs; each may be None.
     """
     sources = (s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)
     strides = (t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15)
@@ -63,9 +65,13 @@ def read_forward(
             if stats is not None:
                 tl.store(stats + tl.full([], i, tl.int64) * N + row, logit)
                 tl.store(stats + tl.full([], S + i, tl.int64) * N + row, scale)
+            if bias is not None:
+                logit += tl.load(bias + i).to(tl.float32)
             new_top = tl.maximum(top, logit)
             kept, taken = tl.exp(top - new_top), tl.exp(logit - new_top)
-            mixed = combined(kept, mixed, taken, value, K)
+            if bias is not None:  # one that is minus infinity takes a source out, the first as well
+                kept, taken = tl.where(top == new_top, 1.0, kept), tl.where(logit == float("-inf"), 0.0, taken)
+            mixed = combined(kept, mixed, taken * scale if VALUE_NORM else taken, value, K)
             mass = mass * kept + taken
             top = new_top
         mixed = scaled(mixed, gain / mass, K)
@@ -94,16 +100,18 @@ def read_backward(
     t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15,
     g0, g1, g2, g3, g4, g5, g6, g7, g8, g9, g10, g11, g12, g13, g14, g15,
     a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
-    carry, carry_lse, query, key_weight, norm_weight,
+    carry, carry_lse, query, key_weight, bias, norm_weight,
     grad_out, grad_out_stride, grad_lse, lse, stats, norm_stats,
-    grad_carry, grad_carry_lse, weight_rows, norm_weight_rows, norm_bias_rows,
+    grad_carry, grad_carry_lse, grad_logits, weight_rows, norm_weight_rows, norm_bias_rows,
     N, gain,
     S: tl.constexpr, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    VALUE_NORM: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the rows `pid, pid + programs, …`.
 
     g*: where the sources' gradients go [N, D]. a*: gradients of the sources from their other users [N, D], added, or
     None. grad_out [N, D], grad_lse [N]: gradients of what forward wrote. grad_carry [N, D], grad_carry_lse [N].
+    grad_logits [S, N]: what the bias gets from each row, or None.
     Sources are read twice in a row; the second time they come from L2. weight_rows, norm_*_rows [programs, D]: sums
     over a program's rows, float32; `sum_rows` adds them up.
     """
@@ -123,7 +131,12 @@ def read_backward(
         else:
             mixed = no_row(K, C)
         for i in tl.static_range(S):
-            share = tl.exp(tl.load(stats + tl.full([], i, tl.int64) * N + row) - level)
+            logit = tl.load(stats + tl.full([], i, tl.int64) * N + row)
+            if bias is not None:
+                logit += tl.load(bias + i).to(tl.float32)
+            share = tl.exp(logit - level)
+            if VALUE_NORM:
+                share *= tl.load(stats + tl.full([], S + i, tl.int64) * N + row)
             value = load_row(sources[i], row * (D if PACKED else strides[i]), D, K, C, "evict_last")
             mixed = combined(1.0, mixed, share, value, K)
         if NORM != 0:
@@ -166,14 +179,25 @@ def read_backward(
             logit = tl.load(stats + tl.full([], i, tl.int64) * N + row)
             scale = tl.load(stats + tl.full([], S + i, tl.int64) * N + row)
             share = tl.exp(logit - level)
+            if bias is not None:
+                share = tl.exp(logit + tl.load(bias + i).to(tl.float32) - level)
+            score = dot(grad_mixed, value, K)
+            if VALUE_NORM:
+                score *= scale
             if S == 1 and carry is None and grad_lse is None:
                 grad_logit = tl.full([], 0.0, tl.float32)
             else:
-                grad_logit = share * (dot(grad_mixed, value, K) - mean_score)
+                grad_logit = share * (score - mean_score)
+            if grad_logits is not None:
+                tl.store(grad_logits + tl.full([], i, tl.int64) * N + row, grad_logit)
+            along = grad_logit * logit  # times scale squared / D: what the root mean square takes back
+            if VALUE_NORM:
+                along += share * score
+                share *= scale
             grad_weight = combined(1.0, grad_weight, grad_logit * scale, value, K)
             if grad_sources[i] is not None:
                 grad_source = combined(share, grad_mixed, grad_logit * scale, weight, K)
-                grad_source = combined(1.0, grad_source, -grad_logit * scale * scale * logit / D, value, K)
+                grad_source = combined(1.0, grad_source, -along * scale * scale / D, value, K)
                 if other_grads[i] is not None:
                     grad_source = plus(grad_source, load_row(other_grads[i], row * D, D, K, C, "evict_first"), K)
                 store_row(grad_sources[i], row * D, grad_source, D, K, C)

@@ -15,12 +15,15 @@ from attnres_fx.ops.kernels.layout import Direction, layout_of
 _SUM_BLOCK, _SUM_TILE = 64, 32
 
 
-def _constants(direction: Direction, sources: Sequence[Tensor], norm: int) -> tuple[dict[str, Any], int]:
+def _constants(
+    direction: Direction, sources: Sequence[Tensor], norm: int, value_norm: bool
+) -> tuple[dict[str, Any], int]:
     """The constants that a kernel of a read is compiled with, and the number of its programs."""
     width = int(sources[0].shape[1])
     layout, (chosen, programs) = layout_of(width, direction, itemsize(sources)), chosen_launch(direction, sources)
     constants = {"S": len(sources), "D": width, "K": layout.chunks, "C": layout.chunk, "NORM": norm}
-    constants |= {"PACKED": packed(sources), "num_warps": layout.warps, "num_stages": chosen.num_stages}
+    constants |= {"PACKED": packed(sources), "VALUE_NORM": value_norm}
+    constants |= {"num_warps": layout.warps, "num_stages": chosen.num_stages}
     return constants, programs
 
 
@@ -40,6 +43,8 @@ def read_forward(
     norm_eps: float,
     dtype: torch.dtype,
     saves: bool,
+    bias: Tensor | None,
+    value_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One group of sources; the arguments are fields of `ReadTensors`, as rows, and of `ReadOptions`.
 
@@ -56,7 +61,7 @@ def read_forward(
     if isinstance(count, int) and count == 0:
         return outputs
     out, partial, lse, stats, norm_stats = outputs
-    constants, programs = _constants("forward", sources, norm)
+    constants, programs = _constants("forward", sources, norm, value_norm)
     launch(
         read.read_forward,
         (torch.sym_min(count, programs),),
@@ -68,6 +73,7 @@ def read_forward(
         carry_lse,
         query,
         key_weight,
+        bias,
         norm_weight,
         norm_bias,
         out,
@@ -119,6 +125,8 @@ def read_backward(
     norm_stats: Tensor,
     sources_need_grad: Sequence[bool],
     weights_need_grad: bool,
+    bias: Tensor | None,
+    value_norm: bool,
 ) -> list[Tensor]:
     """Gradients of `read_forward`.
 
@@ -130,25 +138,32 @@ def read_backward(
         lse: what `read_forward` returned, and so are stats and norm_stats.
         sources_need_grad: for which sources a gradient is wanted.
         weights_need_grad: whether one is wanted for query and key_weight.
+        bias: as for `read_forward`, and so is value_norm.
 
     Returns:
-        Gradients of the sources, then of query, key_weight, norm_weight, norm_bias, carry and carry_lse; empty where
-        not wanted.
+        Gradients of the sources, then of query, key_weight, norm_weight, norm_bias, carry, carry_lse and bias; empty
+        where not wanted.
     """
     outputs = _backward_outputs(
-        sources, query, key_weight, carry, norm_weight, norm_bias, sources_need_grad, weights_need_grad
+        sources, query, key_weight, carry, norm_weight, norm_bias, sources_need_grad, weights_need_grad, bias
     )
     count, width = sources[0].shape[0], int(sources[0].shape[1])
     if isinstance(count, int) and count == 0:
         for output in outputs:
             output.zero_()
         return outputs
-    *grad_sources, grad_query, grad_key_weight, grad_norm_weight, grad_norm_bias, grad_carry, grad_carry_lse = outputs
-    constants, programs = _constants("backward", sources, norm)
+    grad_sources, (grad_query, grad_key_weight, grad_norm_weight, grad_norm_bias, grad_carry, grad_carry_lse, _) = (
+        outputs[: len(sources)],
+        outputs[len(sources) :],
+    )
+    constants, programs = _constants("backward", sources, norm, value_norm)
     rows = [
         torch.zeros((programs, width), dtype=torch.float32, device=grad_out.device) if wanted else None
         for wanted in (weights_need_grad, norm_weight is not None, norm_bias is not None)
     ]
+    grad_logits = None
+    if bias is not None:
+        grad_logits = torch.empty((len(sources), count), dtype=torch.float32, device=grad_out.device)
     launch(
         read.read_backward,
         (programs,),
@@ -160,6 +175,7 @@ def read_backward(
         carry_lse,
         query,
         key_weight,
+        bias,
         norm_weight,
         grad_out,
         grad_out.stride(0),
@@ -169,6 +185,7 @@ def read_backward(
         norm_stats if norm else None,
         grad_carry if carry is not None else None,
         grad_carry_lse if carry is not None else None,
+        grad_logits,
         *rows,
         count,
         gain,
@@ -181,6 +198,8 @@ def read_backward(
     ):
         if summed is not None:
             _sum_rows(summed, factor, out, other, second)
+    if bias is not None and grad_logits is not None:
+        outputs[-1] = grad_logits.sum(1).to(bias.dtype)
     return outputs
 
 
@@ -212,6 +231,7 @@ def _backward_outputs(
     norm_bias: Tensor | None,
     sources_need_grad: Sequence[bool],
     weights_need_grad: bool,
+    bias: Tensor | None,
 ) -> list[Tensor]:
     count, width = sources[0].shape
     device = sources[0].device
@@ -231,8 +251,8 @@ def _backward_outputs(
         like(norm_weight, True),
         like(norm_bias, True),
     ]
-    outputs += [like(carry, True), torch.empty((count if carry is not None else 0,), device=device)]
-    return outputs
+    carry_rows = torch.empty((count if carry is not None else 0,), device=device)
+    return [*outputs, like(carry, True), carry_rows, like(bias, True)]
 
 
 if INTERPRETED:
@@ -240,7 +260,7 @@ if INTERPRETED:
     @read_forward.register_fake
     def _(
         sources: Any, query: Any, key_weight: Any, eps: Any, gain: Any, delta: Any, carry: Any, carry_lse: Any,
-        norm: Any, norm_weight: Any, norm_bias: Any, norm_eps: Any, dtype: Any, saves: Any,
+        norm: Any, norm_weight: Any, norm_bias: Any, norm_eps: Any, dtype: Any, saves: Any, bias: Any, value_norm: Any,
     ) -> Any:  # fmt: skip
         return _forward_outputs(sources, delta, norm, dtype, saves)
 
@@ -248,8 +268,8 @@ if INTERPRETED:
     def _(
         grad_out: Any, grad_lse: Any, other_grads: Any, sources: Any, query: Any, key_weight: Any, gain: Any,
         carry: Any, carry_lse: Any, norm: Any, norm_weight: Any, norm_bias: Any, lse: Any, stats: Any,
-        norm_stats: Any, sources_need_grad: Any, weights_need_grad: Any,
+        norm_stats: Any, sources_need_grad: Any, weights_need_grad: Any, bias: Any, value_norm: Any,
     ) -> Any:  # fmt: skip
         return _backward_outputs(
-            sources, query, key_weight, carry, norm_weight, norm_bias, sources_need_grad, weights_need_grad
+            sources, query, key_weight, carry, norm_weight, norm_bias, sources_need_grad, weights_need_grad, bias
         )

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from attnres_fx.ops.epilogue import Epilogue, NormKind
+from attnres_fx.ops.epilogue import FUSED_FIELDS, Epilogue, NormKind
 from attnres_fx.ops.fused import DEPTH_ATTENTION_FUSED
 from attnres_fx.ops.kernels import described
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
+from attnres_fx.ops.read_style import ReadStyle
 from attnres_fx.ops.threaded import DEPTH_ATTENTION_THREADED
 from attnres_fx.passes.graph.nodes import fake_like, insert_call, set_value, tensor_of
 from attnres_fx.passes.graph.operation_table import Trait
@@ -42,12 +43,14 @@ class DepthReadCall:
         head: What stands before the epilogue: `(sources, query, key_weight, eps, gain)`, or of a merge
             `(mixed, lse, partial, query, key_weight, eps, gain)`.
         epilogue: What the read does besides: an addition to its last source, a norm, a cast.
+        style: Its bias, scale and normalised values.
     """
 
     node: Node
     merge: bool
     head: tuple[Any, ...]
     epilogue: Epilogue[Node]
+    style: ReadStyle[Node]
 
     @property
     def sources(self) -> list[Node]:
@@ -83,7 +86,7 @@ class DepthReadCall:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """What the operators with an epilogue are called with."""
-        return (*self.head, *self.epilogue.to_arguments())
+        return (*self.head, *self.epilogue.to_arguments(), *self.style.to_arguments())
 
     def values(self) -> list[torch.Tensor]:
         """What its outputs are like: the read, and the partial sum with a delta."""
@@ -123,12 +126,14 @@ def as_depth_read(node: Node) -> DepthReadCall | None:
     if node.target not in _READS or node.op != "call_function" or node.kwargs:
         return None
     if node.target is DEPTH_ATTENTION:
-        return DepthReadCall(node, False, tuple(node.args), Epilogue())
+        return DepthReadCall(node, False, tuple(node.args[:5]), Epilogue(), ReadStyle.from_arguments(*node.args[5:]))
     merge = node.target is DEPTH_ATTENTION_MERGE
     length = 7 if merge else 5
-    if len(node.args) != length + 6:
+    end = length + FUSED_FIELDS
+    if len(node.args) < end:
         return None
-    return DepthReadCall(node, merge, tuple(node.args[:length]), Epilogue.from_arguments(*node.args[length:]))
+    epilogue: Epilogue[Node] = Epilogue.from_arguments(*node.args[length:end])
+    return DepthReadCall(node, merge, tuple(node.args[:length]), epilogue, ReadStyle.from_arguments(*node.args[end:]))
 
 
 def known_tensor(node: Node) -> torch.Tensor:

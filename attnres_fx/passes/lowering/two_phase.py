@@ -132,13 +132,17 @@ def plan_phases(
 
 
 def _blocks(gm: GraphModule) -> Iterator[tuple[tuple[Node, ...], list[Node]]]:
-    """Completed sources and reads of every block in which a partial sum grows, in graph order."""
+    """Completed sources and reads of every block in which a partial sum grows, in graph order.
+
+    Not those with a bias for each source, which would have to be taken apart with the sources.
+    """
     frozen = nodes_without_gradients(gm.graph)
-    reads = [n for n in gm.graph.nodes if n.target is DEPTH_ATTENTION and not n.kwargs and have_values(_sources(n))]
+    calls = [c for n in gm.graph.nodes if n.target is DEPTH_ATTENTION and (c := as_depth_read(n)) is not None]
+    reads = [c.node for c in calls if c.style.bias is None and have_values(c.sources)]
     seen_by: dict[Any, list[Node]] = defaultdict(list)
 
     def key(read: Node, shared: tuple[Node, ...]) -> Any:
-        return shared, read.args[3], read in frozen
+        return shared, read.args[3], read in frozen, read.args[2] is None, read.args[5:]
 
     begins = {key(r, _sources(r)[:-1]) for r in reads}
     for read in reads:
@@ -214,13 +218,14 @@ def _rewrite(gm: GraphModule, reads: list[Node], count: int) -> None:
     graph, first = gm.graph, reads[0]
     shared = list(_sources(first)[:count])
     for parameter in (p for r in reads for p in r.args[1:3]):
-        assert isinstance(parameter, Node)
-        move_before(parameter, first)
+        if isinstance(parameter, Node):
+            move_before(parameter, first)
     value = known_tensor(shared[0])
     out = fake_like(value, _promoted(shared))
     held = torch.float64 if out.dtype == torch.float64 else torch.float32
     row = fake_like(value, held)[..., 0]
-    args = (shared, [r.args[1] for r in reads], [r.args[2] for r in reads], first.args[3])
+    gains = [r.args[2] for r in reads if r.args[2] is not None]
+    args = (shared, [r.args[1] for r in reads], gains, first.args[3], *first.args[5:])
     with graph.inserting_before(first):
         values = [out] * len(reads) + [row] * len(reads)
         outputs = insert_outputs(graph, DEPTH_ATTENTION_BATCH, args, like=first, values=values)
@@ -258,9 +263,9 @@ def _dialect_node(read: Node) -> Node:
 
 
 def _merged(read: Node, mixed: Node, lse: Node) -> Node:
-    _, query, key_weight, eps, gain = read.args
+    _, query, key_weight, eps, gain, *style = read.args
     partial = _sources(read)[-1]
     value = fake_like(known_tensor(mixed), _promoted([mixed, partial]))
-    args = (mixed, lse, partial, query, key_weight, eps, gain, *Epilogue().to_arguments())
+    args = (mixed, lse, partial, query, key_weight, eps, gain, *Epilogue().to_arguments(), *style)
     with read.graph.inserting_before(read):
         return insert_outputs(read.graph, DEPTH_ATTENTION_MERGE, args, like=read, values=[value])[0]
