@@ -70,7 +70,7 @@ class Reconfiguring:
             conversion = model._attnres_conversion
             if conversion.edits is not None:
                 conversion.edits.check(model)
-            conversion.note_placement(model)
+            conversion.note_tensors(model)
             # Not checked: means are not what the original computes.
             call = dataclasses.replace(self.call, config=config, check=False)
             before, report = model.attnres.config, dataclasses.replace(conversion.report)
