@@ -69,6 +69,7 @@ def open_container(source: Any, *names: str) -> Iterator[tuple[dict[str, str], s
         _refuse_older(data[:4], "the file")
         texts = _header(data)
         tensors = package.torch.load(data)
+        del data
         yield _checked(texts, names), set(tensors), tensors.__getitem__
         return
     path = Path(source)
