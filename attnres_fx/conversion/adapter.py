@@ -138,7 +138,7 @@ def adapter_config(folder: str | os.PathLike[str]) -> AttnResConfig:
 def _table_of(place: Path) -> dict[str, Any]:
     if not (place / CONFIG_FILE).is_file():
         raise SaveError(f"{place} holds no adapter: it has no {CONFIG_FILE}.")
-    described = json.loads((place / CONFIG_FILE).read_text())
+    described = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
     if not isinstance(described, dict):
         raise SaveError(f"{CONFIG_FILE} is no table")
     return described
@@ -209,7 +209,7 @@ def _replace(place: Path, described: dict[str, Any], text: str, tensors: Mapping
 def _finish_cut_short(place: Path) -> None:
     """Put the tensors of a save that was killed at its end where they belong."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        checksum = json.loads((place / CONFIG_FILE).read_text())["checksum"]
+        checksum = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))["checksum"]
         if (waiting := _waiting(place, checksum)).is_file() and _file_checksum(waiting) == checksum:
             waiting.replace(place / TENSOR_FILE)
 

@@ -27,7 +27,7 @@ def read_content(path: str | Path) -> Any:
     if not Path(path).is_file():  # a pipe would be waited for, and a device has no end
         raise PlanError(f"{str(path)!r} is no file: give one that Plan.save wrote.")
     try:
-        file = json.loads(Path(path).read_text())
+        file = json.loads(Path(path).read_text(encoding="utf-8"))
         head = {name: file[name] for name in ("format", "version", "checksum", "plan")}
         checksum = _checksum(head["plan"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
