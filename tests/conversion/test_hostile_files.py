@@ -83,12 +83,12 @@ def test_model_files_that_say_other_things_with_a_right_checksum(tmp_path):
     read(whole)
     everywhere = [p for p in places(about) if p[0] != "checksums"]
     mutations = []
-    for i, path in enumerate(draw.sample(everywhere, 240)):
+    for i, path in enumerate(draw.sample(everywhere, 70)):
         other = [*HUGE, [HUGE[0]], [HUGE[1]] * 3, {"tuple": [HUGE[2]]}, *PATHS, "os:system", "torch:load"][i % 20]
         mutations.append((f"{path} = {other!r:.40}", with_description(whole, replaced(about, path, other))))
     count, refused = run_all(mutations, read, SaveError, lambda found: True)
-    assert count == 240
-    assert refused > 150
+    assert count == 70
+    assert refused > 40
 
 
 def test_adapter_folders(tmp_path):
