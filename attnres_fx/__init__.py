@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from attnres_fx.conversion.loading import load
     from attnres_fx.conversion.verify import verify
     from attnres_fx.errors import AttnResError
-    from attnres_fx.parameters import parameter_groups
+    from attnres_fx.parameters import convert_state, parameter_groups
     from attnres_fx.partition.plan.build_stages import build_stages
     from attnres_fx.partition.plan.load_plan import load_plan
     from attnres_fx.partition.plan.planning import plan
@@ -42,6 +42,7 @@ _HOMES = {
     "build_stages": "attnres_fx.partition.plan.build_stages",
     "compile": "attnres_fx.backend.compile",
     "convert": "attnres_fx.conversion.convert",
+    "convert_state": "attnres_fx.parameters",
     "depth_weights": "attnres_fx.analysis.depth_weights",
     "detach": "attnres_fx.backend.attach",
     "explain": "attnres_fx.backend.explain",
@@ -74,6 +75,7 @@ __all__ = [
     "build_stages",
     "compile",
     "convert",
+    "convert_state",
     "depth_weights",
     "detach",
     "errors",

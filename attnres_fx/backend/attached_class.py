@@ -137,6 +137,7 @@ def _call(model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or runs_plain(model.__dict__[HELD][0]):
             return model._call_impl(*args, **kwargs)
+        model.__dict__[HELD][0].check_written()
         with fast_path_off(), _more_graphs(), _numbers_of_modules(args, kwargs):
             try:
                 return compiled(*args, **kwargs)

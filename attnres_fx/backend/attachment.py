@@ -77,7 +77,7 @@ class AttachedParameters(AttnResParameters):
     """
 
     def __init__(self, parameters: AttnResParameters, keys: Sequence[ReadKey], homes: Mapping[str, str]) -> None:
-        super().__init__(list(parameters.reads), parameters.config)
+        super().__init__(list(parameters.reads), parameters.config, parameters.made_for.blocks)
         self.keys = tuple(keys)
         self.homes = dict(homes)
         paths = ("", *dict.fromkeys(p for p in homes.values() if p))

@@ -22,11 +22,13 @@ from attnres_fx.conversion.stored.container import open_container, reading, text
 from attnres_fx.conversion.stored.tensors import plain_tensor
 from attnres_fx.conversion.stored.whole_file import flush_folder, flush_to_disk, write_whole
 from attnres_fx.errors import SaveError
-from attnres_fx.parameters import AttnResParameters, different_options, shown_config
+from attnres_fx.parameters import AttnResParameters
+from attnres_fx.state_config import MadeFor, StreamBlocks, shown_config
 
 CONFIG_FILE = "attnres_config.json"
 TENSOR_FILE = "attnres.safetensors"
 FORMAT = 1
+_MADE_FOR = "attnres._extra_state"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class _Folder:
     version: str
     reads: tuple[ReadEntry, ...]
     base: BaseModel
+    blocks: tuple[StreamBlocks, ...] = ()
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -72,7 +75,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     owner, attnres = _owner(model, None)
     described = _described(owner, attnres)
     text = json.dumps(described, sort_keys=True)
+    attnres.check_written()
     tensors = {f"attnres.{n}": plain_tensor(f"attnres.{n}", p) for n, p in attnres.named_parameters()}
+    tensors[_MADE_FOR] = attnres.made_for.to_tensor()  # for those who give the file to load_state_dict
     place = Path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -137,7 +142,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AttnResPar
             if json.loads(texts["adapter"]) != described:
                 raise SaveError(f"{CONFIG_FILE} was changed after it was written")
             _compare(owner, attnres, config, entries)
-            tensors = {name: stored(name) for name in sorted(names)}
+            tensors = {name: stored(name) for name in sorted(names - {_MADE_FOR})}
             _compare_tensors(attnres, tensors)
             with torch.no_grad():
                 for name, parameter in attnres.named_parameters():
@@ -167,7 +172,7 @@ def adapter_config(folder: str | os.PathLike[str]) -> AttnResConfig:
 def _table_of(place: Path) -> dict[str, Any]:
     if not (place / CONFIG_FILE).is_file():
         raise SaveError(f"{place} holds no adapter: it has no {CONFIG_FILE}.")
-    described = json.loads((place / CONFIG_FILE).read_text())
+    described = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
     if not isinstance(described, dict):
         raise SaveError(f"{CONFIG_FILE} is no table")
     return described
@@ -189,7 +194,7 @@ def _owner(model: nn.Module, config: AttnResConfig | None) -> tuple[nn.Module, A
 
 def _described(owner: nn.Module, attnres: AttnResParameters) -> dict[str, Any]:
     reads = tuple(ReadEntry(r.name, r.query.shape[0], r.gate is not None) for r in attnres.reads)
-    about = _Folder(FORMAT, __version__, reads, _base(owner))
+    about = _Folder(FORMAT, __version__, reads, _base(owner), attnres.made_for.blocks)
     described = {**dataclasses.asdict(attnres.config), **dataclasses.asdict(about)}
     return dict(json.loads(json.dumps(described)))
 
@@ -238,7 +243,7 @@ def _replace(place: Path, described: dict[str, Any], text: str, tensors: Mapping
 def _finish_cut_short(place: Path) -> None:
     """Put the tensors of a save that was killed at its end where they belong."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        checksum = json.loads((place / CONFIG_FILE).read_text())["checksum"]
+        checksum = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))["checksum"]
         if (waiting := _waiting(place, checksum)).is_file() and _file_checksum(waiting) == checksum:
             waiting.replace(place / TENSOR_FILE)
 
@@ -277,10 +282,10 @@ def _parsed(described: dict[str, Any]) -> tuple[AttnResConfig, _Folder]:
 
 def _compare(owner: nn.Module, attnres: AttnResParameters, config: AttnResConfig, folder: _Folder) -> None:
     """Raise SaveError for the first thing in which a model differs from the folder."""
-    if different := different_options(config, attnres.config):
+    if different := MadeFor(config, folder.blocks).differences(attnres.made_for):
         raise SaveError(
             f"{different[0]} differs: the adapter was made with {shown_config(config)}, and this model with "
-            f"{shown_config(attnres.config)}"
+            f"{shown_config(attnres.config)}. Convert or attach the original with the adapter's config"
         )
     own = [ReadEntry(r.name, r.query.shape[0], r.gate is not None) for r in attnres.reads]
     for i, (theirs, ours) in enumerate(zip(folder.reads, own, strict=False)):

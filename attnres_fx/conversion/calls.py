@@ -62,6 +62,7 @@ def _eager_program_for(
     conversion: Conversion = model._attnres_conversion
     mode: Mode = "train" if model.training else "eval"
     first: CapturedProgram = model.program_of(mode)
+    model.attnres.check_written()
     if conversion.edits is not None:
         conversion.edits.check(model)
         if why := conversion.edits.original_changed(mode):

@@ -66,6 +66,7 @@ def parts_of(model: Any) -> ModelParts:
     conversion = model._attnres_conversion
     model.every_program()
     conversion.check_current(model)
+    model.attnres.check_written()
     modes: dict[int, list[Mode]] = {}
     programs: dict[int, Any] = {}
     for mode, first in conversion.programs.items():
@@ -231,7 +232,7 @@ def _attnres(reads: Any, tensors: Mapping[str, Tensor], report: ConversionReport
     for name, width, gated in from_plain(tuple[tuple[str, int, bool], ...], reads, "reads", error=SaveError):
         read = DepthRead(name, width, gated=gated, device="meta")
         made.append(read)
-    attnres = AttnResParameters(made, report.config)
+    attnres = AttnResParameters(made, report.config, tuple(s.blocks for s in report.streams))
     held = {n.removeprefix("attnres."): t for n, t in tensors.items() if n.startswith("attnres.")}
     expected = dict(attnres.named_parameters())
     for name in (*sorted(set(expected) - set(held)), *sorted(set(held) - set(expected))):

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from attnres_fx.errors import PipelineError
+from attnres_fx.parameters import AttnResParameters
 from attnres_fx.partition.checkpoint_folder import FolderReader, FolderWriter, PlainLoadPlanner, in_words
 
 Optimizer = torch.optim.Optimizer
@@ -82,6 +83,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
 
     Raises:
         PipelineError: The folder holds no complete checkpoint, or that of another model.
+        ConfigError: It is of a model with another config, whose values the model holds now.
         SaveError: The checkpoint is damaged; the model may hold some of its values.
     """
     load_modules(path, whole(model), optimizer)
@@ -118,6 +120,7 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
 
     Raises:
         PipelineError: A name is missing, or the folder holds no complete checkpoint.
+        ConfigError: It is of a model with another config, whose values the model holds now.
         SaveError: The checkpoint is damaged.
     """
     written = _read_names(path)
@@ -145,6 +148,9 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
         for name, key in keys.items():
             if state[key] is not values[name]:
                 values[name].copy_(state[key])
+    for part in (part for module in parts.modules for part in module.modules()):
+        if isinstance(part, AttnResParameters):
+            part.check_written()
     if optimizer is not None:
         _restore(optimizer, prefixes, state)
 

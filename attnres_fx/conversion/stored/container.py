@@ -69,6 +69,7 @@ def open_container(source: Any, *names: str) -> Iterator[tuple[dict[str, str], s
         _refuse_older(data[:4], "the file")
         texts = _header(data)
         tensors = package.torch.load(data)
+        del data
         yield _checked(texts, names), set(tensors), tensors.__getitem__
         return
     path = Path(source)
@@ -98,7 +99,7 @@ def _header(data: bytes) -> Any:
     import json
 
     size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return json.loads(data[8 : 8 + size].decode()).get("__metadata__", {})  # of bytes, json would guess the encoding
 
 
 def _checked(texts: Any, names: tuple[str, ...]) -> dict[str, str]:

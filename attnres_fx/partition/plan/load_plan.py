@@ -28,7 +28,13 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         PlanError: The file is cut short, edited or of another format, or its parts contradict each other.
     """
-    return _plan_of(read_content(path))
+    content = read_content(path)
+    try:
+        return _plan_of(content)
+    except PlanError:
+        raise
+    except Exception as error:  # whatever a part of this library says to what the file holds
+        raise PlanError(f"{str(path)!r} was not written by Plan.save ({type(error).__name__}: {error}).") from error
 
 
 def _plan_of(content: Any) -> Plan:

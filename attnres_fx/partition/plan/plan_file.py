@@ -24,8 +24,10 @@ def write_content(content: dict[str, Any], path: str | Path) -> None:
 
 def read_content(path: str | Path) -> Any:
     """What `write_content` wrote. Raises PlanError for a file that is cut short, edited, or of another format."""
+    if not Path(path).is_file():  # a pipe would be waited for, and a device has no end
+        raise PlanError(f"{str(path)!r} is no file: give one that Plan.save wrote.")
     try:
-        file = json.loads(Path(path).read_text())
+        file = json.loads(Path(path).read_text(encoding="utf-8"))
         head = {name: file[name] for name in ("format", "version", "checksum", "plan")}
         checksum = _checksum(head["plan"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -21,7 +21,7 @@ def make_parameters(graph: Graph, root: nn.Module, plan: ReadPlan, config: AttnR
         assert value is not None
         device = _device(value, root)
         made.append(DepthRead(read.read, read.width, gated=read.gated, dtype=dtype or value.dtype, device=device))
-    return AttnResParameters(made, config)
+    return AttnResParameters(made, config, plan.blocks)
 
 
 def _parameter_dtype(root: nn.Module) -> torch.dtype | None:

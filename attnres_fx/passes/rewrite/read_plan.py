@@ -15,6 +15,7 @@ from attnres_fx.passes.graph.result import defects_named
 from attnres_fx.passes.schedule import DepthSchedule, plan_schedule
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged
 from attnres_fx.passes.streams.stream import Read, Stream, StreamSet
+from attnres_fx.state_config import StreamBlocks
 
 #: What a term is counted under while a graph is rewritten: a source, or the label of a term outside the chain.
 Group = Source | str
@@ -130,6 +131,11 @@ class StreamPlan:
     unread_ends: tuple[BlockEnd, ...] = field(default=(), repr=False)
 
     @property
+    def blocks(self) -> StreamBlocks:
+        """Its blocks, as a state names them."""
+        return StreamBlocks(self.stream.name, self.schedule.starts, self.schedule.num_sublayers)
+
+    @property
     def num_parameters(self) -> int:
         """Elements of all queries, key gains and gates of the stream."""
         return sum(read.num_parameters for read in self.reads)
@@ -146,6 +152,11 @@ class ReadPlan:
 
     streams: tuple[StreamPlan, ...]
     reads: tuple[DepthReadPlan, ...] = field(repr=False)
+
+    @property
+    def blocks(self) -> tuple[StreamBlocks, ...]:
+        """The blocks of each stream, as a state names them."""
+        return tuple(s.blocks for s in self.streams)
 
 
 def plan_depth_reads(

@@ -1,0 +1,131 @@
+"""What a state says of itself: the config that its parameters were made for, and the blocks that this gave."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnres_fx.config import AttnResConfig
+from attnres_fx.errors import ConfigError
+
+#: The options that decide the blocks; different ones can give the same.
+_OF_BLOCKS = ("num_blocks", "block_size", "boundaries")
+#: The length of a state's text is a multiple, so that states of different configs fit into each other's place.
+_UNIT = 1024
+_CHECKSUM = "checksum"
+
+
+@dataclass(frozen=True)
+class StreamBlocks:
+    """The blocks of one stream.
+
+    Attributes:
+        stream: Its name.
+        starts: The first sublayer of each block, from 0.
+        sublayers: How many it has.
+    """
+
+    stream: str
+    starts: tuple[int, ...]
+    sublayers: int
+
+    def begins_as(self, other: "StreamBlocks") -> bool:
+        """Whether the blocks are the same as far as both streams go."""
+        both = min(self.sublayers, other.sublayers)
+        return [s for s in self.starts if s < both] == [s for s in other.starts if s < both]
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What parameters were made for.
+
+    Attributes:
+        config: The options.
+        blocks: What they gave for each stream; empty where nobody said.
+    """
+
+    config: AttnResConfig
+    blocks: tuple[StreamBlocks, ...] = ()
+
+    def differences(self, other: "MadeFor") -> list[str]:
+        """The options by which the same parameters compute another function.
+
+        Blocks are compared as they are, however they were asked for. Streams are not compared: their names are in the
+        names of reads.
+        """
+        differ = [n for n in ("variant", "output", "eps") if getattr(self.config, n) != getattr(other.config, n)]
+        asked = [n for n in _OF_BLOCKS if getattr(self.config, n) != getattr(other.config, n)]
+        pairs = self._pairs(other)
+        if not pairs:
+            return differ + asked
+        if all(mine.begins_as(theirs) for mine, theirs in pairs):
+            return differ
+        return differ + (asked or ["blocks"] * (not differ))
+
+    def means_the_same(self, other: "MadeFor") -> bool:
+        """Whether the same parameters compute the same function, also under another variant."""
+        if self.config.output != other.config.output or self.config.eps != other.config.eps:
+            return False
+        names = {b.stream for b in self.blocks}
+        if not names or names != {b.stream for b in other.blocks}:
+            return False
+        return all(_seen(self, mine) == _seen(other, theirs) for mine, theirs in self._pairs(other))
+
+    def to_tensor(self) -> Tensor:
+        """As JSON with a checksum, in bytes: [1024 or a multiple of it] uint8, filled up with spaces."""
+        about = dataclasses.asdict(self.config) | {"blocks": [dataclasses.astuple(b) for b in self.blocks]}
+        text = json.dumps(about | {_CHECKSUM: _checksum(about)}).encode()
+        with torch.inference_mode(False):
+            return torch.frombuffer(bytearray(text + b" " * (-len(text) % _UNIT)), dtype=torch.uint8)
+
+    @staticmethod
+    def from_tensor(state: Any) -> "MadeFor":
+        """What `to_tensor` made. Raises ConfigError where it cannot be read."""
+        try:
+            about = json.loads(bytes(state.cpu().tolist()))
+            checksum = about.pop(_CHECKSUM, None)
+            if checksum is not None and checksum != _checksum(about):
+                raise ValueError("its checksum does not fit")
+            blocks = tuple(StreamBlocks(str(n), tuple(starts), int(c)) for n, starts, c in about.pop("blocks", ()))
+            return MadeFor(AttnResConfig(**about), blocks)
+        except Exception as error:  # whatever stands there
+            raise ConfigError(f"the state's config (attnres._extra_state) cannot be read: {error}") from error
+
+    def _pairs(self, other: "MadeFor") -> list[tuple[StreamBlocks, StreamBlocks]]:
+        theirs = {b.stream: b for b in other.blocks}
+        return [(b, theirs[b.stream]) for b in self.blocks if b.stream in theirs]
+
+
+def _seen(made_for: MadeFor, blocks: StreamBlocks) -> tuple[Any, ...]:
+    """What decides the sources of a stream's reads: blocks of one sublayer, and one block of `local`, are `full`."""
+    variant = made_for.config.variant
+    one_each = variant == "block" and len(blocks.starts) == blocks.sublayers
+    all_in_one = variant == "local" and len(blocks.starts) == 1
+    if variant == "full" or one_each or all_in_one:
+        return ("full", blocks.sublayers)
+    return (variant, blocks.starts, blocks.sublayers)
+
+
+def _checksum(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shown_config(config: AttnResConfig) -> str:
+    """A config in words, with the options that are not the defaults.
+
+    Args:
+        config: Any config.
+
+    Returns:
+        What would make it again: `AttnResConfig(variant='block', output='sum', num_blocks=4)`.
+    """
+    given = [f"{f.name}={getattr(config, f.name)!r}" for f in dataclasses.fields(config) if _is_given(config, f)]
+    return f"AttnResConfig({', '.join(given)})"
+
+
+def _is_given(config: AttnResConfig, field: Any) -> bool:
+    return field.name in ("variant", "output") or getattr(config, field.name) != field.default
