@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from attnres_fx.backend.plain_runs import runs_plain
+from attnres_fx.backend.sharded_blocks import run_sharded
 from attnres_fx.capture.isolated_run import fast_path_off
 from attnres_fx.conversion.around_forward import WAY_OUT
 from attnres_fx.conversion.pretrained_folder import saving_methods
@@ -24,6 +26,8 @@ HELD = "_attnres_attached"
 #: Graphs that one forward may need: shapes, caches, modes, gradients on and off, a few models of one class.
 MOST_GRAPHS = 64
 _DYNAMOS_OWN_LIMIT = 8
+#: How the names of what writes a log line begin, libraries' own (`warning_once`) among them.
+_LEVELS = ("debug", "info", "warning", "warn", "error", "exception", "critical", "fatal", "log")
 
 
 _MODULES: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
@@ -137,9 +141,9 @@ def _call(model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or runs_plain(model.__dict__[HELD][0]):
             return model._call_impl(*args, **kwargs)
-        with fast_path_off(), _more_graphs(), _numbers_of_modules(args, kwargs):
+        with fast_path_off(), _more_graphs(), _log_lines_left_out(), _numbers_of_modules(args, kwargs):
             try:
-                return compiled(*args, **kwargs)
+                return run_sharded(model, compiled, args, kwargs)
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:
                 raise BackendError(_limit_message(model)) from error
 
@@ -151,6 +155,14 @@ def _more_graphs() -> contextlib.AbstractContextManager[object]:
     if torch._dynamo.config.recompile_limit != _DYNAMOS_OWN_LIMIT:
         return contextlib.nullcontext()
     patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
+    return patched
+
+
+def _log_lines_left_out() -> contextlib.AbstractContextManager[object]:
+    """A line that forward logs is no reason to end a graph; Dynamo can only leave it out."""
+    logged = {f for name, f in vars(logging.Logger).items() if name.split("_")[0] in _LEVELS}
+    ignored = torch._dynamo.config.ignore_logging_functions | logged
+    patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(ignore_logging_functions=ignored)
     return patched
 
 
