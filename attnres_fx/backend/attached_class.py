@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from attnres_fx.backend.attachment import ATTRIBUTE
 from attnres_fx.backend.plain_runs import runs_plain
 from attnres_fx.backend.sharded_blocks import run_sharded
 from attnres_fx.capture.isolated_run import fast_path_off
 from attnres_fx.conversion.around_forward import WAY_OUT
 from attnres_fx.conversion.pretrained_folder import saving_methods
-from attnres_fx.errors import BackendError, EagerCallError
+from attnres_fx.errors import AttachError, BackendError, EagerCallError
 from attnres_fx.ops.marker import PARAMETERS
 from attnres_fx.parameters import check_state
 
@@ -141,6 +142,7 @@ def _call(model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or runs_plain(model.__dict__[HELD][0]):
             return model._call_impl(*args, **kwargs)
+        _check_parameters(model)
         with fast_path_off(), _more_graphs(), _log_lines_left_out(), _numbers_of_modules(args, kwargs):
             try:
                 return run_sharded(model, compiled, args, kwargs)
@@ -148,6 +150,19 @@ def _call(model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
                 raise BackendError(_limit_message(model)) from error
 
     return call
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Raise AttachError where the model's parameters were put aside for others, which no graph would take."""
+    attached, path = model.__dict__[HELD]
+    now = model._modules.get(ATTRIBUTE)
+    if path == "" and now is not attached:
+        raise AttachError(
+            f"{type(model).__name__}.attnres is a {type(now).__name__} now, whose queries would be trained and not be "
+            f"used (PEFT makes copies of what modules_to_save names). Leave attnres as it is: let its own parameters "
+            f"train, model.attnres.requires_grad_(True), and save them by attnres_fx.save_adapter; or put adapters "
+            f"into the model first and compile it afterwards."
+        )
 
 
 def _more_graphs() -> contextlib.AbstractContextManager[object]:

@@ -20,7 +20,8 @@ import attnres_fx as ax
 
 CONFIG = ax.AttnResConfig(variant="block", block_size=2)
 COMPILED = {"backend": "attnres", "dynamic": False, "options": {"inner": "eager"}}
-SHAPE = (2, 5, 8)
+WITH_AUTOGRAD = {**COMPILED, "options": {"inner": "aot_eager"}}
+ROWS_OF_A_RANK, SHAPE = 2, (4, 5, 8)
 
 
 class Layer(nn.Module):
@@ -48,8 +49,12 @@ def net():
     return Net()
 
 
+def batch():
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+
 def example():
-    return (torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)),)
+    return (batch()[:ROWS_OF_A_RANK],)
 
 
 def converted(model):
@@ -61,8 +66,8 @@ def attached(model):
     return model
 
 
-def compiled(model):
-    model.compile(**COMPILED)
+def compiled(model, how=COMPILED):
+    model.compile(**how)
     return model
 
 
@@ -91,14 +96,14 @@ def ddp(model):
     return DistributedDataParallel(model)
 
 
-#: From the inside to the outside: what is done to the model first stands last.
+#: What is done to a model, in this order.
 ROWS = {
     "fully_shard, convert": lambda: converted(fully_shard(net())),
     "fully_shard, attach": lambda: attached(fully_shard(net())),
     "convert, fully_shard": lambda: fully_shard(converted(net())),
     "convert, fully_shard by layers": lambda: by_layers(converted(net())),
     "attach, fully_shard, compile": lambda: compiled(fully_shard(attached(net()))),
-    "attach, fully_shard by layers, compile": lambda: compiled(by_layers(attached(net()))),
+    "attach, fully_shard by layers, compile": lambda: compiled(by_layers(attached(net())), WITH_AUTOGRAD),
     "ax.compile, fully_shard by layers": lambda: by_layers(ax_compiled(net())),
     "attach, fully_shard of layers alone, compile": lambda: compiled(layers_alone(attached(net()))),
     "convert, DDP": lambda: ddp(converted(net())),
@@ -112,11 +117,10 @@ ROWS = {
 }
 
 
-def losses(model):
-    """Of three steps on the same rows in every process, so that an average of gradients is each one's."""
+def losses(model, x):
+    """Of three steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     found = []
-    (x,) = example()
     for _ in range(3):
         loss = (model(x) - x.roll(1, 1)).square().mean()
         loss.backward()
@@ -132,10 +136,15 @@ def moved(model):
     return max((q.full_tensor() if isinstance(q, DTensor) else q).abs().max().item() for q in queries)
 
 
-def measured(make, wanted):
+def measured(name, wanted):
+    """How far a row is from one process; each rank has rows of the batch, or all of it where it has a part of weights."""
+    rank, world = dist.get_rank(), dist.get_world_size()
     try:
-        model = make()
-        off = (losses(model) - wanted).abs()
+        model = ROWS[name]()
+        mine = batch() if "parallelize" in name else batch()[ROWS_OF_A_RANK * rank :][:ROWS_OF_A_RANK]
+        found = losses(model, mine) / world
+        dist.all_reduce(found)
+        off = (found - wanted).abs()
         return {"original": off[0].item(), "steps": off.max().item(), "moved": moved(model)}
     except ax.AttnResError as error:
         return {"refused": str(error)}
@@ -146,13 +155,9 @@ def measured(make, wanted):
 def main(rank, world, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     torch._dynamo.config.optimize_ddp = False
-    wanted = losses(converted(net()))
-    wanted[0] = losses(net())[0]  # the original's own
-    rows = {}
-    for name, make in ROWS.items():
-        rows[name] = measured(make, wanted)
-        if os.environ.get("DEBUG_ROWS"):
-            print(rank, name, rows[name], flush=True)
+    wanted = losses(converted(net()), batch())
+    wanted[0] = losses(net(), batch())[0]  # the original's own
+    rows = {name: measured(name, wanted) for name in ROWS}
     if rank == 0:
         print(json.dumps(rows), flush=True)
     dist.barrier()
