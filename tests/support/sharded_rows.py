@@ -137,7 +137,7 @@ def moved(model):
 
 
 def measured(name, wanted):
-    """How far a row is from one process; a rank has its rows of the batch, or all where it has a part of the weights."""
+    """How far a row is from one process; a rank has its rows of the batch, or all where it has a part of weights."""
     rank, world = dist.get_rank(), dist.get_world_size()
     try:
         model = ROWS[name]()
