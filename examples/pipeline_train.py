@@ -10,7 +10,6 @@ plan for another number and give `--resume`.
 
 import argparse
 import os
-import sysconfig
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,8 +23,10 @@ from attnres_fx.partition.runtime import build_pipeline
 
 try:
     from examples.small_gpt import GPTConfig, SmallGPT, next_byte_loss
+    from examples.stdlib_text import stdlib_rows
 except ImportError:  # as torchrun starts it, with this folder as the path
     from small_gpt import GPTConfig, SmallGPT, next_byte_loss
+    from stdlib_text import stdlib_rows
 
 ROWS, LENGTH = 2, 64  # of one microbatch
 
@@ -38,10 +39,9 @@ def model() -> tuple[nn.Module, dict[str, Tensor]]:
 
 def batches(rows: int) -> Tensor:
     """Real text in order, [step, rows, LENGTH + 1]."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))[:40])
-    count = len(text) // (rows * (LENGTH + 1))
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)[: count * rows * (LENGTH + 1)].view(count, rows, -1)
+    text = stdlib_rows(LENGTH + 1)
+    count = len(text) // rows
+    return text[: count * rows].view(count, rows, -1)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -11,11 +12,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from attnres_fx.backend.attachment import ATTRIBUTE
 from attnres_fx.backend.plain_runs import runs_plain
+from attnres_fx.backend.sharded_blocks import run_sharded
 from attnres_fx.capture.isolated_run import fast_path_off
 from attnres_fx.conversion.around_forward import WAY_OUT
 from attnres_fx.conversion.pretrained_folder import saving_methods
-from attnres_fx.errors import BackendError, EagerCallError
+from attnres_fx.errors import AttachError, BackendError, EagerCallError
 from attnres_fx.ops.marker import PARAMETERS
 from attnres_fx.parameters import check_state
 
@@ -24,6 +27,8 @@ HELD = "_attnres_attached"
 #: Graphs that one forward may need: shapes, caches, modes, gradients on and off, a few models of one class.
 MOST_GRAPHS = 64
 _DYNAMOS_OWN_LIMIT = 8
+#: How the names of what writes a log line begin, libraries' own (`warning_once`) among them.
+_LEVELS = ("debug", "info", "warning", "warn", "error", "exception", "critical", "fatal", "log")
 
 
 _MODULES: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
@@ -138,13 +143,27 @@ def _call(model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_dynamo_compiling() or runs_plain(model.__dict__[HELD][0]):
             return model._call_impl(*args, **kwargs)
         model.__dict__[HELD][0].check_written()
-        with fast_path_off(), _more_graphs(), _numbers_of_modules(args, kwargs):
+        _check_parameters(model)
+        with fast_path_off(), _more_graphs(), _log_lines_left_out(), _numbers_of_modules(args, kwargs):
             try:
-                return compiled(*args, **kwargs)
+                return run_sharded(model, compiled, args, kwargs)
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:
                 raise BackendError(_limit_message(model)) from error
 
     return call
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Raise AttachError where the model's parameters were put aside for others, which no graph would take."""
+    attached, path = model.__dict__[HELD]
+    now = model._modules.get(ATTRIBUTE)
+    if path == "" and now is not attached:
+        raise AttachError(
+            f"{type(model).__name__}.attnres is a {type(now).__name__} now, whose queries would be trained and not be "
+            f"used (PEFT makes copies of what modules_to_save names). Leave attnres as it is: let its own parameters "
+            f"train, model.attnres.requires_grad_(True), and save them by attnres_fx.save_adapter; or put adapters "
+            f"into the model first and compile it afterwards."
+        )
 
 
 def _more_graphs() -> contextlib.AbstractContextManager[object]:
@@ -152,6 +171,14 @@ def _more_graphs() -> contextlib.AbstractContextManager[object]:
     if torch._dynamo.config.recompile_limit != _DYNAMOS_OWN_LIMIT:
         return contextlib.nullcontext()
     patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
+    return patched
+
+
+def _log_lines_left_out() -> contextlib.AbstractContextManager[object]:
+    """A line that forward logs is no reason to end a graph; Dynamo can only leave it out."""
+    logged = {f for name, f in vars(logging.Logger).items() if name.split("_")[0] in _LEVELS}
+    ignored = torch._dynamo.config.ignore_logging_functions | logged
+    patched: contextlib.AbstractContextManager[object] = torch._dynamo.config.patch(ignore_logging_functions=ignored)
     return patched
 
 

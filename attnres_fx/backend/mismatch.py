@@ -54,6 +54,12 @@ def _graph_break(gm: GraphModule) -> str:
         return ""
     frames = getattr(reason, "user_stack", None) or []
     place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    if frames and "/distributed/fsdp/" in frames[-1].filename.replace("\\", "/"):
+        return (
+            "FSDP gathers the weights of a block by hooks inside of the model, where they end the graph: shard the "
+            "model itself too, fully_shard(model), and compile it in place (attnres_fx.compile, or model.compile). The "
+            "hooks then run around the whole call."
+        )
     why = " ".join(str(reason.reason).split())[:300]
     return (
         f"A graph break{place} ends it inside the model ({why}). Remove the break; torch.compile(fullgraph=True), "

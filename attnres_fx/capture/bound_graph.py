@@ -280,6 +280,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _of_unknown_origin(node: Node, value: Any) -> str:
+    if type(value).__name__ == "DeviceMesh":
+        return (
+            f"the model takes a DeviceMesh ({describe(node)}): it is parallelized already (parallelize_module), by "
+            f"hooks that no graph holds. Attach the model first (attnres_fx.compile, or attnres_fx.attach and "
+            f"model.compile), and parallelize it afterwards; a converted model is not parallelized."
+        )
     kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
     return (
         f"the model takes {kind} ({describe(node)}) that is neither an argument nor held by a module: a value drawn by "

@@ -26,6 +26,10 @@ MOST_FOLLOWED = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
+_DISTRIBUTED = (
+    "Shard a converted model as a whole, fully_shard(model), or use ax.compile: shard or parallelize its blocks after "
+    "ax.attach."
+)
 _WAY_OUT = "Do it to the original before convert(), or use ax.compile, which runs the model's own modules."
 
 
@@ -96,7 +100,8 @@ class EditGuard:
             if _hook_count(module) != state.hooks:
                 raise EditedError(
                     f"a hook was put on {state.path} (a {state.kind.__name__}) or taken from it after the conversion: "
-                    f"a converted model runs a graph, and hooks on its submodules do not fire. {_WAY_OUT}"
+                    f"a converted model runs a graph, and hooks on its submodules do not fire. "
+                    f"{_way_out(module)}"
                 )
         if _global_hooks() > self.global_hooks:
             raise EditedError(
@@ -150,8 +155,16 @@ class EditGuard:
         what = f"became a {type(module).__name__}" if type(module) is not state.kind else "got other children"
         raise EditedError(
             f"{state.path} (a {state.kind.__name__}) {what} after the conversion: a converted model runs a graph, and "
-            f"modules put into its tree (adapters, quantised or sharded layers) have no effect. {_WAY_OUT}"
+            f"modules put into its tree (adapters, quantised or sharded layers) have no effect. "
+            f"{_way_out(module)}"
         )
+
+
+def _way_out(module: nn.Module) -> str:
+    """What to do instead of a change to this module: what shards or parallelizes it left DTensors in it."""
+    sharded = any(type(p).__name__ == "DTensor" for p in module._parameters.values())
+    sharded = sharded or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+    return _DISTRIBUTED if sharded else _WAY_OUT
 
 
 def _tree(root: nn.Module, skipped: Sequence[str]) -> list[tuple[str, nn.Module]]:

@@ -13,8 +13,8 @@ from attnres_fx.conversion.adapter import CONFIG_FILE, save_adapter
 from attnres_fx.conversion.stored.whole_file import write_whole
 from attnres_fx.errors import SaveError
 
-#: The key in `config.json`.
-MARK = "attnres"
+#: The key in `config.json`; diffusers shows keys as attributes of the model, of which `attnres` is one already.
+MARK = "attnres_fx"
 _MODEL_CONFIG = "config.json"
 
 

@@ -16,7 +16,8 @@ from attnres_fx.conversion.deferred import DeferredMode
 from attnres_fx.conversion.kept_programs import drop_unused_constants
 from attnres_fx.conversion.recapturing import Recapturing
 from attnres_fx.errors import AttnResError, SaveError
-from attnres_fx.parameters import AttnResParameters, shown_config
+from attnres_fx.parameters import AttnResParameters
+from attnres_fx.state_config import shown_config
 
 
 def reconfigure_(owner: nn.Module, attnres: AttnResParameters, config: AttnResConfig) -> None:

@@ -51,7 +51,7 @@ def test_the_folder_gives_the_model_back(saved):
 
 def test_config_json_names_the_adapter(saved):
     said = json.loads((saved[1] / "config.json").read_text())
-    assert said["attnres"] == {"adapter": "attnres_config.json", "variant": "block", "output": "mean"}
+    assert said["attnres_fx"] == {"adapter": "attnres_config.json", "variant": "block", "output": "mean"}
     assert said["architectures"] == ["LlamaForCausalLM"]
 
 
@@ -61,7 +61,7 @@ def test_the_plain_class_says_which_tensors_it_leaves_out(saved, caplog):
         plain = transformers.AutoModelForCausalLM.from_pretrained(saved[1])
     transformers.utils.logging.disable_propagation()
     assert "attnres.reads.model__norm.query" in caplog.text and "UNEXPECTED" in caplog.text
-    assert plain.config.attnres["variant"] == "block"
+    assert plain.config.attnres_fx["variant"] == "block"
 
 
 def test_the_class_of_a_model_with_reads_loads_its_own_class(saved):
