@@ -21,7 +21,7 @@ class _AfterTorch:
         spec = next((s for f in others if (s := f.find_spec(name, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             # The loader stays what it is: torch and others ask it for sources and data.
-            spec.loader.exec_module = self._then_registered(spec.loader.exec_module)  # type: ignore[method-assign]
+            spec.loader.exec_module = self._then_registered(spec.loader.exec_module)  # type: ignore[assignment, method-assign]
         return spec
 
     def _then_registered(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
