@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 # Output of the demo; any writable folder.
 OUT ?= demo-output
 
@@ -9,7 +10,7 @@ OUT ?= demo-output
 FUZZ ?= 2000
 SEED ?= 1
 
-.PHONY: install demo test test-quick fuzz check wheel clean
+.PHONY: install demo test test-quick fuzz check docs wheel clean
 
 install: $(STAMP)
 
@@ -36,7 +37,15 @@ fuzz: $(STAMP)
 	@echo "$(FUZZ) programs from seed $(SEED); the same again: make fuzz FUZZ=$(FUZZ) SEED=$(SEED)"
 	ATTNRES_FUZZ=$(FUZZ) ATTNRES_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -n 2 --dist worksteal tests/passes/streams/test_random_programs.py
 
-check: $(STAMP)
+# The site is built from sources alone, without importing them, in seconds: so `check` builds it, strictly.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: $(STAMP) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

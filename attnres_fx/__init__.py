@@ -3,10 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnres_fx import errors, ops  # the operators are registered: saved programs can be loaded
+from attnres_fx import errors
 from attnres_fx._version import __version__
+from attnres_fx.registration import register_operators
 
 if TYPE_CHECKING:
+    from attnres_fx import ops
     from attnres_fx.analysis.callbacks import DepthWeightsCallback, LightningDepthWeightsCallback
     from attnres_fx.analysis.depth_profile import DepthProfile, profile_depth
     from attnres_fx.analysis.depth_weights import DepthWeights, depth_weights
@@ -97,7 +99,12 @@ __all__ = [
 ]
 
 
+register_operators()
+
+
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("attnres_fx.ops")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
@@ -105,4 +112,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, "ops"})

@@ -2,28 +2,26 @@
 
 import argparse
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: The model that the options of a command name, and example arguments for it.
-Load = Callable[[argparse.Namespace], tuple[Any, tuple[Any, ...], dict[str, Any]]]
+from attnres_fx.cli_inputs import load
 
 
-def add_profile(parser: argparse.ArgumentParser, load: Load) -> None:
+def add_profile(parser: argparse.ArgumentParser) -> None:
     """Give the command its options; those that name a model it has already."""
     parser.add_argument("--loss", metavar="MODULE:FUNCTION", help="from what the model returns to a scalar")
     parser.add_argument("--train", action="store_true", help="profile the model in train mode instead of eval mode")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it as data")
-    parser.set_defaults(run=lambda options: _profile(options, load))
+    parser.set_defaults(run=_profile)
 
 
-def _profile(options: argparse.Namespace, load: Load) -> int:
+def _profile(options: argparse.Namespace) -> int:
     import attnres_fx as ax
 
-    model, args, kwargs = load(options)
+    model, args, kwargs = load(options.model, options.input)
     model.train(options.train)
     profile = ax.profile_depth(model, args, kwargs, loss=_function(options.loss))
     print(profile)

@@ -11,7 +11,7 @@ from attnres_fx.passes.lowering.read_calls import OPERATORS
 from tests.support.paths import ROOT
 
 NAMES = sorted(set(attnres_fx.__all__) - {"__version__", "errors", "ops"})
-HEAVY = ("transformers", "triton", "torch._inductor.compile_fx", "matplotlib", "attnres_fx.partition")
+HEAVY = ("torch", "transformers", "triton", "torch._inductor.compile_fx", "matplotlib", "attnres_fx.partition")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,8 +33,31 @@ def test_importing_the_package_alone_is_light():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_importing_the_package_alone_registers_every_operator_a_graph_may_hold():
+IMPORTS = {
+    "after torch": "import torch, attnres_fx",
+    "before torch": "import attnres_fx, torch",
+    "before torch is looked for": "import attnres_fx, importlib.util; importlib.util.find_spec('torch'); import torch",
+}
+
+
+@pytest.mark.parametrize("imports", IMPORTS)
+@pytest.mark.slow_after(2)
+def test_importing_the_package_alone_registers_every_operator_a_graph_may_hold(imports):
     in_graphs = {str(o).split(".")[1] for o in OPERATORS} | {"parameters"}
-    code = f"import torch, attnres_fx; [getattr(torch.ops.attnres_fx, n) for n in {sorted(in_graphs)}]"
+    code = f"{IMPORTS[imports]}; [getattr(torch.ops.attnres_fx, n) for n in {sorted(in_graphs)}]"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["--version"]], ids=" ".join)
+def test_the_command_line_says_what_it_takes_without_torch(arguments):
+    code = f"""
+import sys
+from attnres_fx.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout.split()[-1] == "False", done.stderr

@@ -7,13 +7,14 @@ from torch import nn
 from attnres_fx.backend.attachment import require_attached, unwrapped
 from attnres_fx.backend.compile_log import CompiledGraph
 from attnres_fx.config import AttnResConfig
-from attnres_fx.shown import brief, counted, table
+from attnres_fx.report_page import ReportPage, Shown
+from attnres_fx.shown import counted
 
 __all__ = ["Explanation", "explain"]
 
 
-@dataclass
-class Explanation:
+@dataclass(repr=False)
+class Explanation(Shown):
     """Report of what the backend has done for a model so far; `print` it.
 
     Attributes:
@@ -28,7 +29,7 @@ class Explanation:
     reads: tuple[str, ...]
     graphs: list[CompiledGraph] = field(default_factory=list)
 
-    def __str__(self) -> str:
+    def _page(self) -> ReportPage:
         head = (
             f"{self.model}: attached, variant {self.config.variant}, output {self.config.output}, "
             f"{counted(len(self.reads), 'read')}, {counted(len(self.graphs), 'graph')} compiled"
@@ -46,11 +47,7 @@ class Explanation:
             }
             for i, g in enumerate(self.graphs)
         ]
-        lines = ["", table(rows, wrapped=("inputs", "kernels", "passes"))] if rows else []
-        return "\n".join([head, *lines])
-
-    def __repr__(self) -> str:
-        return brief(str(self), "see .graphs")
+        return ReportPage((head,), rows, wrapped=("inputs", "kernels", "passes"))
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from attnres_fx.conversion.trial import HeldTensor, Outcome
 from attnres_fx.errors import CheckError
-from attnres_fx.shown import brief
+from attnres_fx.report_page import ReportPage, Shown
 
 _OUTPUTS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 _GRADIENTS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-2, torch.bfloat16: 2e-1}
@@ -47,8 +46,8 @@ class Difference:
         return f"{self.kind} {self.name} is off by {self.relative:.1e} (allowed {self.tolerance:.0e})"
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass(frozen=True, repr=False)
+class VerifyReport(Shown):
     """Differences of a converted model from the original, at zero queries, in one mode.
 
     Attributes:
@@ -81,10 +80,15 @@ class VerifyReport:
         """Whether nothing differs by more than its tolerance."""
         return not self.failed
 
-    def __str__(self) -> str:
+    def _page(self) -> ReportPage:
         shown = {d for kind in ("output", "gradient", "buffer") for d in self._worst_of(kind)}
+        numbers = ("absolute", "relative", "allowed")
         rows = [
-            {"what": d.kind, "name": d.name, "absolute": d.absolute, "relative": d.relative, "allowed": d.tolerance}
+            {
+                "what": d.kind,
+                "name": d.name,
+                **{n: f"{x:.2e}" for n, x in zip(numbers, (d.absolute, d.relative, d.tolerance), strict=True)},
+            }
             for d in self.differences
             if d in shown
         ]
@@ -92,12 +96,9 @@ class VerifyReport:
         counts = ", ".join(
             f"{sum(d.kind == k for d in self.differences)} {k}s" for k in ("output", "gradient", "buffer")
         )
-        table = tabulate(rows, headers="keys", tablefmt="simple", floatfmt=".2e")
         where = f", {self.sizes}" if self.sizes else ""
-        return f"{self.mode} mode, zero queries{where}: {counts} {verdict}; the largest of each:\n\n{table}"
-
-    def __repr__(self) -> str:
-        return brief(str(self), "see .differences")
+        head = f"{self.mode} mode, zero queries{where}: {counts} {verdict}"
+        return ReportPage((head, "the largest of each:"), rows, right=numbers)
 
     def _worst_of(self, kind: str, count: int = 4) -> list[Difference]:
         of_kind = [d for d in self.differences if d.kind == kind]

@@ -6,22 +6,23 @@ from dataclasses import dataclass, field
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.report_text import (
     choice_lines,
-    converted_table,
+    converted_rows,
     fed_by,
     left_lines,
     note_lines,
     reads_table,
     short_line,
-    stream_table,
+    stream_rows,
 )
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, StreamPlan
 from attnres_fx.passes.streams.refusals import Refusal
 from attnres_fx.passes.streams.stream import Stream
-from attnres_fx.shown import brief, counted, short_paths
+from attnres_fx.report_page import ReportPage, Shown
+from attnres_fx.shown import counted, short_paths
 
 
-@dataclass(frozen=True)
-class StreamReport:
+@dataclass(frozen=True, repr=False)
+class StreamReport(Shown):
     """The residual streams of a model, as `inspect` sees them: print it, or ask for `.reads_table()`.
 
     Attributes:
@@ -44,19 +45,18 @@ class StreamReport:
     left: tuple[tuple[Stream, str], ...] = ()
     error: str = ""
 
-    def __str__(self) -> str:
+    def _page(self) -> ReportPage:
         reads = sum(len(s.depth_reads) for s in self.streams)
-        lines = [f"{self.model}: {counted(len(self.streams), 'residual stream')}"]
+        head = f"{self.model}: {counted(len(self.streams), 'residual stream')}"
         if self.streams:
-            lines = [f"{lines[0]}, {counted(reads, 'read')}", "", stream_table(self.streams, self.converted)]
+            head += f", {counted(reads, 'read')}"
+        lines: list[str] = []
         if self.error:
-            lines += ["", short_paths(f"convert raises {self.error}")]
+            lines = ["", short_paths(f"convert raises {self.error}")]
         elif self.converted:
-            lines += choice_lines(self.streams, self.converted, self.config.streams)
-        return "\n".join([*lines, *left_lines(self.left, self.refusals), *note_lines(self.notes)])
-
-    def __repr__(self) -> str:
-        return brief(str(self), "see .streams, .left and .refusals")
+            lines = choice_lines(self.streams, self.converted, self.config.streams)
+        lines += [*left_lines(self.left, self.refusals), *note_lines(self.notes)]
+        return ReportPage((head,), stream_rows(self.streams, self.converted), lines)
 
     def reads_table(self) -> str:
         """One line a read: name, the sublayer it feeds, sublayers before it, line of the layer's code.
@@ -79,8 +79,8 @@ class StreamReport:
         return reads_table(rows, len(self.streams))
 
 
-@dataclass(frozen=True)
-class ConversionReport:
+@dataclass(frozen=True, repr=False)
+class ConversionReport(Shown):
     """What `convert` changed and what it left alone: print it, or ask for `.reads_table()`.
 
     Attributes:
@@ -154,7 +154,7 @@ class ConversionReport:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen for those who read it
 
-    def __str__(self) -> str:
+    def _page(self) -> ReportPage:
         head = (
             f"{self.model}: {counted(len(self.streams), 'stream')} read by attention over depth, "
             f"{counted(self.num_reads, 'read')}, {self.num_parameters:,} parameters added"
@@ -164,11 +164,8 @@ class ConversionReport:
             options += f" ({'/'.join(self.deferred)} when first needed)"
         if self.difference is not None:
             options += f", outputs differ by {self.difference:.1e} at zero queries"
-        lines = [head, options, "", converted_table(self.streams)]
-        return "\n".join([*lines, *left_lines(self.left, self.refusals), *note_lines(self.notes)])
-
-    def __repr__(self) -> str:
-        return brief(str(self), "see .streams, .reads, .left and .refusals")
+        lines = [*left_lines(self.left, self.refusals), *note_lines(self.notes)]
+        return ReportPage((head, options), converted_rows(self.streams), lines)
 
     def reads_table(self) -> str:
         """One line a read: name, the sublayer it feeds, block, sources, parameters.

@@ -12,9 +12,9 @@ from attnres_fx.shown import by_kind, counted, table
 _NAMES_SHOWN = 8
 
 
-def stream_table(streams: Sequence[Stream], converted: Sequence[str]) -> str:
+def stream_rows(streams: Sequence[Stream], converted: Sequence[str]) -> list[dict[str, object]]:
     """One row a stream: what it begins with, what is written and read, and whether a conversion reads it."""
-    rows = [
+    return [
         {
             "stream": s.name,
             "root": root_of(s),
@@ -27,12 +27,11 @@ def stream_table(streams: Sequence[Stream], converted: Sequence[str]) -> str:
         }
         for s in streams
     ]
-    return table(rows)
 
 
-def converted_table(streams: Sequence[StreamPlan]) -> str:
+def converted_rows(streams: Sequence[StreamPlan]) -> list[dict[str, object]]:
     """One row a converted stream, with its blocks and parameters."""
-    return table([_converted_row(s) for s in streams])
+    return [_converted_row(s) for s in streams]
 
 
 def _converted_row(converted: StreamPlan) -> dict[str, object]:

@@ -224,3 +224,19 @@ class DeviceSpeed:
             link_bandwidth="positive",
             link_latency="amount",
         )
+
+    def __str__(self) -> str:
+        speeds = (
+            (self.flops, "FLOP/s"),
+            (self.memory_bandwidth, "B/s of memory"),
+            (self.link_bandwidth, "B/s of links"),
+        )
+        counted = ", ".join(f"{_scaled(value)}{unit}" for value, unit in speeds)
+        return f"{counted}, {self.link_latency * 1e6:.4g} us a message"
+
+
+def _scaled(value: float) -> str:
+    for letter, one in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= one:
+            return f"{value / one:.4g} {letter}"
+    return f"{value:.4g} "

@@ -19,11 +19,11 @@ from attnres_fx.partition.planner.objective import Partition
 from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.passes.schedule import DepthSchedule
-from attnres_fx.shown import brief, table
+from attnres_fx.report_page import ReportPage, Shown
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """Blocks and stages of a model; `print` it, `save` it, `plot` it, hand it to `build_stages`.
 
     Args:
@@ -180,18 +180,15 @@ class Plan:
 
     # --- for people
 
-    def __str__(self) -> str:
-        return self.table()
-
-    def __repr__(self) -> str:
-        return brief(str(self))
-
     def table(self) -> str:
-        """Stages with their blocks, times and bytes, then ranks and totals.
+        """Stages with their blocks, times and bytes, then the speeds they come from, ranks and totals.
 
         Returns:
             The lines that `print(plan)` shows.
         """
+        return str(self)
+
+    def _page(self) -> ReportPage:
         part, options = self.partition, self.options
         head = (
             f"{self.model.model}, variant {self.config.variant}: {len(self.costs.sublayers)} sublayers on "
@@ -203,6 +200,8 @@ class Plan:
         used = counts.exact if options.cache else counts.naive
         plain = self.plain_traffic.exact.total
         lines = [
+            "",
+            f"assumed of a rank: {self.device} (device=)",
             f"memory per rank: {memory}" + (f" (limit {size(options.memory_limit)})" if options.memory_limit else ""),
             f"traffic a microbatch, both ways: {size(used.total)} (naive {size(counts.naive.total)}, paper's cache "
             f"{size(counts.cached.total)}, plain residual {size(plain)}); fullest hop {size(used.peak)}",
@@ -211,7 +210,7 @@ class Plan:
             f"{_seconds(part.slowest_seconds)}, at most {part.gap:.1%} above the best",
             *(f"note: {note}" for note in self.notes),
         ]
-        return "\n".join([head, "", table(rows, right=_RIGHT), "", *lines])
+        return ReportPage((head,), rows, lines, right=_RIGHT)
 
     def _row(self, c: int) -> dict[str, str]:
         part, stop = self.partition, (*self.starts[1:], len(self.costs.sublayers))[c]
