@@ -2,18 +2,9 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
+from attnres_fx.html_parts import html_table, page, paragraph
 from attnres_fx.shown import table
-
-_STYLE = (
-    ".attnres{background:#fff;color:#111;font:12px/1.35 system-ui,sans-serif;padding:8px;overflow-x:auto}"
-    ".attnres table{border-collapse:collapse;color:#111}"
-    ".attnres th,.attnres td{padding:1px 6px;text-align:left;border:0;background:none}"
-    ".attnres th{font-weight:600;border-bottom:1px solid #999}"
-    ".attnres td.n,.attnres th.n{text-align:right;font-variant-numeric:tabular-nums}"
-    ".attnres p{margin:4px 0}"
-)
 
 
 @dataclass(frozen=True)
@@ -41,20 +32,13 @@ class ReportPage:
 
     def html(self) -> str:
         """For a notebook, light or dark."""
-        before, after = ("".join(f"<p>{escape(line)}</p>" for line in part if line) for part in (self.head, self.lines))
-        return f'<div class="attnres"><style>{_STYLE}</style>{before}{self._html_table()}{after}</div>'
+        numbers = [h for h in (self.rows[0] if self.rows else ()) if self._is_number(h)]
+        table_of_all = html_table([{h: str(cell) for h, cell in row.items()} for row in self.rows], numbers=numbers)
+        before, after = (map(paragraph, filter(None, lines)) for lines in (self.head, self.lines))
+        return page(*before, table_of_all, *after)
 
-    def _html_table(self) -> str:
-        if not self.rows:
-            return ""
-        numbers = {h: all(isinstance(r[h], int | float) for r in self.rows) or h in self.right for h in self.rows[0]}
-        kinds = {h: ' class="n"' if right else "" for h, right in numbers.items()}
-        head = "".join(f"<th{kind}>{escape(h)}</th>" for h, kind in kinds.items())
-        body = "".join(
-            f"<tr>{''.join(f'<td{kinds[h]}>{escape(str(cell))}</td>' for h, cell in row.items())}</tr>"
-            for row in self.rows
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    def _is_number(self, header: str) -> bool:
+        return header in self.right or all(isinstance(row[header], int | float) for row in self.rows)
 
 
 class Shown:

@@ -3,8 +3,8 @@
 import textwrap
 from collections.abc import Sequence
 
-from attnres_fx.analysis.html import html_table, page, paragraph
 from attnres_fx.analysis.profile_data import ReadProfile, StreamProfile, SublayerProfile
+from attnres_fx.html_parts import html_table, page, paragraph
 from attnres_fx.shown import WIDTH, table
 
 _NUMBERS = ("#", "writes", "state", "adds", "share", "gradient", "entropy", "reach")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from html import escape
 
-from attnres_fx.analysis.html import html_table, page, paragraph, shade
 from attnres_fx.analysis.read_weights import ReadWeights
 from attnres_fx.analysis.weight_grid import Cell, WeightGrid, grids, per_cell
+from attnres_fx.html_parts import html_table, page, paragraph, shade
 
 #: Cells of a row.
 _ROOM = 80

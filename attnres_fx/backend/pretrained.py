@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from attnres_fx.backend.attach import attach
-from attnres_fx.conversion.adapter import CONFIG_FILE, TENSOR_FILE, adapter_config, load_adapter
+from attnres_fx.conversion.adapter import adapter_config, load_adapter
+from attnres_fx.conversion.adapter_folder import CONFIG_FILE, TENSOR_FILE
 from attnres_fx.errors import SaveError
 
 #: Arguments of `from_pretrained` that say where on a hub a file is.

@@ -1,8 +1,6 @@
 """The adapter folder: what a conversion or an attachment added to a model, without the model's own weights."""
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,18 +13,22 @@ from torch import Tensor, nn
 
 from attnres_fx._version import __version__
 from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.adapter_folder import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    adapter_table,
+    adapter_tensors,
+    replace_adapter,
+)
 from attnres_fx.conversion.checkpoint_styles import found_style, known_settings
 from attnres_fx.conversion.foreign_checkpoints import export_foreign, load_foreign_
 from attnres_fx.conversion.plain_data import from_plain
-from attnres_fx.conversion.stored.container import open_container, reading, text_checksum, write_container
+from attnres_fx.conversion.stored.container import open_container, reading, text_checksum
 from attnres_fx.conversion.stored.tensors import plain_tensor
-from attnres_fx.conversion.stored.whole_file import flush_folder, flush_to_disk, write_whole
 from attnres_fx.errors import SaveError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.state_config import MadeFor, StreamBlocks, shown_config
 
-CONFIG_FILE = "attnres_config.json"
-TENSOR_FILE = "attnres.safetensors"
 FORMAT = 1
 _MADE_FOR = "attnres._extra_state"
 
@@ -81,7 +83,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     place = Path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        _replace(place, described, text, tensors)
+        replace_adapter(place, described, text, tensors)
     except OSError as error:
         raise SaveError(f"{place} could not be written ({error}); the adapter in it is as it was.") from error
 
@@ -134,8 +136,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AttnResPar
             load_foreign_(owner, attnres, place, *found)
         return attnres
     with reading(place, "save_adapter"):
-        described = _table_of(place)
-        file = _tensor_file(place, described.pop("checksum", None))
+        described = adapter_table(place)
+        file = adapter_tensors(place, described.pop("checksum", None))
         config, entries = _parsed(described)
         owner, attnres = _owner(model, config)
         with open_container(file, "adapter") as (texts, names, stored):
@@ -164,18 +166,9 @@ def adapter_config(folder: str | os.PathLike[str]) -> AttnResConfig:
     """
     place = Path(folder)
     with reading(place, "save_adapter"):
-        described = _table_of(place)
+        described = adapter_table(place)
         described.pop("checksum", None)
         return _parsed(described)[0]
-
-
-def _table_of(place: Path) -> dict[str, Any]:
-    if not (place / CONFIG_FILE).is_file():
-        raise SaveError(f"{place} holds no adapter: it has no {CONFIG_FILE}.")
-    described = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
-    if not isinstance(described, dict):
-        raise SaveError(f"{CONFIG_FILE} is no table")
-    return described
 
 
 def _owner(model: nn.Module, config: AttnResConfig | None) -> tuple[nn.Module, AttnResParameters]:
@@ -207,67 +200,6 @@ def _base(owner: nn.Module) -> BaseModel:
 
 def _fingerprint(parameters: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
     return text_checksum(json.dumps(sorted([n, list(shape)] for n, shape in parameters)))
-
-
-# --- writing -----------------------------------------------------------------------------------------
-
-
-def _replace(place: Path, described: dict[str, Any], text: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write both files so that at every moment the folder holds the old adapter or the new one.
-
-    The new tensors wait beside the old ones until the config, which names their checksum, is in its place.
-    """
-    _finish_cut_short(place)
-    part = place / f".{TENSOR_FILE}.{os.getpid()}.part"
-    waiting = part
-    try:
-        write_container(part, {"adapter": text}, tensors)
-        flush_to_disk(part)
-        checksum = _file_checksum(part)
-        waiting = _waiting(place, checksum)
-        part.replace(waiting)
-        lines = [f" {json.dumps(n)}: {json.dumps(v)}" for n, v in {**described, "checksum": checksum}.items()]
-        config = "{\n" + ",\n".join(lines) + "\n}\n"
-        write_whole(place / CONFIG_FILE, lambda path: path.write_text(config))
-    except BaseException:
-        for left in (part, waiting):
-            with contextlib.suppress(OSError):
-                left.unlink(missing_ok=True)
-        raise
-    waiting.replace(place / TENSOR_FILE)
-    for stale in place.glob(f"{TENSOR_FILE}.*"):
-        stale.unlink(missing_ok=True)
-    flush_folder(place)
-
-
-def _finish_cut_short(place: Path) -> None:
-    """Put the tensors of a save that was killed at its end where they belong."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        checksum = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))["checksum"]
-        if (waiting := _waiting(place, checksum)).is_file() and _file_checksum(waiting) == checksum:
-            waiting.replace(place / TENSOR_FILE)
-
-
-def _waiting(place: Path, checksum: str) -> Path:
-    return place / f"{TENSOR_FILE}.{checksum[:16]}"
-
-
-def _file_checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- reading -----------------------------------------------------------------------------------------
-
-
-def _tensor_file(place: Path, checksum: Any) -> Path:
-    """The tensors that belong to the config: in their place, or waiting beside it if a save was cut short."""
-    if not isinstance(checksum, str) or len(checksum) != 64 or not checksum.isalnum():
-        raise SaveError(f"{CONFIG_FILE} has no checksum of {TENSOR_FILE}")
-    for path in (place / TENSOR_FILE, _waiting(place, checksum)):
-        if path.is_file() and _file_checksum(path) == checksum:
-            return path
-    raise SaveError(f"{TENSOR_FILE} is missing, damaged, or belongs to another {CONFIG_FILE}: its checksum differs")
 
 
 def _parsed(described: dict[str, Any]) -> tuple[AttnResConfig, _Folder]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from attnres_fx.conversion.adapter import CONFIG_FILE, save_adapter
+from attnres_fx.conversion.adapter import save_adapter
+from attnres_fx.conversion.adapter_folder import CONFIG_FILE
 from attnres_fx.conversion.stored.whole_file import write_whole
 from attnres_fx.errors import SaveError
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import attnres_fx as ax
-from attnres_fx.conversion.adapter import TENSOR_FILE
+from attnres_fx.conversion.adapter_folder import TENSOR_FILE
 from attnres_fx.errors import PlanError, SaveError
 from tests.conversion.test_adapter import X, converted, parameters, trained
 from tests.support.damaged_files import described, places, saved, with_description
