@@ -17,12 +17,15 @@ how rotary embeddings are written.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import getitem
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.passes.graph.emit import emit
-from attnres_fx.passes.graph.nodes import same_shape, shape_of, tensor_of, value_of
+from attnres_fx.passes.graph.nodes import insert_call, same_shape, shape_of, tensor_of, value_of
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait
 from attnres_fx.passes.graph.pieces import Join, Piece, join_of, lie_side_by_side
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.normalize.row_parts import (
@@ -44,6 +47,8 @@ def rejoin_rows_pass(gm: GraphModule) -> PassResult:
     Returns:
         The module, and the names of the joins that are no longer there.
     """
+    for node in gm.graph.nodes:
+        _list_items_(node)
     joins = {n: j for n in gm.graph.nodes if (j := join_of(n)) is not None}
     if not joins:
         return PassResult(gm, False)
@@ -217,6 +222,18 @@ class _Rejoiner:
             return self._scaled(part, like=match.node)
         rows = piece_of_other(piece, match.source)
         return emit(self.graph, "zeros_like", (rows,), like=rows, dialect=match.node)
+
+
+def _list_items_(node: Node) -> None:
+    """Let a join of all that a split has made name each of it, as where nobody asked a tracer how many there are."""
+    split = node.args[0] if has_trait(node, Trait.JOINS) and node.args else None
+    if not isinstance(split, Node) or not has_trait(split, Trait.SPLITS):
+        return
+    values = value_of(split)
+    if isinstance(values, list | tuple):
+        with node.graph.inserting_before(node):
+            items = [insert_call(node.graph, getitem, (split, i), like=split, value=v) for i, v in enumerate(values)]
+        node.args = (items, *node.args[1:])
 
 
 def _flat(node: Node) -> Join | None:
