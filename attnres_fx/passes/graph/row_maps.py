@@ -217,7 +217,7 @@ def _repeats_whole_rows(node: Node) -> bool:
     """Whether a repeat leaves the features as they are."""
     times = argument_of(node, 1, "dims" if op_name(node) == "tile" else "repeats")
     times = times if isinstance(times, list | tuple) else node.args[1:]
-    return bool(times) and times[-1] == 1
+    return bool(times and times[-1] == 1)
 
 
 def _dimensions(node: Node, name: str, rank: int) -> list[int]:
