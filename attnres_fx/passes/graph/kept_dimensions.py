@@ -43,7 +43,7 @@ def kept_dimensions(node: Node) -> Iterator[Kept]:
         yield from _of_reshape(node)
     elif name in ("cat", "concat", "concatenate"):
         yield from _of_joined(node)
-    elif has_trait(node, Trait.TOKEN_MOVE | Trait.COPIES_ROWS) or name == "pad":
+    elif has_trait(node, Trait.TOKEN_MOVE | Trait.MORE_ROWS):
         yield from _of_picked(node, name)
     elif has_trait(node, Trait.NORM):
         yield from _where_shapes_agree(node, node.all_input_nodes[:1])

@@ -17,7 +17,7 @@ from attnres_fx.passes.graph.operations import (
     op_name,
     stops_gradient,
 )
-from attnres_fx.passes.graph.pieces import join_of
+from attnres_fx.passes.graph.pieces import JOIN_NAMES, join_of
 
 #: Whether a node keeps the rows of another whole, where they are not in the last dimension; None where they are.
 KeepsRows = Callable[[Node, Node], bool | None]
@@ -64,7 +64,7 @@ def match_row_maps(node: Node, keeps_rows: KeepsRows = in_last_dimension) -> tup
         if len(kept) != 1:
             return ()
         first = kept[0]
-    if has_trait(node, Trait.JOINS):
+    if name in JOIN_NAMES:
         first = _joined_with_zeros(node)
     if not isinstance(first, Node) or not is_floating(first):
         return ()
@@ -88,8 +88,7 @@ def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> s
         return "factor" if same_shape(node, first) else None
     if name == "pad" and not _pads_with_zeros(node):
         return None
-    moves = has_trait(node, Trait.RESHAPE | Trait.TOKEN_MOVE | Trait.PICKS | Trait.JOINS | Trait.COPIES_ROWS)
-    if not (moves or name == "pad" or name in _GATHERS):
+    if not (has_trait(node, _MOVES) or name in _GATHERS):
         return None
     kept = keeps_rows(first, node)
     if has_trait(node, Trait.RESHAPE):
@@ -99,6 +98,7 @@ def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> s
     return "token" if (_moves_whole_rows(node, name, first) if kept is None else kept) else None
 
 
+_MOVES = Trait.RESHAPE | Trait.TOKEN_MOVE | Trait.PICKS | Trait.MORE_ROWS
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
 #: Where an operation takes what it writes into some rows.
 _WRITES = {
@@ -123,10 +123,7 @@ def is_of_zeros(value: Any) -> bool:
 
 def adds_rows(node: Node) -> bool:
     """Whether a row map makes more rows than it is given: zeros beside them, or copies that lie in memory."""
-    return op_name(node) == "pad" or has_trait(node, _ADD_ROWS)
-
-
-_ADD_ROWS = Trait.JOINS | Trait.COPIES_ROWS
+    return has_trait(node, Trait.MORE_ROWS)
 
 
 def written_dimension(node: Node) -> int | None:
@@ -135,7 +132,7 @@ def written_dimension(node: Node) -> int | None:
     None of other nodes, and where there are several.
     """
     name = op_name(node)
-    if (join := join_of(node)) is not None:
+    if name in JOIN_NAMES and (join := join_of(node)) is not None:
         return join.dim
     if name not in _WRITES or name == "index_put":
         return None
@@ -181,7 +178,7 @@ def _moves_whole_rows(node: Node, name: str, first: Node) -> bool:
     if name == "pad":
         amounts = argument_of(node, 1, "pad")
         return isinstance(amounts, list | tuple) and all(map(is_zero, amounts[:2]))
-    if has_trait(node, Trait.JOINS):
+    if name in JOIN_NAMES:
         return written_dimension(node) != rank - 1
     if name in ("repeat", "tile"):
         return _repeats_whole_rows(node)

@@ -60,7 +60,7 @@ def _named(chains: list[StreamChain]) -> tuple[list[Stream], list[Interruption]]
 
 
 def _preludes(interruptions: list[Interruption], chains: list[StreamChain]) -> list[Interruption]:
-    """The ends of sums that only prepare the root of a stream: one sublayer before the first of a deeper one, and a norm.
+    """Ends of sums that only prepare the root of a stream: one sublayer before the first of a deeper one, and a norm.
 
     A token that is smeared over the next, an embedding that is convolved, and then normed.
     """

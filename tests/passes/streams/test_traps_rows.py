@@ -205,6 +205,26 @@ def test_a_class_token_that_is_read_before_it_is_joined_has_its_reads():
     check(what, [1, 2, 3, 4], ("symbolic", "dynamo", "export"))
 
 
+def test_what_takes_nothing_but_replaced_rows_is_no_read_of_the_stream():
+    """A class token of another stream in the place of a stream's own, as in CrossViT: h is read with it by a norm."""
+
+    def what(m, h):
+        token = m.mlp_1(m.norm_2(h[:, :1]))
+        joined = torch.cat([token, h[:, 1:]], 1)
+        token = joined[:, :1] + m.mlp_2(m.norm_4(joined)).mean(1, keepdim=True)
+        return torch.cat([m.mlp_3(token.tanh()), h[:, 1:]], 1)
+
+    for spelling in SPELLINGS:
+        gm = captured(toy(between(what)), (tokens(),), spelling)
+        streams = analyze_(gm).streams
+        roots = [s.root.module for s in streams]
+        assert [len(s.depth_reads) for s in streams if s.is_main] == [4], spelling
+        assert "mlp_1" in roots, (spelling, roots)  # the token and what is added to it
+    check_preserved(
+        toy(between(what)), ax.convert(toy(between(what)), (tokens(),), check=False), (tokens(),), gradients=False
+    )
+
+
 def mixed(sources, query):
     """The paper's read, written by hand: mode "sum", key gains of one."""
     stack = torch.stack(sources)
