@@ -16,6 +16,7 @@ from attnres_fx.passes.lowering.two_phase import PhasePlan, plan_phases, two_pha
 from attnres_fx.passes.normalize.dead_code import remove_dead_code_pass
 from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pass
 from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
+from attnres_fx.passes.normalize.new_rows import split_new_rows_pass
 from attnres_fx.passes.normalize.normalization import NORMALIZATION, normalize_, propagate_values_
 from attnres_fx.passes.normalize.rejoin_rows import rejoin_rows_pass
 from attnres_fx.passes.normalize.undo_reshapes import undo_reshapes_pass
@@ -80,6 +81,7 @@ __all__ = [
     "rejoin_rows_pass",
     "remove_dead_code_pass",
     "run_pass",
+    "split_new_rows_pass",
     "two_phase_pass",
     "undo_reshapes_pass",
     "unfold_row_writes_pass",

@@ -43,7 +43,7 @@ def kept_dimensions(node: Node) -> Iterator[Kept]:
         yield from _of_reshape(node)
     elif name in ("cat", "concat", "concatenate"):
         yield from _of_joined(node)
-    elif has_trait(node, Trait.TOKEN_MOVE) or name == "pad":
+    elif has_trait(node, Trait.TOKEN_MOVE | Trait.MORE_ROWS):
         yield from _of_picked(node, name)
     elif has_trait(node, Trait.NORM):
         yield from _where_shapes_agree(node, node.all_input_nodes[:1])
@@ -192,8 +192,8 @@ def _of_picked(node: Node, name: str) -> Iterator[Kept]:
             yield from ((source, before, after) for after, before in enumerate(kept))
         return
     touched = argument_of(node, 2 if name == "roll" else 1, "dims") if name in ("roll", "flip") else ()
-    if name == "index_select":
-        touched = argument_of(node, 1, "dim")
+    if name in ("index_select", "repeat_interleave"):
+        touched = argument_of(node, 1 if name == "index_select" else 2, "dim")
     listed = list(touched) if isinstance(touched, list | tuple) else [touched]
     if all(isinstance(d, int) for d in listed):
         yield from _in_place(node, source, tuple(d % rank for d in listed))

@@ -30,8 +30,8 @@ class Trait(enum.Flag):
     they are, the strides aside. WEIGHT_STEP: models make the weight of a norm with it, `1 + weight` or a cast.
     STOPS_GRADIENT: hands on values as they are, and no gradient. SPLITS: the parts of one tensor, as a list.
     JOINS: several tensors in one. SOFTMAX: weights that sum to one. REPEATS: the same rows several times.
-    GATED_CELL: a cell of a recurrent network, `(input, state)`. PICKS: rows by
-    an index tensor, which is more than elementwise.
+    MORE_ROWS: more of them in memory than it is given. GATED_CELL: a cell of a recurrent network, `(input, state)`.
+    PICKS: rows by an index tensor, which is more than elementwise.
     """
 
     CAST = enum.auto()
@@ -66,6 +66,7 @@ class Trait(enum.Flag):
     JOINS = enum.auto()
     SOFTMAX = enum.auto()
     REPEATS = enum.auto()
+    MORE_ROWS = enum.auto()
     GATED_CELL = enum.auto()
     PICKS = enum.auto()
 
@@ -151,6 +152,7 @@ CHANNELS, NORM = Trait.CHANNELS_FIRST, Trait.NORM | Trait.CHANNELS_FIRST
 SAVES = Trait.SAVES_INPUTS
 STEP = Trait.WEIGHT_STEP
 STOPS, PASSES = Trait.STOPS_GRADIENT, Trait.PASSES_ON
+JOINS = Trait.JOINS | Trait.MORE_ROWS
 METADATA, SHAPE = Trait.METADATA, Trait.METADATA | Trait.SHAPE
 
 OPERATIONS = (
@@ -213,19 +215,20 @@ OPERATIONS = (
     Operation("expand", MOVE | SAME | Trait.REPEATS),
     Operation("expand_as", MOVE | SAME | AS | Trait.REPEATS, aten="expand_as.default", function=torch.Tensor.expand_as),
     Operation("broadcast_to", MOVE | SAME | Trait.REPEATS),
-    *(Operation(n, MOVE) for n in ("select", "index_select", "roll", "flip")),
+    Operation("select", MOVE, aten="select.int", function=torch.select),
+    *(Operation(n, MOVE) for n in ("index_select", "roll", "flip")),
     Operation("index", Trait.PICKS),
     # Tensors joined, split, repeated
-    Operation("cat", LIGHT | Trait.WIDENS | Trait.JOINS, aten="cat.default", function=torch.cat),
-    *(Operation(n, LIGHT | Trait.WIDENS | Trait.JOINS) for n in ("concat", "concatenate")),
-    Operation("pad", LIGHT | Trait.WIDENS),
+    Operation("cat", LIGHT | Trait.WIDENS | JOINS, aten="cat.default", function=torch.cat),
+    *(Operation(n, LIGHT | Trait.WIDENS | JOINS) for n in ("concat", "concatenate")),
+    Operation("pad", LIGHT | Trait.WIDENS | Trait.MORE_ROWS, also=("constant_pad_nd",)),
     Operation("stack", LIGHT | Trait.JOINS, aten="stack.default", function=torch.stack),
     *(Operation(n, LIGHT | Trait.JOINS) for n in ("hstack", "vstack")),
     *(Operation(n, LIGHT | Trait.SPLITS) for n in ("split", "chunk", "unbind", "split_with_sizes", "tensor_split")),
     Operation("slice_scatter", LIGHT, aten="slice_scatter.default", function=torch.slice_scatter),
     Operation("select_scatter", LIGHT, aten="select_scatter.default", function=torch.select_scatter),
     Operation("index_put", aten="index_put.default", function=torch.index_put),
-    *(Operation(n, LIGHT | Trait.REPEATS) for n in ("repeat", "repeat_interleave", "tile")),
+    *(Operation(n, LIGHT | Trait.REPEATS | Trait.MORE_ROWS) for n in ("repeat", "repeat_interleave", "tile")),
     *(Operation(n, Trait.VIEW | Trait.SPLITS) for n in ("unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")),
     # Shapes changed in place; underscores that write nothing
     *(Operation(n, Trait.RESHAPE_IN_PLACE) for n in ("unsqueeze_", "squeeze_", "transpose_", "t_")),

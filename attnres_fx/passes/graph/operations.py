@@ -91,8 +91,9 @@ def operation_of(node: Node) -> Operation | None:
 
 def has_trait(node: Node, traits: Trait) -> bool:
     """Whether a node's operation has one of some traits."""
-    operation = operation_of(node)
-    return operation is not None and bool(operation.traits & traits)
+    operation = BY_NAME.get(op_name(node))
+    # Their numbers: a flag made of two flags is a new object, and every pass asks this of every node.
+    return operation is not None and operation.traits._value_ & traits._value_ != 0
 
 
 @cache

@@ -14,6 +14,9 @@ _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsa
 _JOINS = {"cat": None, "concat": None, "concatenate": None, "stack": None, "hstack": 1, "vstack": 0}
 
 
+JOIN_NAMES = frozenset(_JOINS)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A run of rows of a tensor along one dimension.
@@ -212,4 +215,4 @@ def lie_side_by_side(pieces: list[Piece | None], sizes: list[Any]) -> bool:
     return True
 
 
-__all__ = ["Join", "Piece", "join_of", "lie_side_by_side", "piece_of", "pieces_of"]
+__all__ = ["JOIN_NAMES", "Join", "Piece", "join_of", "lie_side_by_side", "piece_of", "pieces_of"]

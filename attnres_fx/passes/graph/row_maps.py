@@ -17,6 +17,7 @@ from attnres_fx.passes.graph.operations import (
     op_name,
     stops_gradient,
 )
+from attnres_fx.passes.graph.pieces import JOIN_NAMES, join_of
 
 #: Whether a node keeps the rows of another whole, where they are not in the last dimension; None where they are.
 KeepsRows = Callable[[Node, Node], bool | None]
@@ -59,10 +60,12 @@ def match_row_maps(node: Node, keeps_rows: KeepsRows = in_last_dimension) -> tup
         return _products(node, name)
     first = added_zero_operand(node) or (node.args[0] if node.args else node.kwargs.get("input"))
     if name == "where" and len(node.args) == 3:
-        kept = [n for n, other in (node.args[1:], node.args[:0:-1]) if _is_of_zeros(other)]
+        kept = [n for n, other in (node.args[1:], node.args[:0:-1]) if is_of_zeros(other)]
         if len(kept) != 1:
             return ()
         first = kept[0]
+    if name in JOIN_NAMES:
+        first = _joined_with_zeros(node)
     if not isinstance(first, Node) or not is_floating(first):
         return ()
     kind = _kind_of_map(node, name, first, keeps_rows)
@@ -83,7 +86,9 @@ def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> s
         return None if keeps_rows(first, node) is False else "factor"
     if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
         return "factor" if same_shape(node, first) else None
-    if not (has_trait(node, Trait.RESHAPE | Trait.TOKEN_MOVE | Trait.PICKS) or name in _GATHERS):
+    if name == "pad" and not _pads_with_zeros(node):
+        return None
+    if not (has_trait(node, _MOVES) or name in _GATHERS):
         return None
     kept = keeps_rows(first, node)
     if has_trait(node, Trait.RESHAPE):
@@ -93,6 +98,7 @@ def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> s
     return "token" if (_moves_whole_rows(node, name, first) if kept is None else kept) else None
 
 
+_MOVES = Trait.RESHAPE | Trait.TOKEN_MOVE | Trait.PICKS | Trait.MORE_ROWS
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
 #: Where an operation takes what it writes into some rows.
 _WRITES = {
@@ -107,17 +113,27 @@ _WRITES = {
 def _writes_zeros(node: Node, position: int, name: str) -> bool:
     """Whether what is written into some rows of a tensor is zero: those rows are multiplied by it."""
     written = argument_of(node, position, name)
-    return isinstance(written, Node) and _is_of_zeros(written)
+    return isinstance(written, Node) and is_of_zeros(written)
 
 
-def _is_of_zeros(value: Any) -> bool:
+def is_of_zeros(value: Any) -> bool:
     """Whether an argument is the number zero, or a tensor that was made of zeros and that nothing writes to."""
     return op_name(value) in _ZEROS if isinstance(value, Node) else is_zero(value)
 
 
+def adds_rows(node: Node) -> bool:
+    """Whether a row map makes more rows than it is given: zeros beside them, or copies that lie in memory."""
+    return has_trait(node, Trait.MORE_ROWS)
+
+
 def written_dimension(node: Node) -> int | None:
-    """The dimension along which a node writes into another tensor; None of other nodes, and where there are several."""
+    """The dimension along which a node writes into another tensor, or puts one beside others.
+
+    None of other nodes, and where there are several.
+    """
     name = op_name(node)
+    if name in JOIN_NAMES and (join := join_of(node)) is not None:
+        return join.dim
     if name not in _WRITES or name == "index_put":
         return None
     dim = argument_of(node, 2 if name.endswith("_scatter") else 1, "dim") or 0
@@ -141,11 +157,31 @@ def _products(node: Node, name: str) -> tuple[RowMap, ...]:
     )
 
 
+def _joined_with_zeros(node: Node) -> Node | None:
+    """The only part of a join that is not made of zeros: its rows stand there as they were."""
+    join = join_of(node)
+    parts = [] if join is None or join.stacked else [p for p in join.parts if not is_of_zeros(p)]
+    return parts[0] if len(parts) == 1 and len(shape_of(parts[0])) == len(shape_of(node)) else None
+
+
+def _pads_with_zeros(node: Node) -> bool:
+    """Whether a pad puts zeros around rows."""
+    given = [*node.args[2:], *(node.kwargs[k] for k in ("mode", "value") if k in node.kwargs)]
+    return all(g is None or g == "constant" or is_zero(g) for g in given)
+
+
 def _moves_whole_rows(node: Node, name: str, first: Node) -> bool:
     before, after = shape_of(first), shape_of(node)
     if not after or not same_row_sizes(first, node):
         return False
     rank = len(before)
+    if name == "pad":
+        amounts = argument_of(node, 1, "pad")
+        return isinstance(amounts, list | tuple) and all(map(is_zero, amounts[:2]))
+    if name in JOIN_NAMES:
+        return written_dimension(node) != rank - 1
+    if name in ("repeat", "tile"):
+        return _repeats_whole_rows(node)
     if name in ("getitem", "index"):
         return _leaves_last_alone(node.args[1], rank)
     if name in ("expand", "expand_as", "broadcast_to"):
@@ -174,6 +210,13 @@ def _gathers_whole_rows(node: Node, first: Node) -> bool:
     return bool(picked.shape[-1] == 1 or picked.stride(-1) == 0)  # an index that is expanded has one number a row
 
 
+def _repeats_whole_rows(node: Node) -> bool:
+    """Whether a repeat leaves the features as they are."""
+    times = argument_of(node, 1, "dims" if op_name(node) == "tile" else "repeats")
+    times = times if isinstance(times, list | tuple) else node.args[1:]
+    return bool(times and times[-1] == 1)
+
+
 def _dimensions(node: Node, name: str, rank: int) -> list[int]:
     """Dimensions a token move touches; the last one among them means that rows are not kept whole."""
     if name == "permute":
@@ -195,7 +238,7 @@ def _named_dimensions(node: Node, name: str, rank: int) -> Any:
     """What a call says of its dimensions, or what the operation takes where the call says nothing."""
     if name == "roll":
         return argument_of(node, 2, "dims")
-    dims = argument_of(node, 1, "dims" if name == "flip" else "dim")
+    dims = argument_of(node, 2 if name == "repeat_interleave" else 1, "dims" if name == "flip" else "dim")
     if dims is not None:
         return dims
     return 0 if name in ("slice", "select", "narrow") else rank - 1

@@ -16,6 +16,7 @@ from attnres_fx.passes.graph.result import PassResult, run_pass
 from attnres_fx.passes.normalize.dead_code import remove_dead_code_pass
 from attnres_fx.passes.normalize.functionalize import functionalize_mutations_pass
 from attnres_fx.passes.normalize.inline_regions import inline_regions_pass
+from attnres_fx.passes.normalize.new_rows import split_new_rows_pass
 from attnres_fx.passes.normalize.rejoin_rows import rejoin_rows_pass
 from attnres_fx.passes.normalize.undo_reshapes import undo_reshapes_pass
 from attnres_fx.passes.normalize.unfold_row_writes import unfold_row_writes_pass
@@ -27,6 +28,7 @@ NORMALIZATION: tuple[Callable[[GraphModule], PassResult], ...] = (
     functionalize_mutations_pass,  # before anything asks which value a node holds
     unfuse_additions_pass,  # only then does every residual addition stand as one
     rejoin_rows_pass,  # after that: what is added to some rows may have been fused
+    split_new_rows_pass,  # after that: a join of pieces of one tensor brings nothing new beside it
     unfold_row_writes_pass,  # the same, of rows that are written into a copy
     undo_reshapes_pass,  # after them: what is added or joined in another shape
     remove_dead_code_pass,  # last: the others leave some behind, and the model may hold more of it

@@ -17,13 +17,17 @@ how rotary embeddings are written.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import getitem
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.passes.graph.emit import emit
-from attnres_fx.passes.graph.nodes import same_shape, shape_of, tensor_of, value_of
-from attnres_fx.passes.graph.pieces import Join, Piece, join_of, lie_side_by_side
+from attnres_fx.passes.graph.nodes import insert_call, same_shape, shape_of, sizes_agree, tensor_of, value_of
+from attnres_fx.passes.graph.operation_table import Trait
+from attnres_fx.passes.graph.operations import has_trait, op_name
+from attnres_fx.passes.graph.pieces import JOIN_NAMES, Join, Piece, join_of, lie_side_by_side, piece_of
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.normalize.row_parts import (
     Part,
@@ -44,6 +48,8 @@ def rejoin_rows_pass(gm: GraphModule) -> PassResult:
     Returns:
         The module, and the names of the joins that are no longer there.
     """
+    for node in gm.graph.nodes:
+        _list_items_(node)
     joins = {n: j for n in gm.graph.nodes if (j := join_of(n)) is not None}
     if not joins:
         return PassResult(gm, False)
@@ -130,12 +136,37 @@ class _Rejoiner:
                 return self._copied(match)
         if not _is_written_to(match):
             return None
+        self._take_replaced_rows(match)
         with_sums = [i for i, sums in enumerate(match.sums) if sums]
         read_between = any(_outside_users(match, i, s) for i in with_sums for s in match.sums[i])
         if read_between:
             alone = len(with_sums) == 1 and None not in match.pieces
             return self._total_by_total(match, with_sums[0]) if alone else None
         return self._added_at_once(match)
+
+    def _take_replaced_rows(self, match: _Match) -> None:
+        """Who takes nothing but rows that others were put in the place of takes these: no source has anything there."""
+        for user in list(match.node.users):
+            piece = piece_of(user)
+            if piece is None or piece.source is not match.node or piece.dim != match.join.dim:
+                continue
+            at: Any = 0
+            for part, kept in zip(match.join.parts, match.pieces, strict=True):
+                size = 1 if match.join.stacked else shape_of(part)[match.join.dim]
+                if kept is None and sizes_agree(piece.start, at) and sizes_agree(piece.size, size):
+                    self._take_part(user, part, match.join, dropped=piece.dropped)
+                at = at + size
+
+    def _take_part(self, user: Node, part: Node, join: Join, *, dropped: bool) -> None:
+        with self.graph.inserting_before(user):
+            if dropped is join.stacked:
+                taken = emit(self.graph, "clone", (part,), like=user, value=value_of(user))
+            elif dropped:
+                taken = emit(self.graph, "select", (part, join.dim, 0), like=user)
+            else:
+                return
+        user.replace_all_uses_with(taken)
+        self.graph.erase_node(user)
 
     def _copied(self, match: _Match) -> Node:
         copied = emit(self.graph, "clone", (match.source,), like=match.node, value=value_of(match.node))
@@ -217,6 +248,18 @@ class _Rejoiner:
             return self._scaled(part, like=match.node)
         rows = piece_of_other(piece, match.source)
         return emit(self.graph, "zeros_like", (rows,), like=rows, dialect=match.node)
+
+
+def _list_items_(node: Node) -> None:
+    """Let a join of all that a split has made name each of it, as where nobody asked a tracer how many there are."""
+    split = node.args[0] if node.args else None
+    if not isinstance(split, Node) or op_name(node) not in JOIN_NAMES or not has_trait(split, Trait.SPLITS):
+        return
+    values = value_of(split)
+    if isinstance(values, list | tuple):
+        with node.graph.inserting_before(node):
+            items = [insert_call(node.graph, getitem, (split, i), like=split, value=v) for i, v in enumerate(values)]
+        node.args = (items, *node.args[1:])
 
 
 def _flat(node: Node) -> Join | None:

@@ -9,8 +9,9 @@ from torch.fx.node import map_arg
 from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import copy_call, same_shape
 from attnres_fx.passes.graph.operation_table import Trait
-from attnres_fx.passes.graph.operations import asks_only_metadata, has_trait, is_light, moves_data
+from attnres_fx.passes.graph.operations import has_trait, moves_data
 from attnres_fx.passes.graph.pieces import Piece, pieces_of
+from attnres_fx.passes.normalize.dependences import dependence_of
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def writes_branch(written: list[Node], whole: Node) -> bool:
 
 def _dependences(written: list[Node], whole: Node) -> list[str]:
     bases = _bases(whole)
-    return [_dependence(n, set(bases), bases[-1]) for n in written]
+    return [dependence_of(n, set(bases), bases[-1]) for n in written]
 
 
 def _bases(whole: Node) -> list[Node]:
@@ -137,25 +138,6 @@ def _bases(whole: Node) -> list[Node]:
     while moves_data(bases[-1]) and bases[-1].args and isinstance(bases[-1].args[0], Node):
         bases.append(bases[-1].args[0])
     return bases
-
-
-def _dependence(node: Node, bases: set[Node], earliest: Node) -> str:
-    """How a node depends on a tensor: `"branch"`, `"elementwise"` or not at all."""
-    stack, seen = [(node, False)], set()
-    reached = ""
-    while stack:
-        current, heavy = stack.pop()
-        if (current, heavy) in seen or (current < earliest and current not in bases):
-            continue
-        seen.add((current, heavy))
-        if current in bases:
-            if heavy:
-                return "branch"
-            reached = "elementwise"
-            continue
-        sources = [n for n in current.all_input_nodes if not asks_only_metadata(current, n)]
-        stack += [(n, heavy or not is_light(current)) for n in sources]
-    return reached
 
 
 def summands(node: Node) -> list[tuple[Node, Node | None, float]]:

@@ -6,7 +6,7 @@ After:
     h1 = h0 + torch.mm(a, w)
 
 Only where the addend has the result's shape and the product depends on it: a bias stays where it is.
-So are `stack([h, f]).sum(0)` and its mean, `h.index_add(...)`, `h.scatter_add(...)`, `where(m, h + f, h)` and
+So are sums over a stack (`stack_sums`), `h.index_add(...)`, `h.scatter_add(...)`, `where(m, h + f, h)` and
 `lerp(h, f, w)` with a constant weight. The `0 + x` that Python's `sum` begins with becomes `x`.
 """
 
@@ -17,9 +17,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.passes.graph.additions import added_zero_operand, match_addition
 from attnres_fx.passes.graph.emit import emit
-from attnres_fx.passes.graph.nodes import argument_of, copy_call, is_floating, same_shape, shape_of, tensor_of
+from attnres_fx.passes.graph.nodes import copy_call, is_floating, same_shape, tensor_of
 from attnres_fx.passes.graph.operations import op_name, operation_of
 from attnres_fx.passes.graph.result import PassResult
+from attnres_fx.passes.normalize.dependences import depends_on_inputs
+from attnres_fx.passes.normalize.stack_sums import split_sum_of_stack
 
 
 def unfuse_additions_pass(gm: GraphModule) -> PassResult:
@@ -89,27 +91,11 @@ def _match_fused(node: Node) -> _Parts | None:
     return _Parts(fused.product, addend, left, right, beta, alpha, fused.only_compiled)
 
 
-def _depends_on(products: tuple[Any, ...], addend: Node) -> bool:
-    """Whether a factor was computed from the addend, or from what the addend was computed from."""
-    roots = {addend, *addend.all_input_nodes}
-    earliest = min(roots)
-    stack, seen = list(products), set()
-    while stack:
-        node = stack.pop()
-        if node in seen or node < earliest:
-            continue
-        if node in roots and node.op != "get_attr":
-            return True
-        seen.add(node)
-        stack.extend(node.all_input_nodes)
-    return False
-
-
 def _may_be_residual(parts: _Parts, node: Node) -> bool:
     """Whether a factor was computed from the addend, or the addend, as a branch, from one that carries copies on."""
     factors = [f for f in (parts.left, parts.right) if isinstance(f, Node)]
-    carried = any(_depends_on((parts.addend,), f) for f in factors)
-    return same_shape(parts.addend, node) and (carried or _depends_on((parts.left, parts.right), parts.addend))
+    carried = any(depends_on_inputs((parts.addend,), f) for f in factors)
+    return same_shape(parts.addend, node) and (carried or depends_on_inputs((parts.left, parts.right), parts.addend))
 
 
 def _split_product(graph: Graph, node: Node) -> bool:
@@ -130,52 +116,12 @@ def _split_product(graph: Graph, node: Node) -> bool:
     return True
 
 
-def _split_sum_of_stack(graph: Graph, node: Node) -> bool:
-    """`stack([h, f], d).sum(d)` is `h + f`, and their mean half of that."""
-    parts = _stacked(node)
-    if len(parts) < 2 or not any(_depends_on((q,), p) for p in parts for q in parts if p is not q):
-        return False
-    total: Node = parts[0]
-    with graph.inserting_before(node):
-        for part in parts[1:]:
-            total = emit(graph, "add", (total, part), like=node)
-        if op_name(node) == "mean":
-            total = emit(graph, "mul", (total, 1 / len(parts)), like=node)
-    node.replace_all_uses_with(total)
-    return True
-
-
-def _stacked(node: Node) -> list[Node]:
-    """The tensors of `stack(tensors, d).sum(d)`, or of their mean; none where a node is something else."""
-    if op_name(node) not in ("sum", "mean") or not node.args or not isinstance(stack := node.args[0], Node):
-        return []
-    if op_name(stack) != "stack" or not _sums_along(node, stack):
-        return []
-    parts = stack.args[0] if stack.args else stack.kwargs.get("tensors")
-    if not isinstance(parts, list | tuple):
-        return []
-    nodes = [p for p in parts if isinstance(p, Node) and is_floating(p)]
-    return nodes if len(nodes) == len(parts) else []
-
-
-def _sums_along(node: Node, stack: Node) -> bool:
-    """Whether a sum is over the dimension that a stack has made, and no other, and changes nothing else."""
-    if not is_floating(node) or node.kwargs.get("dtype") is not None or node.kwargs.get("keepdim"):
-        return False
-    dims: Any = argument_of(node, 1, "dim")
-    dims = list(dims) if isinstance(dims, list | tuple) else [dims]
-    along: Any = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
-    rank = len(shape_of(stack))
-    known = isinstance(along, int) and len(dims) == 1 and isinstance(dims[0], int)
-    return bool(known and rank and len(node.args) <= 2 and dims[0] % rank == along % rank)
-
-
 def _split_scatter(graph: Graph, node: Node) -> bool:
     """`h.index_add(d, i, f)` is `h + zeros_like(h).index_add(d, i, f)`, and so with `scatter_add`."""
     if op_name(node) not in ("index_add", "scatter_add") or len(node.args) < 4:
         return False
     state, *rest = node.args
-    if not isinstance(state, Node) or not isinstance(rest[2], Node) or not _depends_on((rest[2],), state):
+    if not isinstance(state, Node) or not isinstance(rest[2], Node) or not depends_on_inputs((rest[2],), state):
         return False
     with graph.inserting_before(node):
         zeros = emit(graph, "zeros_like", (state,), like=node)
@@ -192,10 +138,10 @@ def _split_lerp(graph: Graph, node: Node) -> bool:
     start, end, weight = node.args
     if not (isinstance(start, Node) and isinstance(end, Node)):
         return False
-    state = start if _depends_on((end,), start) else end
-    if state is end and not _depends_on((start,), end):
+    state = start if depends_on_inputs((end,), start) else end
+    if state is end and not depends_on_inputs((start,), end):
         return False
-    if isinstance(weight, Node) and (tensor_of(weight) is None or _depends_on((weight,), state)):
+    if isinstance(weight, Node) and (tensor_of(weight) is None or depends_on_inputs((weight,), state)):
         return False
     with graph.inserting_before(node):
         if isinstance(weight, Node):
@@ -240,7 +186,7 @@ def _split_choice(graph: Graph, node: Node) -> bool:
         if not sums or sums[0].left_scale != 1 or not all(same_shape(n, node) for n in (sums[0].left, sums[0].right)):
             continue
         state, addend = sums[0].left, sums[0].right
-        if not _depends_on((addend,), state):
+        if not depends_on_inputs((addend,), state):
             continue
         with graph.inserting_before(node):
             zeros = emit(graph, "zeros_like", (addend,), like=node)
@@ -253,4 +199,4 @@ def _split_choice(graph: Graph, node: Node) -> bool:
     return False
 
 
-_SPLITS = (_split_product, _split_sum_of_stack, _split_scatter, _split_lerp, _split_list, _split_choice)
+_SPLITS = (_split_product, split_sum_of_stack, _split_scatter, _split_lerp, _split_list, _split_choice)

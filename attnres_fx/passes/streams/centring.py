@@ -28,10 +28,19 @@ def centres(addition: Addition, root: Node, depends: Dependence) -> bool:
     if same_shape(node, addition.left):
         return False
     whole = _seen_as(addition.left)
-    while node not in whole and (step := _step_of_statistic(node, root, depends)) is not None:
+    while not _is_one_of(node, whole) and (step := _step_of_statistic(node, root, depends)) is not None:
         scale *= _sign(node)
         node = step
-    return node in whole and scale < 0
+    return _is_one_of(node, whole) and scale < 0
+
+
+def _is_one_of(node: Node, nodes: set[Node]) -> bool:
+    """Whether a node is among others, or calls what one of them calls: `g * x - (g * x).mean()`."""
+    return node in nodes or any(_calls_same(node, n) for n in nodes)
+
+
+def _calls_same(a: Node, b: Node) -> bool:
+    return a.op == b.op and a.target == b.target and a.args == b.args and a.kwargs == b.kwargs
 
 
 def _seen_as(node: Node) -> set[Node]:

@@ -1,4 +1,4 @@
-"""Models that read their depth already: a softmax over a stack or a list of their own earlier outputs."""
+"""Models that read their depth already: weighted sums over a stack or a list of their own earlier outputs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,18 +15,26 @@ from attnres_fx.passes.streams.dependence import Dependence
 
 @dataclass(frozen=True)
 class _Reader:
-    """A weighted sum of values that are joined, or listed, along a dimension of their own."""
+    """A weighted sum of values that are joined, or listed, along a dimension of their own.
+
+    Attributes:
+        node: The sum.
+        values: What is weighed.
+        attends: Whether a softmax makes the weights.
+    """
 
     node: Node
     values: frozenset[Node]
+    attends: bool = True
 
 
 def find_depth_readers(nodes: tuple[Node, ...]) -> list[Node]:
-    """The nodes that attend over what earlier layers wrote.
+    """The nodes that weigh what earlier layers wrote.
 
     Some of what they weigh was computed from other of it, a value is weighed by several of them, and a later one weighs
     what was computed from an earlier one. So experts, heads and scales are none, nor is one mixture of all layers at
-    the end of a model.
+    the end of a model. Without a softmax, a later one weighs all that an earlier one does: a stream that mixes its
+    root in again at each layer weighs its last state instead.
 
     Args:
         nodes: Of a graph, in its order.
@@ -34,7 +42,8 @@ def find_depth_readers(nodes: tuple[Node, ...]) -> list[Node]:
     Returns:
         In graph order; empty where the model does not read its depth.
     """
-    readers = [r for n in nodes if (r := _reader(n)) is not None and len(r.values) > 1]
+    found = [r for n in nodes if (r := _reader(n)) is not None] + _listed(nodes)
+    readers = sorted((r for r in found if len(r.values) > 1), key=lambda r: r.node)
     if len(readers) < 2:
         return []
     anchors = {v for r in readers for v in r.values} | {r.node for r in readers}
@@ -45,16 +54,13 @@ def find_depth_readers(nodes: tuple[Node, ...]) -> list[Node]:
 
 
 def _goes_on(earlier: _Reader, later: _Reader, depends: Dependence) -> bool:
-    return not earlier.values.isdisjoint(later.values) and any(
-        depends.is_branch(value, earlier.node) for value in later.values - earlier.values
-    )
+    again = not earlier.values.isdisjoint(later.values) if later.attends else earlier.values <= later.values
+    return again and any(depends.is_branch(value, earlier.node) for value in later.values - earlier.values)
 
 
 def _reader(node: Node) -> _Reader | None:
     if op_name(node) == "sdpa" and isinstance(value := argument_of(node, 2, "value"), Node):
         return _of_joined(node, value)
-    if match_addition(node) is not None:
-        return _listed(node)
     factors = contracted_tensors(node)
     for value in factors:
         if any(_first_below(f, Trait.SOFTMAX, is_light) is not None for f in factors if f is not value):
@@ -97,26 +103,24 @@ def _joined(node: Node) -> Iterator[Node]:
             yield below
 
 
-def _listed(node: Node) -> _Reader | None:
-    """`w[0] * v0 + w[1] * v1 + …`, where the weights are slices of one softmax."""
-    if any(match_addition(u) is not None for u in node.users):
-        return None  # the whole sum is looked at
-    values: dict[Node, Node] = {}
-    stack: list[Node] = [node]
-    while stack:
-        current = stack.pop()
-        addition = match_addition(current)
-        if addition is not None:
-            stack += [addition.left, addition.right]
+def _listed(nodes: tuple[Node, ...]) -> list[_Reader]:
+    """`w[0] * v0 + w[1] * v1 + …`, where the weights are slices of one tensor; whole sums, no parts of one."""
+    sums: dict[Node, tuple[Node, frozenset[Node]]] = {}
+    for node in nodes:
+        addition = match_addition(node)
+        if addition is None:
             continue
-        pairs = [(v, w) for v, w in _products(current) if (source := _slice_of_softmax(w)) is not None]
-        if not pairs:
-            continue
-        value, weight = pairs[0]
-        source = _slice_of_softmax(weight)
-        assert source is not None
-        values[value] = source
-    return _Reader(node, frozenset(values)) if len(values) > 1 and len(set(values.values())) == 1 else None
+        left, right = (sums.get(n) or _weighed(n) for n in (addition.left, addition.right))
+        if left is not None and right is not None and left[0] is right[0]:
+            sums[node] = left[0], left[1] | right[1]
+    whole = {n: found for n, found in sums.items() if not any(u in sums for u in n.users)}
+    return [_Reader(n, values, has_trait(source, Trait.SOFTMAX)) for n, (source, values) in whole.items()]
+
+
+def _weighed(node: Node) -> tuple[Node, frozenset[Node]] | None:
+    """The tensor whose slice weighs a value, and the value."""
+    pairs = ((v, w, _whole_of(w)) for v, w in _products(node))
+    return next(((source, frozenset([v])) for v, w, source in pairs if source is not w), None)
 
 
 def _products(node: Node) -> Iterable[tuple[Node, Node]]:
@@ -126,8 +130,8 @@ def _products(node: Node) -> Iterable[tuple[Node, Node]]:
     return (left, right), (right, left)
 
 
-def _slice_of_softmax(node: Node) -> Node | None:
-    """The softmax that a node is a part of."""
+def _whole_of(node: Node) -> Node:
+    """The tensor that a node is a part of, as far as a softmax."""
     while node.all_input_nodes and (moves_data(node) or has_trait(node, Trait.SPLITS) or op_name(node) == "getitem"):
         node = node.all_input_nodes[0]
-    return node if has_trait(node, Trait.SOFTMAX) else None
+    return node

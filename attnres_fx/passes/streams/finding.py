@@ -11,7 +11,7 @@ from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.feature_dimensions import LAST
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Root
 from attnres_fx.passes.streams.interpretation import find_formal_sums
-from attnres_fx.passes.streams.interruptions import Interruption, find_interruptions
+from attnres_fx.passes.streams.interruptions import Interruption, find_interruptions, refuse_prelude
 from attnres_fx.passes.streams.names import name_streams
 from attnres_fx.passes.streams.nesting import (
     injected_into,
@@ -41,10 +41,12 @@ def find_streams(graph: Graph) -> StreamSet:
     chains, over_time = _without_recurrences(chains, sums)
     refusals += over_time
     streams, interruptions = _named(chains)
-    prelude = _preludes(interruptions, chains)
-    if prelude:
-        chains = [c for i, c in enumerate(chains) if i not in prelude]
+    if preludes := _preludes(interruptions, chains):
+        begun = [(i.first, chains[i.after]) for i in preludes]
+        before = {i.before for i in preludes}
+        chains = [c for i, c in enumerate(chains) if i not in before]
         streams, interruptions = _named(chains)
+        refusals += [refuse_prelude(first, streams[chains.index(after)].name) for first, after in begun]
     refusals += without_those_inside(find_refusals(graph, sums), chains)
     refusals += [i.refusal for i in interruptions]
     refusals = [*refuse_depth_readers(sums.nodes), *refusals]
@@ -57,17 +59,17 @@ def _named(chains: list[StreamChain]) -> tuple[list[Stream], list[Interruption]]
     return streams, find_interruptions(streams, chains)
 
 
-def _preludes(interruptions: list[Interruption], chains: list[StreamChain]) -> set[int]:
-    """The sums that only prepare the root of a stream: one sublayer before the first of a deeper one, and a norm.
+def _preludes(interruptions: list[Interruption], chains: list[StreamChain]) -> list[Interruption]:
+    """Ends of sums that only prepare the root of a stream: one sublayer before the first of a deeper one, and a norm.
 
     A token that is smeared over the next, an embedding that is convolved, and then normed.
     """
     begun = {i.after for i in interruptions}
-    return {
-        i.before
+    return [
+        i
         for i in interruptions
         if i.normed and i.before not in begun and chains[i.before].num_sublayers == 1 < chains[i.after].num_sublayers
-    }
+    ]
 
 
 def _sums_of(graph: Graph) -> FormalSums:

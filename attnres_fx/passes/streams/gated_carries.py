@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import Addition, match_addition
-from attnres_fx.passes.graph.nodes import describe, is_floating
+from attnres_fx.passes.graph.nodes import describe, is_floating, shape_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, moves_data, op_name
+from attnres_fx.passes.streams.centring import centres
 from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged
 from attnres_fx.passes.streams.mixed_copies import origin_of
@@ -77,9 +78,8 @@ def _cell(node: Node) -> tuple[Node, Node] | None:
 
 
 def _why_gated(addition: Addition, extended: bool, ancestry: Dependence) -> str:
-    pairs = ((addition.left, addition.right), (addition.right, addition.left))
-    for carry, branch in pairs:
-        why = _why_moved(carry, branch, ancestry) or ("" if extended else _why_multiplied(carry, branch, ancestry))
+    for read in (addition, addition.swapped):
+        why = _why_moved(read.left, read.right, ancestry) or ("" if extended else _why_multiplied(read, ancestry))
         if why:
             return why
     return ""
@@ -99,11 +99,18 @@ def _why_moved(carry: Node, branch: Node, ancestry: Dependence) -> str:
     return ""
 
 
-def _why_multiplied(carry: Node, branch: Node, ancestry: Dependence) -> str:
-    """Whether `carry + branch` is `g * x + f`, where gate and branch are more than elementwise work on x."""
-    for value, gate in _factors(carry):
+def _why_multiplied(addition: Addition, ancestry: Dependence) -> str:
+    """Whether a sum is `g * x + f`, where gate and branch are more than elementwise work on x.
+
+    What is taken off a product as its mean is no branch: a norm with its gain first centres `g * h`, and where norms
+    share the gain, h depends on it.
+    """
+    branch = addition.right
+    for value, gate in _factors(addition.left):
         for x in (value, origin_of(value)):
             if not is_floating(x) or not (ancestry.is_branch(gate, x) and ancestry.is_branch(branch, x)):
+                continue
+            if not _may_be_carried(x, addition.left) or centres(addition, x, ancestry):
                 continue
             others = [v for v, weight in _factors(branch) if ancestry.is_branch(weight, x)]
             if any(v is x or not ancestry.is_branch(v, x) for v in others):
@@ -111,6 +118,11 @@ def _why_multiplied(carry: Node, branch: Node, ancestry: Dependence) -> str:
             if x is value:
                 return f"the stream is multiplied by {describe(gate)}, which depends on the stream: a gated carry"
     return ""
+
+
+def _may_be_carried(value: Node, product: Node) -> bool:
+    """Whether a factor may be a stream: one vector for all rows of a product is their gain."""
+    return len(shape_of(value)) > 1 or len(shape_of(product)) == 1
 
 
 def _factors(node: Node) -> list[tuple[Node, Node]]:

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from attnres_fx.passes.graph.additions import Addition, match_addition
 from attnres_fx.passes.graph.nodes import same_shape, shape_of, sizes_agree
 from attnres_fx.passes.graph.operations import asks_only_metadata
-from attnres_fx.passes.graph.row_maps import RowMap, match_row_maps
+from attnres_fx.passes.graph.row_maps import RowMap, adds_rows, match_row_maps
 from attnres_fx.passes.normalize.dead_code import find_live
 from attnres_fx.passes.streams.centring import centres
 from attnres_fx.passes.streams.dependence import Dependence
@@ -82,7 +82,7 @@ class _Interpreter:
             addition = self.additions.get(node)
             if addition is not None:
                 self._add(node, addition)
-        # A state that is turned is a state where the stream goes on from it; elsewhere it is a read that turns it.
+        # A state that is turned or gets more rows is one where the stream goes on from it; elsewhere a read does that.
         self.maps = {n: kept for n, maps in self.maps.items() if (kept := tuple(m for m in maps if self._stays(n, m)))}
         for node in self.graph.nodes:
             self._state_of(node)
@@ -106,7 +106,7 @@ class _Interpreter:
         return () if node in self.depends.written else self.maps.get(node, ())
 
     def _stays(self, node: Node, row_map: RowMap) -> bool:
-        return not self.features.turns(row_map.state, node)
+        return not (self.features.turns(row_map.state, node) or adds_rows(node))
 
     def _is_independent(self, row_map: RowMap, root: Node) -> bool:
         return not any(o is root or self.depends.at_all(o, root) for o in row_map.others)

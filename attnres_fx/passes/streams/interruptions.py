@@ -58,12 +58,14 @@ class Interruption:
         after: Index of the one that begins.
         refusal: What the report says of it.
         normed: Whether a norm stands between the two.
+        first: What is done first to the last state of the one that ends.
     """
 
     before: int
     after: int
     refusal: Refusal
     normed: bool
+    first: Node
 
 
 def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain]) -> list[Interruption]:
@@ -90,7 +92,7 @@ def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain])
         way = next((w for w in beside if not _encloses(chains[w.stream], chain)), None)
         if way is not None:
             refusal = _refusal(way, streams[way.stream], streams[i])
-            interruptions.append(Interruption(way.stream, i, refusal, way.normed))
+            interruptions.append(Interruption(way.stream, i, refusal, way.normed, way.first))
     return interruptions
 
 
@@ -176,6 +178,20 @@ def _refusal(way: _Way, before: Stream, after: Stream) -> Refusal:
         f"view of rows: reads after it do not reach what was written before"
     )
     return Refusal("interrupted", describe(way.first), why)
+
+
+def refuse_prelude(first: Node, after: str) -> Refusal:
+    """The remark that a sum of one sublayer is taken as part of the root of the stream that begins after it.
+
+    Args:
+        first: What is done to the sum.
+        after: The name of the stream.
+    """
+    why = (
+        f"one sublayer before it is taken as part of the root of {after!r} and left as it is, because "
+        f"{_called(first)!r} is no sum, factor or view of rows"
+    )
+    return Refusal("interrupted", describe(first), why)
 
 
 def _called(node: Node) -> str:

@@ -96,7 +96,7 @@ def refuse_depth_readers(nodes: tuple[Node, ...]) -> list[Refusal]:
     readers = find_depth_readers(nodes)
     if not readers:
         return []
-    why = f"the model attends over its depth already, here and at {len(readers) - 1} more places"
+    why = f"the model reads its depth already, here and at {len(readers) - 1} more places"
     advice = "Use it as it is, convert a model with plain residuals, or name a stream to convert beside that."
     return [Refusal("depth", describe(readers[0]), why, True, advice)]
 

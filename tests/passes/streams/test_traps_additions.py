@@ -152,9 +152,22 @@ def test_parallel_attention_and_mlp_are_one_sublayer_in_any_order(order, norms):
     check_trap(program, (tokens(),), text, spellings=("symbolic",))
 
 
+WEIGHTS = torch.tensor([0.5, 1.5])
+CHANNELS = torch.linspace(0.5, 1.5, 16).reshape(2, 8)
 OTHER_WORDS = {
     "sum of a stack": lambda h, f: torch.stack([h, f]).sum(0),
     "sum of a stack along another dimension": lambda h, f: torch.stack((f, h), dim=2).sum(dim=2),
+    "sum of a cat": lambda h, f: torch.cat([h[None], f.unsqueeze(0)]).sum(0),
+    "mean of a cat": lambda h, f: torch.cat([h[:, None], f[:, None]], 1).mean(1),
+    "weighted stack": lambda h, f: (torch.stack([h, f]) * WEIGHTS[:, None, None, None]).sum(0),
+    "stack with weights of channels": lambda h, f: (CHANNELS * torch.stack([h, f], 2)).sum(2),
+    "weighted stack, one factor for all": lambda h, f: (torch.stack([h, f]) * WEIGHTS[0]).sum(0),
+    "tensordot": lambda h, f: torch.tensordot(WEIGHTS, torch.stack([h, f]), 1),
+    "tensordot the other way": lambda h, f: torch.tensordot(torch.stack([h, f], 1), WEIGHTS, ([1], [0])),
+    "einsum": lambda h, f: torch.einsum("l,lbtd->btd", WEIGHTS, torch.stack([h, f])),
+    "einsum of channels": lambda h, f: torch.einsum("btld,ld->btd", torch.stack([h, f], 2), CHANNELS),
+    "einsum with an ellipsis": lambda h, f: torch.einsum("...l, l -> ...", torch.stack([h, f], -1), WEIGHTS),
+    "matmul": lambda h, f: torch.stack([h, f], -1) @ WEIGHTS,
     "lerp with a constant weight": lambda h, f: torch.lerp(h, f, 0.3),
     "lerp by method": lambda h, f: h.lerp(f, 0.5),
     "lists of tensors": lambda h, f: torch._foreach_add([h], [f])[0],

@@ -7,7 +7,7 @@ from torch import nn
 
 import attnres_fx as ax
 from attnres_fx.passes import analyze_
-from tests.support.stream_text import captured
+from tests.support.stream_text import SPELLINGS, captured
 
 WIDTH, LAYERS = 8, 3
 
@@ -48,6 +48,14 @@ def listed(values, query):
     return sum(weights[..., i : i + 1] * v for i, v in enumerate(values))
 
 
+def learned(values, query):
+    return torch.einsum("n,n...->...", query[: len(values)], torch.stack(values))
+
+
+def learned_and_listed(values, query):
+    return sum(query[i] * v for i, v in enumerate(values))
+
+
 READS = [stacked, contracted, attended, listed]
 
 
@@ -80,6 +88,37 @@ def test_a_model_that_reads_its_depth_is_refused_by_name(program, read):
     assert "depth" in {r.kind for r in found(Net(program, read)).refusals if r.stops_conversion}
 
 
+def averaged_over_depth(m, x):
+    """Layers with residuals, and after each a weighted sum of the outputs of all of them."""
+    values = [x]
+    for i in range(LAYERS):
+        values.append(x + m.layers[i](m.norms[i](x)))
+        x = m.read(values, m.queries[i])
+    return m.norms[-1](x)
+
+
+@pytest.mark.parametrize("read", [stacked, contracted, learned, learned_and_listed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_learned_weights_over_all_earlier_outputs_are_a_read_of_the_depth(read, spelling):
+    model = Net(averaged_over_depth, read).eval()
+    captured_once = captured(model, (torch.randn(2, 5, WIDTH),), spelling)
+    assert "depth" in {r.kind for r in analyze_(captured_once).refusals if r.stops_conversion}
+
+
+@pytest.mark.parametrize("read", [learned, learned_and_listed], ids=lambda f: f.__name__)
+def test_a_root_that_each_layer_mixes_in_again_is_no_read_of_the_depth(read):
+    def program(m, x):
+        h = x
+        for norm, layer, weights in zip(m.norms, m.layers, m.queries, strict=False):
+            h = m.read([h, x], weights) if h is not x else x
+            h = h + layer(norm(h))
+        return m.norms[-1](h)
+
+    streams = found(Net(program, read))
+    assert streams.refusals == ()
+    assert [len(s.depth_reads) for s in streams.select("main")] == [LAYERS]
+
+
 def test_the_error_says_so_and_a_stream_that_is_named_is_converted():
     class Beside(Net):
         def forward(self, x):
@@ -89,7 +128,7 @@ def test_the_error_says_so_and_a_stream_that_is_named_is_converted():
             return every_layer(self, x), self.norms[-1](y)
 
     model, x = Beside(None, stacked).eval(), torch.randn(2, 5, WIDTH)
-    with pytest.raises(ax.errors.AlreadyConvertedError, match="attends over its depth already"):
+    with pytest.raises(ax.errors.AlreadyConvertedError, match="reads its depth already"):
         ax.convert(model, (x,))
     (stream,) = (s for s in ax.inspect(model, (x,)).streams if len(s.depth_reads) == LAYERS)
     converted = ax.convert(model, (x,), config=ax.AttnResConfig(streams=[stream.name]))

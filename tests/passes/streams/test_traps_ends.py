@@ -52,6 +52,22 @@ def interruptions(model, args, spelling):
     return [r for r in analyze_(captured(model, args, spelling)).refusals if r.kind == "interrupted"]
 
 
+@pytest.mark.parametrize("spelling", ["symbolic", "export", "dynamo"])
+def test_one_sublayer_that_only_makes_the_root_of_a_stream_is_in_the_report(spelling):
+    def program(m, x):
+        h = m.embed(x)
+        h = m.norm_4(h + m.attn_1(m.norm_1(h)))
+        h = h + m.mlp_1(m.norm_2(h))
+        h = h + m.attn_2(m.norm_3(h))
+        return m.head(m.norm_f(h))
+
+    found = analyze_(captured(toy(program), (tokens(),), spelling))
+    (stream,) = found.streams
+    (refusal,) = found.refusals
+    assert [r.position for r in stream.depth_reads] == [1, 2]
+    assert refusal.kind == "interrupted" and f"part of the root of {stream.name!r}" in refusal.reason
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_what_ends_a_stream_is_named(end):
     between, called = ENDS[end]

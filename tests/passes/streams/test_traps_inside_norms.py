@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.support.stream_text import TWO_LAYERS, check_trap, tokens
+from attnres_fx.passes import analyze_
+from tests.support.stream_text import TWO_LAYERS, captured, check_trap, tokens, toy
 
 
 def gain_first(x, gain, bias):
@@ -31,6 +32,10 @@ def scaled_for_the_variance(x, gain, bias):
     return x * (0.25 * x).pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt() * gain
 
 
+def gain_first_and_centred(x, gain, bias):
+    return (gain * x - (gain * x).mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5)
+
+
 NORMS = (
     gain_first,
     gain_first_divided,
@@ -38,6 +43,7 @@ NORMS = (
     gain_first_and_a_bias,
     bias_for_the_variance,
     scaled_for_the_variance,
+    gain_first_and_centred,
 )
 
 
@@ -55,6 +61,18 @@ def test_a_norm_that_is_written_out_reads_once(norm):
 
     expected = TWO_LAYERS.replace("norm_2", "stream.read_1").replace("norm_f", "stream.read_2")
     check_trap(program, (tokens(),), expected)
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 1, 8)], ids=str)
+def test_a_gain_that_norms_share_is_carried_by_no_gate(shape):
+    def program(m, x):
+        gain = m.carry.view(shape)
+        h = m.embed(x)
+        h = h + m.attn_1(gain_first_and_centred(h, gain, None))
+        h = h + m.mlp_1(gain_first_and_centred(h, gain, None))
+        return m.head(gain_first_and_centred(h, gain, None))
+
+    assert analyze_(captured(toy(program), (tokens(),), "symbolic")).refusals == ()
 
 
 def test_a_factor_that_a_branch_reads_as_well_is_a_read_of_its_own():

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import attnres_fx as ax
 from attnres_fx.passes import analyze_
-from tests.support.stream_text import assert_near, captured, check_preserved, found_text, tokens, toy
+from tests.support.stream_text import SPELLINGS, assert_near, captured, check_preserved, found_text, tokens, toy
 
 INDEX = torch.tensor([1])
+EVERY = torch.arange(4).reshape(2, 2)
+MASK = (torch.arange(10).reshape(2, 5) % 3 == 0).unsqueeze(-1)
 
 
 def between(what):
@@ -86,7 +89,32 @@ WRITTEN = {
     "rows assigned by index": written(assigned_by_index),
     "index_copy": lambda m, h: h.index_copy(0, INDEX, h[INDEX] + m.mlp_1(m.norm_2(h[INDEX]))),
     "index_put": lambda m, h: h.index_put((INDEX,), m.mlp_1(m.norm_2(h[INDEX])), accumulate=True),
+    "a pooled token before the tokens": lambda m, h: torch.cat([m.mlp_1(h.mean(1, keepdim=True)), h * 2], 1),
     "slice_scatter": lambda m, h: torch.slice_scatter(h, m.mlp_1(m.norm_2(h[:, 1:])), 1, 1),
+}
+
+
+#: What brings new rows into a stream: a term that is zero elsewhere, here part of the sublayer before.
+NEW = {
+    "a class token before the tokens": lambda m, h: torch.cat([m.carry.expand(2, 1, 8), h], 1),
+    "tokens on both sides": lambda m, h: torch.cat([m.positions.weight[:3].expand(2, 3, 8), h, m.embed(EVERY)], 1),
+    "where": lambda m, h: torch.where(MASK, m.carry, h),
+    "the other side of where": lambda m, h: torch.where(~MASK, h * 0.5, m.mlp_1.bias),
+    "a fill of some rows": lambda m, h: h.masked_fill(MASK, 0.5),
+}
+#: What repeats rows or puts zeros beside them: no term.
+MORE = {
+    "zeros behind the tokens": lambda m, h: F.pad(h, (0, 0, 0, 3)),
+    "zeros before the tokens": lambda m, h: torch.cat([h.new_zeros(2, 1, 8), h], 1),
+    "each row twice": lambda m, h: h.repeat_interleave(2, 1),
+    "the batch twice": lambda m, h: h.repeat(2, 1, 1),
+    "unbind and stack": lambda m, h: torch.stack(h.unbind(1), 1),
+    "split and cat": lambda m, h: torch.cat(h.split(2, 1), 1),
+}
+#: What is read and not added to: a sublayer, and no new rows in the stream.
+READ = {
+    "a join for one branch": lambda m, h: h + m.mlp_1(m.norm_2(torch.cat([m.carry.expand(2, 1, 8), h], 1)))[:, 1:],
+    "a mask for one branch": lambda m, h: h + m.mlp_1(m.norm_2(h.masked_fill(MASK, 0.5))),
 }
 
 
@@ -122,6 +150,45 @@ def test_what_is_written_into_some_rows_is_a_term(way):
     check(WRITTEN[way], reads_in(text)[1])
 
 
+@pytest.mark.parametrize("way", NEW)
+def test_new_rows_in_a_stream_are_a_term(way):
+    text = found_text(toy(between(NEW[way])), (tokens(),), "export")
+    assert " + " in text.splitlines()[1], text  # what was written before, and the new rows
+    check(NEW[way], [1, 2], SPELLINGS)
+
+
+@pytest.mark.parametrize("way", MORE)
+def test_rows_that_are_repeated_or_have_zeros_beside_them_keep_their_sources(way):
+    check(MORE[way], [1, 2], SPELLINGS)
+
+
+@pytest.mark.parametrize("way", READ)
+def test_what_is_joined_or_masked_for_a_branch_is_a_read(way):
+    check(READ[way], [1, 2, 3], SPELLINGS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["a class token before the tokens", "where"])
+def test_with_random_queries_new_rows_are_what_the_definition_says(way):
+    model = toy(between(NEW[way]))
+    config = ax.AttnResConfig(variant="full")
+    converted = ax.convert(torch.fx.symbolic_trace(model), (tokens(),), config=config, check=False)
+    generator = torch.Generator().manual_seed(1)
+    q = {read.name: read.query.normal_(generator=generator) for read in converted.attnres.reads}
+    nothing = torch.zeros(2, 5, 8)
+    v_0 = model.embed(tokens())
+    v_1 = model.attn_1(model.norm_1(v_0))
+    if way == "where":
+        kept = [torch.where(MASK, nothing, v) for v in (v_0, v_1)]
+        new = torch.where(MASK, model.carry, nothing)
+    else:
+        kept = [torch.cat([nothing[:, :1], v], 1) for v in (v_0, v_1)]
+        new = torch.cat([model.carry.expand(2, 1, 8), nothing], 1)
+    sources = [kept[0], kept[1] + new]
+    sources.append(model.attn_2(model.norm_3(mixed(sources, q["norm_3"]))))
+    assert_near(converted(tokens()), model.head(model.norm_f(mixed(sources, q["norm_f"]))), 1e-5)
+
+
 def test_a_mean_that_is_taken_off_is_no_term():
     for centred in (lambda m, h: h - h.mean(1, keepdim=True), lambda m, h: h + (-h).mean(1)[:, None]):
         text = found_text(toy(between(centred)), (tokens(),), "export")
@@ -136,6 +203,26 @@ def test_a_class_token_that_is_read_before_it_is_joined_has_its_reads():
         return torch.cat([first, h[:, 1:]], 1)
 
     check(what, [1, 2, 3, 4], ("symbolic", "dynamo", "export"))
+
+
+def test_what_takes_nothing_but_replaced_rows_is_no_read_of_the_stream():
+    """A class token of another stream in the place of a stream's own, as in CrossViT: h is read with it by a norm."""
+
+    def what(m, h):
+        token = m.mlp_1(m.norm_2(h[:, :1]))
+        joined = torch.cat([token, h[:, 1:]], 1)
+        token = joined[:, :1] + m.mlp_2(m.norm_4(joined)).mean(1, keepdim=True)
+        return torch.cat([m.mlp_3(token.tanh()), h[:, 1:]], 1)
+
+    for spelling in SPELLINGS:
+        gm = captured(toy(between(what)), (tokens(),), spelling)
+        streams = analyze_(gm).streams
+        roots = [s.root.module for s in streams]
+        assert [len(s.depth_reads) for s in streams if s.is_main] == [4], spelling
+        assert "mlp_1" in roots, (spelling, roots)  # the token and what is added to it
+    check_preserved(
+        toy(between(what)), ax.convert(toy(between(what)), (tokens(),), check=False), (tokens(),), gradients=False
+    )
 
 
 def mixed(sources, query):
