@@ -36,7 +36,7 @@ def test_files_that_are_no_whole_plan_are_refused(plan, tmp_path):
     path.write_text(path.read_text()[:-300])
     with pytest.raises(PlanError, match="whole"):
         ax.load_plan(path)
-    with pytest.raises(PlanError, match="no plan"):
+    with pytest.raises(PlanError, match="is no file"):
         ax.load_plan(tmp_path / "missing.json")
 
 
