@@ -120,13 +120,15 @@ class AttnResParameters(nn.Module):
         self._written = self.made_for.to_tensor()
         self._compared = _version(self._written)
 
-    def set_config(self, config: AttnResConfig) -> None:
+    def set_made_for(self, made_for: MadeFor) -> None:
         """Let the parameters be for another config, under which the reads are the same.
 
         Args:
-            config: The other config.
+            made_for: The other config, and its blocks.
         """
-        self.config = config
+        self.config, self.made_for = made_for.config, made_for
+        self._written = made_for.to_tensor()
+        self._compared = _version(self._written)
 
     def get_extra_state(self) -> torch.Tensor:
         """The config, as bytes in a tensor, so that every format of checkpoint can hold it.

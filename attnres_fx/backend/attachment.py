@@ -14,6 +14,7 @@ from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import AttachError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import DepthReadPlan
+from attnres_fx.state_config import MadeFor
 
 #: The attribute that holds a model's queries and gains.
 ATTRIBUTE = "attnres"
@@ -85,13 +86,13 @@ class AttachedParameters(AttnResParameters):
         self._logs: dict[str, CompileLog] = {}
         self._write_about()
 
-    def set_config(self, config: AttnResConfig) -> None:
+    def set_made_for(self, made_for: MadeFor) -> None:
         """Let the parameters be for another config; what is compiled is compiled again.
 
         Args:
-            config: The other config.
+            made_for: The other config, and its blocks.
         """
-        super().set_config(config)
+        super().set_made_for(made_for)
         self._write_about()
 
     def _write_about(self) -> None:

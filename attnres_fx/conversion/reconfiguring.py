@@ -17,7 +17,8 @@ from attnres_fx.conversion.kept_programs import drop_unused_constants
 from attnres_fx.conversion.recapturing import Recapturing
 from attnres_fx.errors import AttnResError, SaveError
 from attnres_fx.parameters import AttnResParameters
-from attnres_fx.state_config import shown_config
+from attnres_fx.passes.schedule import plan_schedule
+from attnres_fx.state_config import MadeFor, StreamBlocks, shown_config
 
 
 def reconfigure_(owner: nn.Module, attnres: AttnResParameters, config: AttnResConfig) -> None:
@@ -32,7 +33,7 @@ def reconfigure_(owner: nn.Module, attnres: AttnResParameters, config: AttnResCo
         SaveError: The model holds no Python of its original, or cannot be captured under the config.
     """
     if not isinstance(owner, ConvertedModel):
-        attnres.set_config(config)  # what is compiled is compiled again
+        attnres.set_made_for(_made_for(attnres, config))  # what is compiled is compiled again
         return
     reconfigure = owner._attnres_conversion.reconfigure
     if reconfigure is None:
@@ -74,13 +75,13 @@ class Reconfiguring:
             conversion.note_tensors(model)
             # Not checked: means are not what the original computes.
             call = dataclasses.replace(self.call, config=config, check=False)
-            before, report = model.attnres.config, dataclasses.replace(conversion.report)
+            before, report = model.attnres.made_for, dataclasses.replace(conversion.report)
             modes = {mode: DeferredMode(mode, call, self.tree) for mode in (*conversion.programs, *conversion.deferred)}
-            model.attnres.set_config(config)
+            model.attnres.set_made_for(_made_for(model.attnres, config))
             try:
                 programs = {mode: modes[mode](model) for mode in conversion.programs}
             except BaseException as error:
-                model.attnres.set_config(before)
+                model.attnres.set_made_for(before)
                 conversion.report.take(report)
                 if not isinstance(error, AttnResError):
                     raise
@@ -93,3 +94,10 @@ class Reconfiguring:
             conversion.pickled = functools.partial(self.pickled, call)
             drop_unused_constants(model)
             conversion.watch_anew(model)
+
+
+def _made_for(attnres: AttnResParameters, config: AttnResConfig) -> MadeFor:
+    """A config with the blocks that it gives the streams of a model."""
+    counts = {blocks.stream: blocks.sublayers for blocks in attnres.made_for.blocks}
+    blocks = (StreamBlocks(name, plan_schedule(count, config).starts, count) for name, count in counts.items())
+    return MadeFor(config, tuple(blocks))
