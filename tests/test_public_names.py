@@ -41,7 +41,7 @@ IMPORTS = {
 
 
 @pytest.mark.parametrize("imports", IMPORTS)
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 def test_importing_the_package_alone_registers_every_operator_a_graph_may_hold(imports):
     in_graphs = {str(o).split(".")[1] for o in OPERATORS} | {"parameters"}
     code = f"{IMPORTS[imports]}; [getattr(torch.ops.attnres_fx, n) for n in {sorted(in_graphs)}]"

@@ -56,6 +56,7 @@ def trained(tmp_path, callbacks):
     return model
 
 
+@pytest.mark.slow
 def test_a_trainer_of_transformers_records_weights_and_trains_as_without(tmp_path):
     callback = ax.DepthWeightsCallback((X,), every=2, to=tmp_path / "weights.csv")
     assert isinstance(callback, TrainerCallback) and isinstance(callback, ax.DepthWeightsCallback)

@@ -64,6 +64,7 @@ def test_the_checkpoint_of_the_original_lacks_nothing_but_the_queries():
     assert not unexpected and missing and all(n.startswith("attnres.") for n in missing)
 
 
+@pytest.mark.slow
 def test_detach_gives_the_original_back():
     original, kwargs = built("llama, one layer")
     model, _ = attached("llama, one layer")

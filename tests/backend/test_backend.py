@@ -220,6 +220,7 @@ def test_explain_says_what_was_compiled():
     assert "eager" in str(told) and "Broken" in str(told)
 
 
+@pytest.mark.slow
 def test_the_fused_inference_path_of_an_encoder_is_not_taken():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True, dropout=0.0)
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(2, 5, 16)

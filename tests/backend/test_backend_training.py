@@ -52,6 +52,7 @@ def test_twenty_steps_follow_the_losses_of_the_converted_model(inner, layers):
     assert any(read.query.abs().max() > 1e-3 for read in model.attnres.reads)
 
 
+@pytest.mark.slow
 def test_dropout_is_on_in_train_and_off_in_eval():
     model = small_gpt(dropout=0.5)
     ids = batches(1)[0][:, :-1]

@@ -51,6 +51,7 @@ def translator(final=True):
 
 
 @pytest.mark.parametrize("final", [True, False])
+@pytest.mark.slow
 def test_an_encoder_that_is_called_by_itself_runs_the_rewritten_form(final):
     model, (source, target) = translator(final)
     whole = copy.deepcopy(model)
@@ -150,6 +151,7 @@ def test_a_copy_of_a_compiled_model_says_that_it_is_to_be_compiled(kind):
     torch.testing.assert_close(copied(x), expected)
 
 
+@pytest.mark.slow
 def test_more_kinds_of_calls_than_the_compiler_allows_by_itself_have_graphs():
     model, x, _, _ = compiled_net()
     ax.detach(model)

@@ -85,6 +85,7 @@ def test_the_folder_says_what_it_is(tmp_path):
     assert torch.equal(other.attnres.reads[0].query, one.attnres.reads[0].query)
 
 
+@pytest.mark.slow
 def test_a_wrapped_model_and_another_dtype_take_an_adapter(tmp_path):
     ax.save_adapter(torch.compile(trained(attached())), tmp_path)
     wrapped = nn.ModuleDict({"inner": converted().double()})

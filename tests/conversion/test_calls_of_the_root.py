@@ -82,6 +82,7 @@ def test_hooks_on_a_symbolic_trace_stay_on_its_conversion():
     torch.testing.assert_close(ax.convert(model, (x,))(x), model(x))
 
 
+@pytest.mark.slow
 def test_hooks_that_write_to_python_go_on_firing():
     model, seen = Pair(), []
 

@@ -141,6 +141,7 @@ def test_gradients_with_dropout_are_the_originals(layer, variant, every):
 
 
 @pytest.mark.parametrize("layer", [Layer, UnderAutocast, Halves])
+@pytest.mark.slow
 def test_what_is_recomputed_is_not_saved(layer):
     x = torch.randn(16, 32, WIDTH)
     unit = x.numel()
@@ -160,6 +161,7 @@ def test_reads_stay_where_the_library_looks_for_them():
     assert len(weights.reads if hasattr(weights, "reads") else list(weights)) == 2 * LAYERS
 
 
+@pytest.mark.slow
 def test_an_eval_program_has_no_checkpoints():
     _, converted = pair(Layer)
     assert not any(n.target is checkpoint for n in converted.graph_module("eval").graph.nodes)

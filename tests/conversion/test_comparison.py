@@ -43,6 +43,7 @@ def test_what_is_computed_in_bfloat16_may_differ_by_bfloat16(inside, around):
     assert {d.tolerance for d in report.outputs} == {8e-2}
 
 
+@pytest.mark.slow
 def test_what_is_computed_in_float32_is_held_to_float32():
     model, x = Tower(), torch.randn(4, 8, 32)
     converted = ax.convert(model, (x,))

@@ -79,7 +79,7 @@ def test_a_family_that_is_in_train_mode_drops_what_it_dropped(name):
 
 @pytest.mark.parametrize("variant", ["full", "local"])
 @pytest.mark.parametrize("name", ["opt", "mamba", "bert", "swin", "carry", "in place"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_other_variants_keep_the_function_too(name, variant):
     model, kwargs, reads = FAMILIES[name]()
     converted = ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(variant=variant), check=False)

@@ -103,6 +103,7 @@ def test_an_edit_of_the_original_is_followed(name):
     torch.testing.assert_close(converted(x), model(x))
 
 
+@pytest.mark.slow
 def test_every_later_capture_has_what_was_changed_in_the_original():
     """Of another size, in the other mode and after a parameter of the result was replaced, too."""
     model = copy.deepcopy(pair()[0])

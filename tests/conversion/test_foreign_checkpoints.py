@@ -58,7 +58,7 @@ def test_a_checkpoint_computes_what_its_own_code_does(reference, style, block, m
 
 
 @every_case
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 def test_in_float64_and_in_gradients_it_is_the_same_function(reference, style, block, tmp_path):
     right = reference.random(block=block).double()
     right.save(tmp_path)
@@ -78,6 +78,7 @@ def test_in_float64_and_in_gradients_it_is_the_same_function(reference, style, b
             torch.testing.assert_close(parameter.grad, given[name].grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_model_that_took_a_checkpoint_trains_saves_and_is_copied(tmp_path):
     right = KimiReference.random()
     right.save(tmp_path / "theirs")
@@ -102,7 +103,7 @@ def test_a_model_that_took_a_checkpoint_trains_saves_and_is_copied(tmp_path):
 
 @every_case
 @pytest.mark.parametrize("make", [converted, compiled])
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 def test_what_is_exported_computes_the_same_in_their_code_and_here(reference, style, block, make, tmp_path):
     size = block * (2 if style == "kimi" else 1)
     model = make(PlainModel().eval(), ax.AttnResConfig(block_size=size, output="mean", eps=1e-5))
@@ -169,6 +170,7 @@ def test_a_model_that_does_not_fit_is_named_and_left_as_it_is(make, words, tmp_p
     assert getattr(getattr(model, "attnres", None), "config", None) == config
 
 
+@pytest.mark.slow
 def test_a_loaded_model_has_no_python_to_capture_and_says_which_config_to_convert_with(tmp_path):
     right = KimiReference.random()
     right.save(tmp_path / "theirs")

@@ -34,6 +34,7 @@ def test_functional_call_and_grad_give_what_backward_gives(converted):
         torch.testing.assert_close(gradient, converted.get_parameter(name).grad)
 
 
+@pytest.mark.slow
 def test_per_sample_gradients_of_the_queries_are_those_of_one_sample_at_a_time(converted):
     parameters = queries_of(converted)
     one = grad(lambda p, ids: loss(converted, p, ids[None]))

@@ -66,6 +66,7 @@ def test_a_public_model_computes_the_same_with_these_reads_in_both_modes(name):
 
 
 @pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.slow
 def test_a_public_model_computes_attention_residuals_written_by_hand(name):
     model, args = EXAMPLES[name]()
     converted = ax.convert(drawn(model), args, config=FULL, check="outputs")

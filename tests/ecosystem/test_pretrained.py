@@ -40,6 +40,7 @@ def saved(request, tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.slow
 def test_the_folder_gives_the_model_back(saved):
     model, folder = saved
     again = ax.from_pretrained(transformers.AutoModelForCausalLM, folder).eval()
@@ -80,6 +81,7 @@ def test_another_process_than_the_main_one_writes_no_adapter(saved, tmp_path):
     assert not (tmp_path / "attnres_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_part_of_an_attached_model_is_not_saved_by_itself(tmp_path):
     model = with_queries("compile")
     with pytest.raises(SaveError, match="'model' of an attached model"):

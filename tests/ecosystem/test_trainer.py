@@ -101,6 +101,7 @@ def test_an_outer_compiler_is_refused_with_what_to_do(tmp_path, route):
         trainer(model_on(route), tmp_path, torch_compile=True, torch_compile_backend="eager").train()
 
 
+@pytest.mark.slow
 def test_the_signature_says_that_the_loss_takes_the_number_of_labels():
     for route in ROUTES:
         shown = inspect.signature(model_on(route).forward).parameters.values()

@@ -197,6 +197,7 @@ def loss(function):
     return lambda *leaves: sum((i + 1) * t.sin().sum() for i, t in enumerate(function(*leaves)))
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients_are_right():
     leaves = [t.requires_grad_() for t in small_leaves()]
     assert torch.autograd.gradgradcheck(lambda *t: tuple(two_phase(*t)), leaves, atol=1e-4)
@@ -228,6 +229,7 @@ def test_each_is_one_node_in_an_exported_graph():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_the_operators_keep_the_rules_of_custom_operators():
     sources, delta, query, key_weight, w, b = fused_inputs((3, 8), [f32] * 3)
     calls = [

@@ -70,7 +70,7 @@ def check_against_oracle(leaves: list[Tensor], function=read, definition=oracle,
     ],
     ids=str,
 )
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_forward_and_every_gradient_match_the_definition(shape, sources, weights):
     check_against_oracle(random_inputs(shape, sources, weights))
 

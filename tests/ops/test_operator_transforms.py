@@ -45,6 +45,7 @@ EVERY = (0, 1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.slow
 def test_the_operator_keeps_the_rules_of_custom_operators(requires_grad):
     *sources, query, key_weight = inputs(3, 8, dtype=torch.float32, requires_grad=requires_grad)
     results = torch.library.opcheck(DEPTH_ATTENTION, (sources, query, key_weight, 1e-6, GAIN))
@@ -270,6 +271,7 @@ def check_compiled(backend: str) -> None:
         torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), wanted) for out in outs))
 
 
+@pytest.mark.slow
 def test_aot_eager_computes_the_same():
     check_compiled("aot_eager")
 

@@ -75,7 +75,7 @@ def test_one_source_has_no_gradient_of_query_and_bias(style):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("style", [STYLES["all"], STYLES["Inkling"]], ids=["all", "Inkling"])
-@pytest.mark.slow_after(2)
+@pytest.mark.slow
 def test_compiled_reads_are_those_of_float64(style, backend):
     compiled = torch.compile(one_read, backend=backend, fullgraph=True)
     compare(given(style, 3, 5), compiled, right)

@@ -23,7 +23,7 @@ def mixtral_costs():
     [(gpt, gpt_costs, gpt_parts), (llama, llama_costs, decoder_parts), (mixtral, mixtral_costs, decoder_parts)],
     ids=["gpt", "llama", "mixtral"],
 )
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_flops_of_every_unit_are_those_of_a_real_run(build, costs_of, parts):
     model, costs = build(), costs_of()
     if build is mixtral:

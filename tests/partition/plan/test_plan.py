@@ -15,6 +15,7 @@ from attnres_fx.partition.split.chained_model import chains_of
 from tests.support.small_stages import ZEROS, branches, gpt, planned
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_rows_of_its_example():
     one, two = (planned(branches(4), kwargs={"ids": torch.zeros(n, 8, dtype=torch.long)}) for n in (1, 2))
     assert [2 * s.forward_flops for s in one.costs.sublayers] == [s.forward_flops for s in two.costs.sublayers]
@@ -37,7 +38,7 @@ def t5():
 
 
 @pytest.mark.parametrize("variant", ["full", "block", "local"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_what_the_planner_counted_is_what_the_graph_sends(variant):
     found = planned(config=ax.AttnResConfig(variant=variant))
     assert found.partition.hop_forward_bytes == (*found.traffic.exact.forward, 0)

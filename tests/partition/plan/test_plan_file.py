@@ -196,6 +196,7 @@ def test_the_busy_seconds_of_the_timeline_are_those_of_the_partition(request):
 
 
 @pytest.mark.parametrize(("schedule", "virtual"), [("1F1B", 1), ("InterleavedZeroBubble", 2)])
+@pytest.mark.slow
 def test_a_plan_that_recomputes_takes_longer_and_keeps_less(schedule, virtual):
     steps = {}
     for recompute in (False, True):

@@ -123,6 +123,7 @@ def test_options_of_another_kind_are_refused(options, said):
         planned(**options)
 
 
+@pytest.mark.slow
 def test_plans_that_go_nowhere_say_so(plan, tmp_path):
     with pytest.raises(PlanError, match="cannot be written"):
         plan.save(tmp_path / "missing" / "plan.json")

@@ -112,6 +112,7 @@ def test_with_several_stages_a_rank_the_gap_holds_and_no_plan_is_better_than_the
 
 @settings(SLOW, max_examples=60)
 @given(requests(most_sublayers=9, most_stages=3, rounds=(2, 3)), st.data())
+@pytest.mark.slow
 def test_with_several_stages_a_rank_plans_fit_the_memory_or_the_message_says_how_much_does(request, data):
     plans = all_plans(request)
     assume(plans)
@@ -134,6 +135,7 @@ def test_with_several_stages_a_rank_plans_fit_the_memory_or_the_message_says_how
 
 @settings(SLOW, max_examples=60)
 @given(requests(most_sublayers=9, most_stages=3, rounds=(1, 1, 2)), st.data())
+@pytest.mark.slow
 def test_where_blocks_are_too_many_to_try_the_plan_is_allowed_and_the_gap_holds(request, data):
     assume(request.known_layouts is None)
     plans = all_plans(request)

@@ -189,6 +189,7 @@ def test_a_piece_that_unpacks_to_more(folder):
     assert "larger unpacked" in refused(folder)
 
 
+@pytest.mark.slow
 def test_damaged_bytes_are_refused_or_change_nothing(folder):
     """Bits flipped and files cut off: an error with a name, or the numbers that were saved."""
     right, draw, seen = state_of(*trained(0)), random.Random(7), {"refused": 0, "right": 0}

@@ -12,6 +12,7 @@ from tests.support.families import FAMILIES
 from tests.support.small_stages import IDS, gpt
 
 
+@pytest.mark.slow
 def test_a_copied_stage_runs_on_its_own_tensors():
     stages = cut(spread(ax.convert(gpt(layers=2), kwargs=IDS, check=False)), (0, 2))
     copied = copy.deepcopy(stages[0])

@@ -159,6 +159,7 @@ def test_a_stage_with_nothing_to_do_is_refused():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("traced", "graphs"), [(False, 2), (True, 1)])
+@pytest.mark.slow
 def test_each_graph_is_exported_ordered_and_cut_once(monkeypatch, traced, graphs, recompute):
     model = torch.fx.symbolic_trace(branches()) if traced else branches()
     plan = ax.plan(model, kwargs=ZEROS, num_stages=2, config=ax.AttnResConfig(num_blocks=2), recompute=recompute)

@@ -162,6 +162,7 @@ def test_a_norm_module_that_is_replaced_or_hooked_is_called_again():
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["export", "symbolic"])
+@pytest.mark.slow
 def test_autocast_gives_the_dtype_it_gave(traced):
     model, ids = example_gpt(), TEXT["input_ids"]
     converted = with_queries(ax.convert(torch.fx.symbolic_trace(model) if traced else model, (ids,)))

@@ -64,6 +64,7 @@ def test_every_switch_beside_it_leaves_all_sources_handed_on(variant):
         assert len(reads) > 6 and len(taken) == len(set(taken)), (norms, sums)
 
 
+@pytest.mark.slow
 def test_on_a_cpu_and_in_eval_nothing_is_threaded_by_itself():
     model, kwargs = MODELS["example"](layers=2)
     for training, lowering in [(True, Lowering()), (False, ALONE)]:

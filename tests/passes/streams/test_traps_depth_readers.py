@@ -119,6 +119,7 @@ def test_a_root_that_each_layer_mixes_in_again_is_no_read_of_the_depth(read):
     assert [len(s.depth_reads) for s in streams.select("main")] == [LAYERS]
 
 
+@pytest.mark.slow
 def test_the_error_says_so_and_a_stream_that_is_named_is_converted():
     class Beside(Net):
         def forward(self, x):

@@ -132,6 +132,7 @@ def check_preserved_in_all_variants(program, args, tolerance=1e-5):
                 assert_near(converted(*[a.clone() for a in args]), expected, tolerance, variant)
 
 
+@pytest.mark.slow
 def test_a_buffer_zeroed_filled_and_reused_for_every_sublayer():
     def program(m, x):
         h = m.embed(x)
@@ -150,6 +151,7 @@ def test_a_buffer_zeroed_filled_and_reused_for_every_sublayer():
     check_preserved_in_all_variants(program, (tokens(),))
 
 
+@pytest.mark.slow
 def test_experts_scattered_into_a_zeroed_buffer_are_one_term():
     def program(m, x):
         h = m.embed(x)
@@ -168,6 +170,7 @@ def test_experts_scattered_into_a_zeroed_buffer_are_one_term():
     check_preserved_in_all_variants(program, (tokens(),))
 
 
+@pytest.mark.slow
 def test_out_variants_write_too():
     def program(m, x):
         h = m.embed(x)
