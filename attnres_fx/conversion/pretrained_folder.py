@@ -1,5 +1,6 @@
 """`save_pretrained` of models that have reads: the adapter goes beside the weights, and a mark into `config.json`."""
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -71,7 +72,6 @@ def _mark(folder: Path, model: nn.Module) -> None:
     if not place.is_file():  # a framework's own adapters are saved without the model's config
         return
     attnres: Any = model.attnres
-    config = attnres.config
-    said = {"adapter": CONFIG_FILE, "variant": config.variant, "output": config.output}
+    said = {"adapter": CONFIG_FILE, **dataclasses.asdict(attnres.config)}
     text = json.dumps({**json.loads(place.read_text()), MARK: said}, indent=2, sort_keys=True) + "\n"
     write_whole(place, lambda path: path.write_text(text))

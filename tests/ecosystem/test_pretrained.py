@@ -1,5 +1,6 @@
 """`save_pretrained` and `from_pretrained` of models with reads: the adapter lies beside the weights, and is found."""
 
+import dataclasses
 import json
 import logging
 
@@ -52,7 +53,7 @@ def test_the_folder_gives_the_model_back(saved):
 
 def test_config_json_names_the_adapter(saved):
     said = json.loads((saved[1] / "config.json").read_text())
-    assert said["attnres_fx"] == {"adapter": "attnres_config.json", "variant": "block", "output": "mean"}
+    assert said["attnres_fx"] == {"adapter": "attnres_config.json", **dataclasses.asdict(CONFIG)}
     assert said["architectures"] == ["LlamaForCausalLM"]
 
 
