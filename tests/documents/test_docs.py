@@ -1,8 +1,10 @@
 """Every Python block in README and docs runs."""
 
+import gc
 import re
 
 import pytest
+import torch
 
 from tests.support.paths import ROOT
 
@@ -14,6 +16,8 @@ PAGES.remove(ROOT / "docs" / "workflows.md")  # test_workflows.py runs it
 @pytest.mark.slow
 def test_the_code_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    gc.collect()  # a reader begins in a fresh process
+    torch.compiler.reset()
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
     assert blocks
     names: dict = {}
