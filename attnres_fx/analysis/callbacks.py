@@ -4,15 +4,12 @@ Each is made of the trainer's own class of callbacks when the first one is made,
 before.
 """
 
-from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
 from attnres_fx.analysis.extras import needed
-from attnres_fx.analysis.weight_log import ScalarWriter
 from attnres_fx.analysis.weight_watch import WeightWatch
 from attnres_fx.errors import MissingPackageError
 
@@ -22,16 +19,6 @@ class _Callback(WeightWatch):
         kind: Any = cls
         made: Self = object.__new__(_derived(kind) if "_base" in vars(kind) else kind)
         return made
-
-    def __init__(
-        self,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        every: int = 100,
-        to: str | Path | ScalarWriter | None = None,
-    ) -> None:
-        super().__init__(args, kwargs, every=every, to=to)
 
     def __reduce__(self) -> Any:
         state = {**self.__dict__, "_seen": None}

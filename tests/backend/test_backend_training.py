@@ -1,17 +1,13 @@
 """Training through the backend: losses as by convert, dropout in both modes, several processes."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import attnres_fx as ax
 from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
-from tests.support.paths import ROOT
+from tests.support.process_groups import found_by_processes
 
 CONFIG = ax.AttnResConfig(variant="block", num_blocks=2)
 
@@ -69,25 +65,7 @@ def test_dropout_is_on_in_train_and_off_in_eval():
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory):
     """How far the losses of two processes are from those of one, a kind of data parallelism, and what one learned."""
-    group = tmp_path_factory.mktemp("world") / "group"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.support.distributed_training", str(rank), "2", str(group)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        results = [w.communicate(timeout=240) for w in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert all(w.returncode == 0 for w in workers), "".join(errors[-2000:] for _, errors in results)
-    return json.loads(results[0][0].splitlines()[-1])
+    return found_by_processes("distributed_training", tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])

@@ -1,10 +1,6 @@
 """The table of docs/ecosystem.md: what is done to a model in which order, by numbers or by the error that says it."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attnres_fx as ax
 from tests.support.paths import ROOT
+from tests.support.process_groups import found_by_processes
 from tests.support.sharded_rows import ROWS as SHARDED
 from tests.support.sharded_rows import ax_compiled, batch, converted, example, moved, net
 
@@ -161,21 +158,7 @@ def test_a_copy_of_the_queries_that_would_be_trained_in_vain_is_refused():
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """What two processes found of each sharded row."""
-    group = tmp_path_factory.mktemp("world") / "group"
-    command = [sys.executable, "-m", "tests.support.sharded_rows"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    workers = [
-        subprocess.Popen([*command, str(rank), "2", str(group)], cwd=ROOT, env=environment, **pipes)
-        for rank in range(2)
-    ]
-    try:
-        results = [w.communicate(timeout=400) for w in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert all(w.returncode == 0 for w in workers), "".join(errors[-2000:] for _, errors in results)
-    return json.loads(results[0][0].splitlines()[-1])
+    return found_by_processes("sharded_rows", tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.slow

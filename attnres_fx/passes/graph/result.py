@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from attnres_fx.errors import AttnResError, OperatorError, RewriteError
 from attnres_fx.passes.graph.operations import op_name
@@ -64,6 +64,26 @@ def run_pass(function: Callable[..., PassResult], gm: GraphModule, **options: An
     result = replace(result, name=function.__name__, difference=", ".join(parts))
     log.info("%s", result)
     return result
+
+
+def replacing(gm: GraphModule, instead: Callable[[Node], Node | None]) -> PassResult:
+    """Put something else in the place of nodes, in place, going over the graph once.
+
+    Args:
+        gm: The module to work on.
+        instead: What stands for a node, inserted by it; None for a node that stays.
+
+    Returns:
+        The module, and the names of the nodes that are no longer there.
+    """
+    removed = []
+    for node in list(gm.graph.nodes):
+        found = instead(node)
+        if found is not None:
+            node.replace_all_uses_with(found)
+            removed.append(node.name)
+            gm.graph.erase_node(node)
+    return PassResult(gm, bool(removed), (), tuple(removed))
 
 
 class defects_named:

@@ -21,7 +21,7 @@ from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import argument_of, copy_call, is_floating, same_shape, shape_of, tensor_of
 from attnres_fx.passes.graph.operations import op_name
 from attnres_fx.passes.graph.pieces import join_of
-from attnres_fx.passes.graph.result import PassResult
+from attnres_fx.passes.graph.result import PassResult, replacing
 from attnres_fx.passes.graph.row_maps import is_of_zeros, match_row_maps
 from attnres_fx.passes.normalize.dependences import dependence_on
 
@@ -35,20 +35,15 @@ def split_new_rows_pass(gm: GraphModule) -> PassResult:
     Returns:
         The module, and the names of the calls that are no longer there.
     """
-    removed = []
-    for node in list(gm.graph.nodes):
-        split = _SPLITS.get(op_name(node))
-        if split is None or not is_floating(node):
-            continue
-        with gm.graph.inserting_before(node):
-            total = split(gm.graph, node)
-        if total is not None:
-            node.replace_all_uses_with(total)
-            removed.append(node.name)
-            gm.graph.erase_node(node)
-    if removed:
-        gm.graph.lint()
-    return PassResult(gm, bool(removed), (), tuple(removed))
+    return replacing(gm, _split)
+
+
+def _split(node: Node) -> Node | None:
+    split = _SPLITS.get(op_name(node))
+    if split is None or not is_floating(node):
+        return None
+    with node.graph.inserting_before(node):
+        return split(node.graph, node)
 
 
 def _split_cat(graph: Graph, node: Node) -> Node | None:

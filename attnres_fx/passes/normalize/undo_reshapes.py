@@ -17,7 +17,7 @@ from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import copy_call, is_floating, same_row_sizes, same_shape, tensor_of, value_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait
-from attnres_fx.passes.graph.result import PassResult
+from attnres_fx.passes.graph.result import PassResult, replacing
 
 
 def undo_reshapes_pass(gm: GraphModule) -> PassResult:
@@ -29,18 +29,7 @@ def undo_reshapes_pass(gm: GraphModule) -> PassResult:
     Returns:
         The module, and the names of the calls that are no longer there.
     """
-    removed = []
-    for node in list(gm.graph.nodes):
-        if not is_floating(node):
-            continue
-        instead = _moved_out(node) or _undone(node)
-        if instead is not None:
-            node.replace_all_uses_with(instead)
-            removed.append(node.name)
-            gm.graph.erase_node(node)
-    if removed:
-        gm.graph.lint()
-    return PassResult(gm, bool(removed), (), tuple(removed))
+    return replacing(gm, lambda node: (_moved_out(node) or _undone(node)) if is_floating(node) else None)
 
 
 def _undone(node: Node) -> Node | None:

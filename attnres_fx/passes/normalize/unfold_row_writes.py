@@ -22,7 +22,7 @@ from attnres_fx.passes.graph.nodes import argument_of, copy_call, is_floating, s
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import has_trait, op_name
 from attnres_fx.passes.graph.pieces import pieces_of
-from attnres_fx.passes.graph.result import PassResult
+from attnres_fx.passes.graph.result import PassResult, replacing
 from attnres_fx.passes.normalize.row_parts import may_be_written, summands
 
 #: Where an operation takes what it writes, and what picks the rows that it writes to.
@@ -44,18 +44,13 @@ def unfold_row_writes_pass(gm: GraphModule) -> PassResult:
     Returns:
         The module, and the names of the writes that are no longer there.
     """
-    removed = []
-    for node in list(gm.graph.nodes):
-        _take_rows_as_picked_(node)
-        write = _write_of(node)
-        total = None if write is None else _unfolded(write)
-        if total is not None:
-            node.replace_all_uses_with(total)
-            removed.append(node.name)
-            gm.graph.erase_node(node)
-    if removed:
-        gm.graph.lint()
-    return PassResult(gm, bool(removed), (), tuple(removed))
+    return replacing(gm, _unfolded_write)
+
+
+def _unfolded_write(node: Node) -> Node | None:
+    _take_rows_as_picked_(node)
+    write = _write_of(node)
+    return None if write is None else _unfolded(write)
 
 
 @dataclass(frozen=True)
