@@ -1,5 +1,6 @@
 """What a report shows, said once: printed as text, in a notebook as HTML, in a `repr` as one line."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,11 +42,11 @@ class ReportPage:
         return header in self.right or all(isinstance(row[header], int | float) for row in self.rows)
 
 
-class Shown:
+class Shown(ABC):
     """A report: `print` it for all, look at it in a notebook; its `repr` is one line."""
 
-    def _page(self) -> ReportPage:
-        raise NotImplementedError
+    @abstractmethod
+    def _page(self) -> ReportPage: ...
 
     def __str__(self) -> str:
         return self._page().text()

@@ -9,6 +9,7 @@ from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.root_hooks import copy_hooks_
 from attnres_fx.capture.signature import CallSignature
+from attnres_fx.conversion.adopted_graph import captured_program
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.conversion import ADDED, Conversion, placement_of
 from attnres_fx.conversion.converted_model import ConvertedModel
@@ -57,7 +58,7 @@ def converted_model(
     for mode, (graph, reads) in graphs.items():
         if id(graph) not in programs:
             training = id(graph) in trained
-            programs[id(graph)] = model.captured_program(mode, graph, reads, signature, in_spec, training)
+            programs[id(graph)] = captured_program(model, mode, graph, reads, signature, in_spec, training)
         conversion.programs[mode] = programs[id(graph)]
     converted: ConvertedModel = model
     return converted

@@ -9,6 +9,7 @@ from torch import nn
 
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.conversion.adopted_graph import captured_program
 from attnres_fx.conversion.captured_program import CapturedProgram, bar_ones, current_autocast, flat_arguments
 from attnres_fx.conversion.conversion import Conversion
 from attnres_fx.conversion.kept_programs import keep, note_use
@@ -174,8 +175,8 @@ def _replace(conversion: Conversion, mode: Mode, program: CapturedProgram) -> No
 def _recaptured(model: Any, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CapturedProgram:
     recapture = model._attnres_conversion.recapture
     captured, reads = recapture(model, _python_of(model), mode, args, kwargs)
-    program: CapturedProgram = model.captured_program(
-        mode, captured.graphs[mode], reads, captured.signature, captured.in_spec, mode == "train"
+    program = captured_program(
+        model, mode, captured.graphs[mode], reads, captured.signature, captured.in_spec, mode == "train"
     )
     bar_ones(program, program.ranges)
     return program

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.held_values import Library
@@ -15,6 +13,7 @@ from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.capture.watched import WatchedValue
 from attnres_fx.config import AttnResConfig
+from attnres_fx.conversion.adopted_graph import CONSTANTS
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
 from attnres_fx.conversion.own_python import OwnPython
@@ -23,9 +22,6 @@ from attnres_fx.conversion.tensors_as_captured import TensorsAsCaptured
 from attnres_fx.errors import AttnResError, CheckError, EditedError, SaveError
 from attnres_fx.passes.lowering.lower import Lowering
 from attnres_fx.passes.rewrite.depth_attention import Replacement
-
-#: The children of a converted model that hold constants of its graphs.
-CONSTANTS = "_captured"
 
 #: The children that a conversion adds.
 ADDED = ("attnres", CONSTANTS)
@@ -39,39 +35,6 @@ Recapture = Callable[
 CaptureMode = Callable[[Any], CapturedProgram]
 
 Placement = tuple[torch.device, torch.dtype]
-
-
-def adopt_attribute(root: nn.Module, gm: GraphModule, target: str, mode: Mode) -> str:
-    """Where a converted model keeps an attribute of a captured graph; constants get a place of their own.
-
-    Args:
-        root: The converted model.
-        gm: The captured graph.
-        target: Path of the attribute on the graph.
-        mode: That the graph was captured in.
-
-    Returns:
-        The attribute's path on the converted model.
-    """
-    value = attrgetter(target)(gm)
-    try:
-        current = attrgetter(target)(root)
-    except AttributeError:
-        current = None
-    if current is value or (isinstance(current, nn.Module) and isinstance(value, nn.Module)):
-        return target
-    if CONSTANTS not in root._modules:
-        root.add_module(CONSTANTS, nn.Module())
-    store = root._modules[CONSTANTS]
-    assert store is not None
-    name = f"{mode}_{target.replace('.', '_')}"
-    while getattr(store, name, value) is not value:
-        name += "_"
-    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-        store.register_buffer(name, value, persistent=False)
-    else:
-        setattr(store, name, value)
-    return f"{CONSTANTS}.{name}"
 
 
 def placement_of(root: nn.Module) -> Placement | None:

@@ -15,11 +15,10 @@ from attnres_fx.conversion.calls import program_for
 from attnres_fx.conversion.captured_program import (
     CapturedProgram,
     captured_graph,
-    current_autocast,
     flat_arguments,
     run_program,
 )
-from attnres_fx.conversion.conversion import ADDED, Conversion, adopt_attribute, placement_of
+from attnres_fx.conversion.conversion import ADDED, Conversion, placement_of
 from attnres_fx.conversion.files import parts_of, save_parts
 from attnres_fx.conversion.graph_runner import GraphRunner
 from attnres_fx.conversion.report import ConversionReport
@@ -117,52 +116,6 @@ class ConvertedModel(GraphRunner):
     def typed(self) -> bool:  # type: ignore[override]
         """Whether dtypes are written into the graphs, so that they cannot be cast."""
         return self._attnres_conversion.typed
-
-    def captured_program(
-        self,
-        mode: Mode,
-        captured: CapturedGraph,
-        replacements: tuple[Replacement, ...],
-        signature: CallSignature,
-        in_spec: Any,
-        training: bool,
-    ) -> CapturedProgram:
-        """A captured and rewritten graph as a program on this model's own tensors.
-
-        Args:
-            mode: That the graph was captured in.
-            captured: The graph; its attributes are renamed to where this model keeps them.
-            replacements: The reads that were put in.
-            signature: The arguments of a call.
-            in_spec: Pytree of (args, kwargs), None where the graph takes them as they are.
-            training: Whether gradients will be taken.
-
-        Returns:
-            The program; the graph is now its own.
-        """
-        gm = captured.gm
-        for node in gm.graph.nodes:
-            if node.op in ("get_attr", "call_module"):
-                node.target = adopt_attribute(self, gm, str(node.target), mode)
-        program = self._program(gm.graph, training)
-        return CapturedProgram(
-            program.graph,
-            program.call,
-            program.lowered,
-            captured.out_spec,
-            captured.shapes,
-            captured.ranges,
-            replacements,
-            captured.guards,
-            captured.writes,
-            captured.watched,
-            signature,
-            in_spec,
-            captured.lost,
-            captured.flags or (),
-            None if captured.typed or self._attnres_conversion.own is None else current_autocast(),
-            captured.assumed,
-        )
 
     def _why_no_graph(self, mode: Mode) -> str:
         why = self._attnres_conversion.failures.get(mode, "it was not captured")

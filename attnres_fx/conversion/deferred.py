@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from attnres_fx.capture.captured_module import capture_module
 from attnres_fx.capture.isolated_run import Mode, outside_inference_mode
 from attnres_fx.capture.module_clone import clone_tree
+from attnres_fx.conversion.adopted_graph import captured_program
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.conversion import ADDED
 from attnres_fx.conversion.conversion_call import ConversionCall
@@ -71,8 +72,8 @@ class DeferredMode:
             _put_back(graph.gm, stand_ins)
             training = self.mode == "train"
             # The example repeats what the first capture bound: only its signature says that a call may leave that out.
-            program = model.captured_program(
-                self.mode, graph, reads, model._attnres_conversion.signature, captured.in_spec, training
+            program = captured_program(
+                model, self.mode, graph, reads, model._attnres_conversion.signature, captured.in_spec, training
             )
             if plain:
                 progress.step(f"comparing the {self.mode} program with the original")

@@ -4,8 +4,9 @@ import logging
 from typing import Any
 
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.conversion.adopted_graph import CONSTANTS
 from attnres_fx.conversion.captured_program import CapturedProgram
-from attnres_fx.conversion.conversion import CONSTANTS, Conversion
+from attnres_fx.conversion.conversion import Conversion
 
 #: Programs that a mode keeps beside the first. Each takes about 1.3 MiB and a third of a second of CPU a layer (llama
 #: on CPU), so that 24 of a model of 24 layers are 750 MiB; keywords, flags and sizes rarely come to more.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnres_fx.conversion.adopted_graph import captured_program
 from attnres_fx.conversion.assembly import converted_model
 from attnres_fx.conversion.conversion import Conversion
 from attnres_fx.conversion.converted_model import ConvertedModel
@@ -38,8 +39,8 @@ def load(path: Any, *, map_location: Any = None) -> ConvertedModel:
         converted.__dict__.update({n: v for n, v in vars(parts.root).items() if isinstance(v, torch.Tensor)})
         for program in parts.programs:
             trains = "train" in program.modes
-            made = converted.captured_program(
-                program.modes[0], program.graph, program.reads, program.signature, program.in_spec, trains
+            made = captured_program(
+                converted, program.modes[0], program.graph, program.reads, program.signature, program.in_spec, trains
             )
             conversion.add(program.modes, dataclasses.replace(made, autocast=program.autocast))
         nn.Module.train(converted, parts.training)
