@@ -100,9 +100,9 @@ def _attached_class(base: Any, methods: tuple[str, ...]) -> Any:
 def _why_not_saved(module: nn.Module) -> str:
     """Why an attached module cannot be saved by itself: its reads belong to the model that it is a part of."""
     path = module.__dict__[HELD][1]
-    return f"this {type(module).__name__} is {path!r} of an attached model, which has the reads: save that." * bool(
-        path
-    )
+    if path == "":
+        return ""
+    return f"this {type(module).__name__} is {path!r} of an attached model, which has the reads: save that."
 
 
 def _refusing_outside_forward(method: Any) -> Any:

@@ -58,19 +58,22 @@ def match_row_maps(node: Node, keeps_rows: KeepsRows = in_last_dimension) -> tup
     name = op_name(node)
     if name in ("mul", "div"):
         return _products(node, name)
-    first = added_zero_operand(node) or (node.args[0] if node.args else node.kwargs.get("input"))
-    if name == "where" and len(node.args) == 3:
-        kept = [n for n, other in (node.args[1:], node.args[:0:-1]) if is_of_zeros(other)]
-        if len(kept) != 1:
-            return ()
-        first = kept[0]
-    if name in JOIN_NAMES:
-        first = _joined_with_zeros(node)
+    first = _mapped_operand(node, name)
     if not isinstance(first, Node) or not is_floating(first):
         return ()
     kind = _kind_of_map(node, name, first, keeps_rows)
     others = tuple(n for n in node.all_input_nodes if n is not first) if kind == "factor" else ()
     return (RowMap(first, kind, others),) if kind else ()
+
+
+def _mapped_operand(node: Node, name: str) -> Any:
+    """The operand that a node, no product, would map row by row."""
+    if name == "where" and len(node.args) == 3:
+        kept = [n for n, other in (node.args[1:], node.args[:0:-1]) if is_of_zeros(other)]
+        return kept[0] if len(kept) == 1 else None
+    if name in JOIN_NAMES:
+        return _joined_with_zeros(node)
+    return added_zero_operand(node) or (node.args[0] if node.args else node.kwargs.get("input"))
 
 
 def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> str | None:
@@ -86,6 +89,11 @@ def _kind_of_map(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> s
         return None if keeps_rows(first, node) is False else "factor"
     if name in ("neg", "where") or (name == "masked_fill" and is_zero(argument_of(node, 2, "value"))):
         return "factor" if same_shape(node, first) else None
+    return _kind_of_move(node, name, first, keeps_rows)
+
+
+def _kind_of_move(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> str | None:
+    """How a node that moves data maps rows; None of every other node."""
     if name == "pad" and not _pads_with_zeros(node):
         return None
     if not (has_trait(node, _MOVES) or name in _GATHERS):

@@ -20,7 +20,7 @@ from attnres_fx.passes.graph.additions import is_zero, match_addition
 from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import argument_of, copy_call, is_floating, same_shape, shape_of, tensor_of
 from attnres_fx.passes.graph.operations import op_name
-from attnres_fx.passes.graph.pieces import join_of
+from attnres_fx.passes.graph.pieces import Join, join_of
 from attnres_fx.passes.graph.result import PassResult, replacing
 from attnres_fx.passes.graph.row_maps import is_of_zeros, match_row_maps
 from attnres_fx.passes.normalize.dependences import dependence_on
@@ -48,12 +48,9 @@ def _split(node: Node) -> Node | None:
 
 def _split_cat(graph: Graph, node: Node) -> Node | None:
     join = join_of(node)
-    if join is None or join.stacked or join.dim == len(shape_of(node)) - 1:
+    state = None if join is None else _only_running_sum(join, node)
+    if join is None or state is None:
         return None
-    sums = [p for p in dict.fromkeys(join.parts) if _is_running_sum(p)]
-    if len(sums) != 1 or join.parts.count(sums[0]) != 1 or not all(_same_dtype(p, node) for p in join.parts):
-        return None
-    (state,) = sums
     new_parts = [p for p in join.parts if p is not state]
     if all(map(is_of_zeros, new_parts)) or not _goes_on(node, state, new_parts):
         return None
@@ -67,18 +64,25 @@ def _split_cat(graph: Graph, node: Node) -> Node | None:
     )
 
 
+def _only_running_sum(join: Join, node: Node) -> Node | None:
+    """The one running sum among the parts of a join of rows; None where there is not one."""
+    if join.stacked or join.dim == len(shape_of(node)) - 1 or not all(_same_dtype(p, node) for p in join.parts):
+        return None
+    sums = [p for p in join.parts if _is_running_sum(p)]
+    return sums[0] if len(sums) == 1 else None
+
+
 def _split_where(graph: Graph, node: Node) -> Node | None:
     if len(node.args) != 3 or node.kwargs:
         return None
     mask, *sides = node.args
-    if not isinstance(mask, Node) or getattr(tensor_of(mask), "dtype", None) != torch.bool:
-        return None
     sums = [i for i, s in enumerate(sides, 1) if isinstance(s, Node) and _is_running_sum(s)]
-    if len(sums) != 1:
+    if len(sums) != 1 or not isinstance(mask, Node) or getattr(tensor_of(mask), "dtype", None) != torch.bool:
         return None
-    place = sums[0]
+    (place,) = sums
     state, value = node.args[place], node.args[3 - place]
-    if not isinstance(state, Node) or not same_shape(state, node) or not _same_dtype(state, node) or is_of_zeros(value):
+    assert isinstance(state, Node)
+    if not same_shape(state, node) or not _same_dtype(state, node) or is_of_zeros(value):
         return None
     if not _goes_on(node, state, [value] if isinstance(value, Node) else []) or dependence_on(mask, state):
         return None

@@ -115,23 +115,27 @@ def _joined(node: Any) -> Join | None:
 
 def _of_sum(node: Node) -> _Sum | None:
     """`stack.sum(d)`, `stack.mean(d)`, and `(stack * w).sum(d)`."""
-    if not node.args or node.kwargs.get("dtype") is not None or node.kwargs.get("keepdim") or len(node.args) > 2:
+    dimension, product = _summed_dimension(node), node.args[0] if node.args else None
+    if dimension is None or not isinstance(product, Node) or not shape_of(product):
         return None
-    dims: Any = argument_of(node, 1, "dim")
-    dims = list(dims) if isinstance(dims, list | tuple) else [dims]
-    product = node.args[0]
-    if len(dims) != 1 or not isinstance(dims[0], int) or not isinstance(product, Node) or not shape_of(product):
-        return None
-    rank = len(shape_of(product))
     if op_name(product) == "mul" and len(product.args) == 2:
-        weighed = [_weighed(*pair) for pair in (product.args, product.args[::-1])]
-        found = next((w for w in weighed if w is not None), None)
+        found = _weighed(*product.args) or _weighed(*product.args[::-1])
     else:
         found = None if (join := _joined(product)) is None else _Sum(join)
-    if found is None or found.join.dim != dims[0] % rank:
+    if found is None or found.join.dim != dimension % len(shape_of(product)):
         return None
     scale = 1 / len(found.join.parts) if op_name(node) == "mean" else 1
     return _Sum(found.join, found.weight, found.along, scale)
+
+
+def _summed_dimension(node: Node) -> int | None:
+    """The one dimension that a sum leaves out of its result; None where there are others, or it changes the dtype."""
+    if node.kwargs.get("dtype") is not None or node.kwargs.get("keepdim") or len(node.args) > 2:
+        return None
+    dims: Any = argument_of(node, 1, "dim")
+    if isinstance(dims, list | tuple):
+        dims = dims[0] if len(dims) == 1 else None
+    return dims if isinstance(dims, int) else None
 
 
 def _weighed(stack: Any, weight: Any) -> _Sum | None:
@@ -152,17 +156,25 @@ def _of_tensordot(node: Node) -> _Sum | None:
     """`tensordot(w, stack, 1)` and `tensordot(stack, w, ([d], [0]))`, where w is a vector."""
     if len(node.args) < 2:
         return None
-    dims: Any = node.args[2:] if len(node.args) == 4 else argument_of(node, 2, "dims")  # aten has two lists
-    listed = [[d] if isinstance(d, int) else list(d) for d in dims] if isinstance(dims, list | tuple) else None
     for at, (stack, weight) in enumerate((node.args[:2], node.args[1::-1])):
         join = _joined(stack)
         if join is None or not isinstance(weight, Node) or len(shape_of(weight)) != 1:
             continue
         rank = len(shape_of(stack))  # type: ignore[arg-type]
-        contracted = [rank - 1 if at == 0 else 0] if dims == 1 else listed[at] if listed and len(listed) == 2 else []
-        if [d % rank for d in contracted] == [join.dim]:
+        if [d % rank for d in _contracted(node, at, rank)] == [join.dim]:
             return _Sum(join, weight, 0)
     return None
+
+
+def _contracted(node: Node, operand: int, rank: int) -> list[int]:
+    """The dimensions of an operand, which has so many, that `tensordot` sums over."""
+    dims: Any = node.args[2:] if len(node.args) == 4 else argument_of(node, 2, "dims")  # aten has two lists
+    if dims == 1:
+        return [rank - 1 if operand == 0 else 0]
+    if not isinstance(dims, list | tuple) or len(dims) != 2:
+        return []
+    own: Any = dims[operand]
+    return [own] if isinstance(own, int) else list(own)
 
 
 def _of_matmul(node: Node) -> _Sum | None:

@@ -34,13 +34,17 @@ def find_gated_carries(nodes: tuple[Node, ...], sums: FormalSums) -> Iterator[tu
         if node in chosen:
             why = _why_chosen(*chosen[node], ancestry)
         elif node in cells:
-            taken, state = cells[node]
-            if ancestry.is_branch(taken, state):
-                why = f"the stream is the state of {op_name(node)!r}, a cell with gates: a gated carry"
+            why = _why_cell(node, *cells[node], ancestry)
         elif node in additions and not isinstance(sums.states.get(node), Merged):
             why = _why_gated(additions[node], isinstance(sums.states.get(node), Extended), ancestry)
         if why:
             yield node, why
+
+
+def _why_cell(node: Node, taken: Node, state: Node, ancestry: Dependence) -> str:
+    if not ancestry.is_branch(taken, state):
+        return ""
+    return f"the stream is the state of {op_name(node)!r}, a cell with gates: a gated carry"
 
 
 def _chosen_between(node: Node) -> tuple[Node, Node, Node] | None:

@@ -75,13 +75,19 @@ def _inside(outer: StreamChain, inner: StreamChain, stream: Stream) -> Literal["
     if not any(depends.at_all(a, outer.parts[0].root) for a in addends):
         return ""
     terms = [t for p in outer.parts for t in p.terms]
-    first = next((t for t in terms if (a := outer.sums.addend(t)) and (a is root or depends.at_all(a, root))), None)
+    first = _first_term_with(outer, terms, root)
     if first is None:
         return ""
     begins_inside = depends.at_all(root, outer.parts[0].root)
     if any(a is first or depends.at_all(a, first) for a in addends):
         return "sublayers" if begins_inside and stream.num_sublayers == 1 and not _goes_past(inner, terms) else ""
     return "one sublayer" if begins_inside or not _goes_past(inner, [first]) else ""
+
+
+def _first_term_with(outer: StreamChain, terms: Collection[Node], root: Node) -> Node | None:
+    """The first term of a stream that is computed with a root."""
+    depends = outer.sums.dependence
+    return next((t for t in terms if (a := outer.sums.addend(t)) and (a is root or depends.at_all(a, root))), None)
 
 
 def _goes_past(inner: StreamChain, terms: Collection[Node]) -> bool:

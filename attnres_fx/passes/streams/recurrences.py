@@ -184,22 +184,28 @@ def _step_below(node: Node) -> tuple[Node, Any, int | None] | None:
         position = 1 if op_name(source) == "unbind" else 2
         return (whole, ("part", node.args[1]), _dimension(source, position)) if isinstance(whole, Node) else None
     if name == "index" and isinstance(node.args[1], list | tuple):
-        picked = [i for i, part in enumerate(node.args[1]) if part is not None]
-        return source, (name, tuple(map(str, node.args[1]))), picked[0] if len(picked) == 1 else None
+        return source, *_picked(name, tuple(node.args[1]))
     if not moves_data(node):
         return None
     if name in ("select", "narrow", "slice", "index_select"):
         cut = tuple(node.args[1:]) + tuple(v for k, v in sorted(node.kwargs.items()) if k != "input")
         return source, (name, cut), _dimension(node, 1)
     if name == "getitem":
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        cuts = [i for i, part in enumerate(index) if part is not None and part is not Ellipsis and part != slice(None)]
-        if not cuts:
-            return source, None, None
-        written = tuple(str(part) for part in index)  # slices have no hash
-        dimension = cuts[0] - len(index) if Ellipsis in index[: cuts[0]] else cuts[0]
-        return source, ("getitem", written), dimension if len(cuts) == 1 else None
+        return source, *_picked(name, node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
     return source, None, None
+
+
+def _picked(name: str, index: tuple[Any, ...]) -> tuple[Any, int | None]:
+    """Where an index cuts, if it does, and the dimension it cuts along, if that is one."""
+    cuts = [i for i, part in enumerate(index) if not _takes_all(part)]
+    if not cuts:
+        return None, None
+    dimension = cuts[0] - len(index) if any(part is Ellipsis for part in index[: cuts[0]]) else cuts[0]
+    return (name, tuple(map(str, index))), dimension if len(cuts) == 1 else None  # slices have no hash
+
+
+def _takes_all(part: Any) -> bool:
+    return part is None or part is Ellipsis or (isinstance(part, slice) and part == slice(None))
 
 
 def _dimension(node: Node, position: int) -> int | None:
