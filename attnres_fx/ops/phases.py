@@ -72,14 +72,13 @@ def depth_attention_batch(
     """
     if isinstance(sources, Tensor) or isinstance(queries, Tensor) or isinstance(key_weights, Tensor):
         raise OperatorError("depth_attention_batch: sources, queries and key_weights are lists of tensors.")
-    if key_weights is not None and not key_weights:
-        raise OperatorError("depth_attention_batch: key_weights is an empty list; keys without gains are None.")
-    sources, queries, key_weights = list(sources), list(queries), list(key_weights or ())
+    sources, queries = list(sources), list(queries)
+    gains = None if key_weights is None else list(key_weights)
     style = ReadStyle(bias, scale, value_norm)
-    if not any(isinstance(t, Proxy) for t in (*sources, *queries, *key_weights, bias)):
-        _check_batch(sources, queries, key_weights, eps, style)
+    if not any(isinstance(t, Proxy) for t in (*sources, *queries, *(gains or ()), bias)):
+        _check_batch(sources, queries, gains, eps, style)
     outputs: list[Tensor] = torch.ops.attnres_fx.depth_attention_batch.default(
-        sources, queries, key_weights, float(eps), *style.to_arguments()
+        sources, queries, gains or [], float(eps), *style.to_arguments()
     )
     return outputs
 
@@ -87,21 +86,21 @@ def depth_attention_batch(
 def _check_batch(
     sources: Sequence[Tensor],
     queries: Sequence[Tensor],
-    key_weights: Sequence[Tensor],
+    key_weights: Sequence[Tensor] | None,
     eps: float,
     style: ReadStyle[Tensor],
 ) -> None:
-    if not queries or (key_weights and len(queries) != len(key_weights)):
+    if not queries or (key_weights is not None and len(queries) != len(key_weights)):
         raise OperatorError(
-            f"depth_attention_batch: {len(queries)} queries and {len(key_weights)} key_weights; "
-            f"there must be as many of each, one a read."
+            f"depth_attention_batch: {len(queries)} queries and {len(key_weights or ())} key_weights; "
+            f"there must be as many of each, one a read (key_weights=None for keys without gains)."
         )
     for query, key_weight in zip(queries, _gain_of_each(queries, key_weights), strict=True):
         check_read(sources, query, key_weight, eps)
     check_style("depth_attention_batch", sources, style, queries=len(queries))
 
 
-def _gain_of_each(queries: Sequence[Tensor], key_weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _gain_of_each(queries: Sequence[Tensor], key_weights: Sequence[Tensor] | None) -> Sequence[Tensor | None]:
     return key_weights or [None for _ in queries]
 
 
@@ -109,7 +108,7 @@ def _batch(
     sources: list[Tensor], queries: list[Tensor], key_weights: list[Tensor], eps: float, *arguments: Any
 ) -> list[Tensor]:
     style: ReadStyle[Tensor] = ReadStyle.from_arguments(*arguments)
-    _check_batch(sources, queries, key_weights, eps, style)
+    _check_batch(sources, queries, key_weights or None, eps, style)
     held, bias, value_norm = compute_dtype(sources), style.bias, style.value_norm
     gains = [
         folded_gain(query, key_weight, style.scale, held)

@@ -21,6 +21,7 @@ ARGUMENTS = {
     "bmm": (X[None], X[None] + 1),
     "cat": ([X, X + 1], 1),
     "stack": ([X, X + 1], 1),
+    "select": (X, 1, 2),
     "slice_scatter": (X, X[:, 1:] + 1, 1, 1),
     "select_scatter": (X, X[:, 1] + 1, 1, 1),
     "index_put": (X, [torch.tensor([1])], X[1:2] + 1),
