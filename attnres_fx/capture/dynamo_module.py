@@ -56,8 +56,16 @@ def trace_module(call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]
         CaptureError: The model does something at a call that no graph can hold; it is named.
         DynamoRefusal: Dynamo cannot trace the model.
     """
-    model = call.model
-    recording, leaves, writes, changes = _recorded(call, mode, free)
+    recorded, assumed = _as_its_code_asks(call, mode, free)
+    return _bound(call, recorded, assumed)
+
+
+def _as_its_code_asks(
+    call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]]
+) -> tuple["_TracedCall", Assumed]:
+    """A recorded call, with gradients off and with strides where the model's code asks for them."""
+    recorded = _recorded(call, mode, free)
+    recording = recorded[0]
     assumed = _assumed(call, recording)
     if assumed.gradients is not None and not call.as_called and _same_without_gradients(call, mode, free, recording):
         assumed = replace(assumed, gradients=(None, *assumed.gradients[1:]))
@@ -65,15 +73,18 @@ def trace_module(call: ExampleCall, mode: Mode, free: Mapping[int, Sequence[int]
         gradients=assumed.gradients is None or not call.as_called or torch.is_grad_enabled(),
         strided=assumed.strides is not None,
     )
-    if exactly != _AsCalled():
-        recording, leaves, writes, changes = _recorded(call, mode, free, exactly)
-    places = tensor_places(model)
-    names = leaf_names(model, call.args, call.kwargs)
+    return recorded if exactly == _AsCalled() else _recorded(call, mode, free, exactly), assumed
+
+
+def _bound(call: ExampleCall, recorded: "_TracedCall", assumed: Assumed) -> CapturedGraph:
+    """What was recorded as a graph on a clone of the model's tree, with all that it takes for granted."""
+    recording, leaves, writes, changes = recorded
+    names = leaf_names(call.model, call.args, call.kwargs)
     changed = {c.module for c in changes if not c.outside}
     # A table goes with the number that says what it was made for: where the number is not kept, neither is the table.
     writes = [w for w in writes if w.buffer or w.module not in changed]
-    clone, _ = clone_tree(model)
-    bound = bind_graph(recording, clone, leaves, names, places, writes)
+    clone, _ = clone_tree(call.model)
+    bound = bind_graph(recording, clone, leaves, names, tensor_places(call.model), writes)
     values = [value_of(n) for n in bound.gm.graph.nodes if n.op == "placeholder"]
     guards, ranges = size_guards(values, names)
     shapes = input_shapes(bound.gm)

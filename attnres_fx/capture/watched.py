@@ -13,6 +13,7 @@ from attnres_fx.errors import AttnResError
 
 _NUMPY_ARGUMENT = re.compile(r"___from_numpy\(L\['(args|kwargs)'\]")
 _NUMPY = re.compile(r"___from_numpy\(L\['module'\](.*)\)$")
+_CONTENTS = ("DICT_CONTAINS", "SET_CONTAINS", "DICT_NOT_CONTAINS", "SET_NOT_CONTAINS")
 _VALUES = (
     "CONSTANT_MATCH",
     "EQUALS_MATCH",
@@ -23,9 +24,17 @@ _VALUES = (
     "FUNCTION_MATCH",
     "ID_MATCH",
     "CLASS_MATCH",
+    "TENSOR_MATCH",
 )
-_LENGTHS = ("SEQUENCE_LENGTH", "DICT_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT")
-_CONTENTS = ("DICT_CONTAINS", "SET_CONTAINS", "DICT_NOT_CONTAINS", "SET_NOT_CONTAINS")
+#: What of a place each kind of guard compares.
+_ASPECTS = {
+    **dict.fromkeys(_VALUES, "value"),
+    **dict.fromkeys(("SEQUENCE_LENGTH", "DICT_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT"), "length"),
+    **dict.fromkeys(_CONTENTS, "key"),
+    "TYPE_MATCH": "type",
+    "DICT_KEYS_MATCH": "keys",
+    "DICT_CONST_KEYS": "keys",
+}
 
 
 @dataclass(frozen=True)
@@ -146,15 +155,9 @@ def _aspect(guard: Guarded, module: str, steps: Sequence[Any]) -> str | None:
         return "has"
     if not steps or steps[0] in TREE or _is_hooks(steps[0]) or steps[-1] == "__class__":
         return None
-    if guard.kind == "TENSOR_MATCH":
-        return "value" if len(steps) > 1 else None
-    if guard.kind in _VALUES:
-        return "value"
-    if guard.kind in _LENGTHS:
-        return "length"
-    if guard.kind in _CONTENTS and guard.key is not None:
-        return "key"
-    return {"TYPE_MATCH": "type", "DICT_KEYS_MATCH": "keys", "DICT_CONST_KEYS": "keys"}.get(guard.kind)
+    if guard.kind == "TENSOR_MATCH" and len(steps) == 1:  # a tensor of a module's own is an input of the graph
+        return None
+    return None if guard.kind in _CONTENTS and guard.key is None else _ASPECTS.get(guard.kind)
 
 
 def _is_hooks(step: Any) -> bool:

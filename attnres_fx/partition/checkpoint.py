@@ -7,7 +7,7 @@ has them. Its own functions take one model with one optimizer, and a parameter b
 several stages, and a tied parameter may be saved under a name that the loading stage does not have.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
         )
     state: dict[str, Any] = {}
     for name, key in keys.items():
-        state.setdefault(key, values[name])
+        state.setdefault(key, values[name])  # one of the names of a tied parameter
     optimized = parts.optimized(optimizer)
     prefixes = [_first(written, _OPTIONS, names) for _, _, names in optimized]
     for (parameter, _, _), prefix in zip(optimized, prefixes, strict=True):
@@ -144,15 +144,20 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
     with in_words(path, "is damaged, or was not written by save()"):
         reader, planner = FolderReader(path), PlainLoadPlanner()
         load(state, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
-    with torch.no_grad():
-        for name, key in keys.items():
-            if state[key] is not values[name]:
-                values[name].copy_(state[key])
+    _give_tied(values, keys, state)
     for part in (part for module in parts.modules for part in module.modules()):
         if isinstance(part, AttnResParameters):
             part.check_written()
     if optimizer is not None:
         _restore(optimizer, prefixes, state)
+
+
+@torch.no_grad()
+def _give_tied(values: Mapping[str, Any], keys: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Write what was read for another name of the same parameter."""
+    for name, key in keys.items():
+        if state[key] is not values[name]:
+            values[name].copy_(state[key])
 
 
 def _read_names(path: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ features are what the weights made that the values began with.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -112,10 +113,13 @@ class FeatureDimensions:
         for operand, inside in zip(node.args[region.operands :], inputs, strict=False):
             if isinstance(operand, Node):
                 self._join_all(operand, inside)
-        results = next(n for n in body.graph.nodes if n.op == "output").args[0]
+        self._join_results(node, next(n for n in body.graph.nodes if n.op == "output").args[0])
+
+    def _join_results(self, call: Node, results: Any) -> None:
+        """What a body returns is what a call gives: one tensor, or what is taken out of a tuple by its place."""
         listed = list(results) if isinstance(results, list | tuple) else [results]
-        for user in (node, *node.users):
-            place = 0 if user is node else user.args[1] if len(user.args) == 2 else None
+        for user in (call, *call.users):
+            place = 0 if user is call else user.args[1] if len(user.args) == 2 else None
             if isinstance(place, int) and place < len(listed) and isinstance(listed[place], Node):
                 self._join_all(listed[place], user)
 

@@ -128,12 +128,13 @@ def _of_einsum(node: Node, learned: Iterable[Node]) -> Iterator[Vote]:
     left, right = equation.replace(" ", "").split("->")
     operands = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
     named = [(n, letters) for n, letters in zip(operands, left.split(","), strict=False) if isinstance(n, Node)]
-    weights = [letters for n, letters in named if n in learned]
-    if len(weights) != 1 or len(named) != 2:
+    named.sort(key=lambda pair: pair[0] not in learned)
+    if [n in learned for n, _ in named] != [True, False]:
         return
-    (data, letters) = next(pair for pair in named if pair[0] not in learned)
-    yield from ((Evidence.CONTRACTION, data, i) for i, c in enumerate(letters) if c in weights[0] and c not in right)
-    yield from ((Evidence.CONTRACTION, node, i) for i, c in enumerate(right) if c in weights[0] and c not in letters)
+    (_, weight), (data, letters) = named
+    contracted, made = set(weight) - set(right), set(weight) - set(letters)
+    yield from ((Evidence.CONTRACTION, data, i) for i, c in enumerate(letters) if c in contracted)
+    yield from ((Evidence.CONTRACTION, node, i) for i, c in enumerate(right) if c in made)
 
 
 def _of_gain(node: Node, learned: Iterable[Node]) -> Iterator[Vote]:

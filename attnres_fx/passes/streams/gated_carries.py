@@ -1,6 +1,6 @@
 """Sums in which the stream is weighted by what was computed from it: gated carries, in every spelling."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from torch.fx import Node
 
@@ -24,21 +24,28 @@ def find_gated_carries(nodes: tuple[Node, ...], sums: FormalSums) -> Iterator[tu
     additions = {n: a for n in nodes if (a := match_addition(n)) is not None}
     chosen = {n: t for n in nodes if is_floating(n) and (t := _chosen_between(n)) is not None}
     cells = {n: c for n in nodes if (c := _cell(n)) is not None}
+    ancestry = Dependence(sums.nodes[0].graph, _asked_about(additions, chosen, cells))
+
+    def why(node: Node) -> str:
+        if node in chosen:
+            return _why_chosen(*chosen[node], ancestry)
+        if node in cells:
+            return _why_cell(node, *cells[node], ancestry)
+        if node in additions and not isinstance(sums.states.get(node), Merged):
+            return _why_gated(additions[node], isinstance(sums.states.get(node), Extended), ancestry)
+        return ""
+
+    yield from ((node, reason) for node in nodes if (reason := why(node)))
+
+
+def _asked_about(
+    additions: Mapping[Node, Addition], chosen: Collection[Node], cells: Mapping[Node, tuple[Node, Node]]
+) -> set[Node]:
+    """The nodes that others may depend on, as far as the rules below ask."""
     operands = {o for a in additions.values() for o in (a.left, a.right)}
     inputs = {i for n in (*operands, *chosen) for i in n.all_input_nodes}
     inputs |= {origin_of(i) for i in inputs}
-    held = {h for _, h in cells.values()}
-    ancestry = Dependence(sums.nodes[0].graph, operands | inputs | additions.keys() | chosen.keys() | held)
-    for node in nodes:
-        why = ""
-        if node in chosen:
-            why = _why_chosen(*chosen[node], ancestry)
-        elif node in cells:
-            why = _why_cell(node, *cells[node], ancestry)
-        elif node in additions and not isinstance(sums.states.get(node), Merged):
-            why = _why_gated(additions[node], isinstance(sums.states.get(node), Extended), ancestry)
-        if why:
-            yield node, why
+    return {*operands, *inputs, *additions, *chosen, *(state for _, state in cells.values())}
 
 
 def _why_cell(node: Node, taken: Node, state: Node, ancestry: Dependence) -> str:
