@@ -134,7 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here; try --device cpu --smoke")
     if options.smoke:
-        tiny = {"layers": 2, "width": 32, "heads": 2, "length": 16, "batch": 1, "num_blocks": 2}
+        tiny = {"layers": 1, "width": 32, "heads": 2, "length": 16, "batch": 1, "num_blocks": 2}
         vars(options).update(tiny, inner="eager", repeats=2, steps=1)
     return options
 

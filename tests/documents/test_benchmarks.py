@@ -22,6 +22,7 @@ import tune
 import two_phase
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("quick_collections")
 ENVIRONMENT = {"benchmark", "date", "device", "device_name", "torch", "python", "cuda", "versions", "commit"}
 
 

@@ -8,6 +8,7 @@ import torch
 
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
 PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in p.read_text()]
 PAGES.remove(ROOT / "docs" / "workflows.md")  # test_workflows.py runs it
 

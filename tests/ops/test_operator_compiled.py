@@ -59,14 +59,10 @@ def check_against_oracle(leaves: list[Tensor], function=read, definition=oracle,
 @pytest.mark.parametrize(
     ("shape", "sources", "weights"),
     [
-        ((2, 5, 40), [f32] * 2, f32),
         ((7, 100), [f32] * 18, f32),
-        ((33,), [f32] * 2, f32),
-        ((0, 32), [f32] * 2, f32),
-        ((9, 50), [f64] * 2, f64),
-        ((33, 100), [bf16] * 2, f32),
-        ((33, 100), [f16] * 2, f16),
-        ((33, 64), [f32, bf16, f16], bf16),
+        ((33,), [f64] * 2, f64),
+        ((0, 32), [bf16] * 2, f32),
+        ((3, 11, 64), [f32, bf16, f16], bf16),
     ],
     ids=str,
 )
@@ -80,12 +76,11 @@ def test_sizes_may_be_dynamic():
     check_against_oracle(random_inputs((3, 5, 40), [f32] * 2), dynamic=True)
 
 
-@pytest.mark.parametrize("wanted", range(1, 4), ids=["v_1", "query", "key_weight"])
 @pytest.mark.slow
-def test_frozen_inputs_get_no_gradient_and_do_not_disturb_the_others(wanted):
+def test_frozen_inputs_get_no_gradient_and_do_not_disturb_the_others():
     leaves = random_inputs((6, 32), [f32] * 2)
     for i, leaf in enumerate(leaves):
-        leaf.requires_grad_(i == wanted)
+        leaf.requires_grad_(i in (1, 2))
     check_against_oracle(leaves)
 
 
