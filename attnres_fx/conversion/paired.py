@@ -13,6 +13,7 @@ from attnres_fx.conversion.captured_program import CapturedProgram, flat_argumen
 from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
+from attnres_fx.errors import AttnResError, CheckError
 from attnres_fx.passes.graph.mutation_order import written_attributes
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -68,7 +69,16 @@ class Pair:
             before = self.originals(args, kwargs, gradients=gradients)
         except BackwardError:  # the original cannot be trained on these arguments
             return self.fresh().compared(args, kwargs, gradients=False, sizes=sizes)
-        after = self.conversions(args, kwargs, gradients=gradients)
+        try:
+            after = self.conversions(args, kwargs, gradients=gradients)
+        except AttnResError:
+            raise
+        except Exception as error:  # whatever the graph raises where the original does not
+            raise CheckError(
+                f"the graph of {type(self.given).__name__} raises {type(error).__name__} in {self.mode} mode, and the "
+                f"original does not: {str(error).rstrip('.')}. Use ax.compile, which runs the model's own Python, or "
+                f"convert(check=False) for a graph to look at."
+            ) from error
         return self.report(before, after, sizes)
 
     def report(self, before: Outcome, after: Outcome, sizes: str) -> VerifyReport:
