@@ -40,7 +40,9 @@ class Pair:
             fresh = torch.ones_like(parameter) if last == "key_weight" else torch.zeros_like(parameter)
             holder = self.root.get_submodule(".".join(["attnres", *path]))
             holder._parameters[last] = nn.Parameter(fresh)
-        self.names = [n for n, _ in (*self.original.named_parameters(), *self.original.named_buffers())]
+        tables = {c.place for c in program.unkept if c.table}  # another size, and the same rows
+        named = (*self.original.named_parameters(), *self.original.named_buffers())
+        self.names = [n for n, _ in named if n not in tables]
 
     def originals(self, args: Any, kwargs: Any, *, gradients: bool) -> Outcome:
         bound = self.program.signature.bound_values
