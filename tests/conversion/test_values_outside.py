@@ -1,5 +1,7 @@
 """Plain values outside the model that forward reads: of the environment, and of objects that are arguments."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -64,3 +66,11 @@ def test_an_object_that_is_an_argument_may_be_changed_in_place(kind):
     other = Options(0.25)
     torch.testing.assert_close(converted(x, other), model(x, other))
     torch.testing.assert_close(converted(x, options), model(x, options))
+
+
+def test_a_zero_of_another_sign_is_another_argument():
+    model, x = ByAttribute(), torch.randn(2, 3, WIDTH)
+    model.scale = lambda sign: math.copysign(0.5, sign)
+    converted = ax.convert(model, (x, 0.0), check=False)
+    torch.testing.assert_close(converted(x, -0.0), model(x, -0.0))
+    torch.testing.assert_close(converted(x, 0.0), model(x, 0.0))
