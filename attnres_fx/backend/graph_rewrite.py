@@ -104,8 +104,8 @@ def _check_placement(gm: GraphModule, matched: MatchedReads) -> None:
         same_kind = torch.promote_types(source.dtype, query.dtype) == query.dtype
         if not same_kind and not torch.is_autocast_enabled(source.device.type):
             raise BackendError(
-                f"the read {read.read} of {read.stream} is {source.dtype} and its query {query.dtype}: cast "
-                f"model.attnres with the model; float32 queries are taken everywhere."
+                f"the read {read.read} of {read.stream} is {source.dtype} and its query {query.dtype}: a query "
+                f"may be more precise than the stream, and not less. Cast them: model.attnres.to({source.dtype})."
             )
 
 

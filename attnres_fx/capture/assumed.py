@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnres_fx.capture.held_values import same, value_at
+from attnres_fx.capture.taken_tensors import TakenTensors, first_other_tensor
 from attnres_fx.errors import ArgumentError
 from attnres_fx.ops.dispatch import is_traced
 
@@ -33,17 +34,27 @@ class GlobalValue:
 
 @dataclass(frozen=True)
 class HeldValue:
-    """A plain value that a graph holds and that a class or a function's closure has.
+    """A plain value that a graph holds and that a class, a function's closure or an argument has.
 
     Attributes:
         holder: The class, the closure's cell, or another object.
-        name: The attribute.
+        steps: Attributes and keys that lead to it from there.
         value: What it was.
+        place: What it is, in words.
     """
 
     holder: Any
-    name: str
+    steps: tuple[Any, ...]
     value: Any
+    place: str
+
+    def changed(self) -> str:
+        """What it is now and was, in words; empty where it is the same."""
+        now = value_at(self.holder, self.steps)
+        if same(now, self.value):
+            return ""
+        short = not isinstance(self.value, tuple)
+        return f"{self.place} is {now!r} and was {self.value!r}" if short else f"{self.place} is another than it was"
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,8 @@ class Assumed:
             asked.
         dtype: The default dtype; empty where any will do.
         globals: Values of Python modules that are part of the graph.
-        held: Values of classes and closures that are part of the graph.
+        held: Values of classes, closures and argument objects, and the environment, that are part of the graph.
+        tensors: The tensors of the model that the graph takes, with the sizes of those that are no parameters.
     """
 
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -71,6 +83,7 @@ class Assumed:
     dtype: str = ""
     globals: tuple[GlobalValue, ...] = ()
     held: tuple[HeldValue, ...] = ()
+    tensors: TakenTensors = field(default_factory=dict)
 
     def check(self, leaves: Sequence[Any], names: Callable[[], Sequence[str]] = tuple) -> None:
         """Raise ArgumentError where flat arguments are not what was assumed of them."""
@@ -107,12 +120,18 @@ class Assumed:
                 raise ArgumentError(f"{place} is {now!r} and was {held.value!r} when the graph was captured.")
 
         for value in self.held:
-            now = value_at(value.holder, (value.name,))
-            if not same(now, value.value):
-                raise ArgumentError(
-                    f"{getattr(value.holder, '__name__', 'a closure')}.{value.name} is {now!r} and was "
-                    f"{value.value!r} when the graph was captured."
-                )
+            if changed := value.changed():
+                raise ArgumentError(f"{changed} when the graph was captured.")
+
+    def check_tensors(self, model: nn.Module, submodule: Callable[[str], nn.Module]) -> None:
+        """Raise ArgumentError where the model's tensors are not what was assumed of them.
+
+        Args:
+            model: The model.
+            submodule: Its module at a path.
+        """
+        if other := first_other_tensor(self.tensors, model, submodule):
+            raise ArgumentError(f"{other}, when the graph was captured.")
 
     def fits(self, count: int) -> bool:
         """Whether it can be of a graph with so many inputs."""
@@ -122,7 +141,7 @@ class Assumed:
     def in_file(self) -> "Assumed":
         """What of it still tells in another process: plain constants and all that is told from the arguments."""
         plain = {n: v for n, v in self.constants.items() if isinstance(v, bool | int | float | str | None)}
-        return Assumed(plain, self.same, self.gradients, strides=self.strides)
+        return Assumed(plain, self.same, self.gradients, strides=self.strides, tensors=self.tensors)
 
 
 def _transformed() -> bool:
@@ -165,11 +184,12 @@ def _same_strides(captured: tuple[int, ...] | None, given: tuple[int, ...] | Non
 
 
 def same_constant(value: Any, captured: Any) -> bool:
-    """Whether two values mean the same to a graph: of one type, and equal, also where they are no number."""
+    """Whether two values mean the same to a graph: of one type, and equal, zeros in sign, or both no number."""
     if isinstance(value, Tensor) or type(value) is not type(captured):
         return False
     if isinstance(value, float):
-        return value == captured or (math.isnan(value) and math.isnan(captured))
+        same_sign = math.copysign(1, value) == math.copysign(1, captured)  # 0.0 and -0.0 are equal
+        return (value == captured and same_sign) or (math.isnan(value) and math.isnan(captured))
     return value is captured or bool(value == captured)
 
 

@@ -48,6 +48,8 @@ def bind_graph(
     names: Sequence[str],
     places: Mapping[int, str],
     writes: Sequence[TensorWrite] = (),
+    *,
+    keep_all: bool = False,
 ) -> BoundGraph:
     """Bind what Dynamo recorded.
 
@@ -58,11 +60,12 @@ def bind_graph(
         names: A name for each of them.
         places: Where the model's tensors were before the call, by their ids.
         writes: What the call stored in attributes of the model, by the recorded output.
+        keep_all: Whether what the call left in other places is among the outputs, at the end.
 
     Raises:
         CaptureError: An input or an output of the graph comes from nowhere in the model or the arguments.
     """
-    return _Binder(recording, model, leaves, names, places).bound(writes)
+    return _Binder(recording, model, leaves, names, places).bound(writes, keep_all)
 
 
 class _Binder:
@@ -97,7 +100,7 @@ class _Binder:
         for node, name in zip(self.inputs, names, strict=True):
             node.target = name
 
-    def bound(self, writes: Sequence[TensorWrite]) -> BoundGraph:
+    def bound(self, writes: Sequence[TensorWrite], keep_all: bool) -> BoundGraph:
         sizes: list[tuple[Node, Any]] = []
         for node, value in zip(self.recorded, self.recording.inputs, strict=True):
             if isinstance(value_of(node), torch.SymInt | torch.SymFloat):
@@ -108,7 +111,7 @@ class _Binder:
             self._bind_size(node, value)
         for node in self.inputs:  # named after the arguments, now that the recorded names are free
             node._rename(str(node.target))
-        out_spec, stored = self._bind_outputs(writes)
+        out_spec, stored = self._bind_outputs(writes, keep_all)
         self._take_attributes()
         self.graph.lint()
         self._refuse_foreign_writes()
@@ -209,7 +212,7 @@ class _Binder:
             f"as a tensor, or draw it with torch."
         )
 
-    def _bind_outputs(self, writes: Sequence[TensorWrite]) -> tuple[Any, tuple[TensorWrite, ...]]:
+    def _bind_outputs(self, writes: Sequence[TensorWrite], keep_all: bool) -> tuple[Any, tuple[TensorWrite, ...]]:
         output = next(n for n in self.graph.nodes if n.op == "output")
         returned: Sequence[Any] = output.args[0]  # type: ignore[assignment]
         position = {id(o): i for i, o in enumerate(self.recording.outputs)}
@@ -219,7 +222,8 @@ class _Binder:
             at = None if _is_plain(leaf) else position.get(id(leaf))
             nodes.append(self._known(leaf) if at is None else returned[at])
         stored = tuple(replace(w, output=len(nodes) + i) for i, w in enumerate(writes))
-        output.args = ((*nodes, *(returned[w.output] for w in writes)),)
+        kept = [*nodes, *(returned[w.output] for w in writes)]
+        output.args = ((*kept, *(n for n in returned if keep_all and isinstance(n, Node) and n not in kept)),)
         return spec, stored
 
     def _known(self, leaf: Any) -> Any:

@@ -1,9 +1,10 @@
 """What a model's code asks of a call that changes no value: whether gradients are on, and how tensors lie in memory."""
 
 import contextlib
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -28,6 +29,7 @@ _ANSWERS = {
 #: Kinds of guards that say that a plain value became part of a graph.
 _VALUE_GUARDS = ("CONSTANT_MATCH", "EQUALS_MATCH", "SEQUENCE_LENGTH", "DICT_LENGTH", "BOOL_MATCH", "NONE_MATCH")
 _TORCH = str(Path(torch.__file__).parent)
+_ARGUMENT = re.compile(r"(args|kwargs)(\[.*)$")
 _GLOBAL = re.compile(r"G\['__import_([^']+)'\](.*)$")
 
 
@@ -126,5 +128,37 @@ def values_of_classes(root: nn.Module, guards: Iterable[Guarded]) -> tuple[HeldV
         module = getattr(holder, "__module__", None) or ""
         value = value_at(holder, (name,))
         if not isinstance(holder, nn.Module) and module.split(".")[0] != "torch" and value is not UNKNOWN:
-            found[id(holder), name] = HeldValue(holder, name, value)
+            place = f"{getattr(holder, '__name__', 'a closure')}.{name}"
+            found[id(holder), name] = HeldValue(holder, (name,), value, place)
     return tuple(found.values())
+
+
+def values_of_arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any], guards: Iterable[Guarded]
+) -> tuple[HeldValue, ...]:
+    """The plain values of objects among the arguments that a trace took for granted.
+
+    Args:
+        args: By position.
+        kwargs: By keyword.
+        guards: As they were recorded.
+    """
+    found: dict[str, HeldValue] = {}
+    for guard in guards:
+        match = _ARGUMENT.match(guard.source) if guard.kind in _VALUE_GUARDS else None
+        steps = steps_of(match.group(2)) if match is not None else None
+        holder: Any = args if match is not None and match.group(1) == "args" else kwargs
+        while steps and isinstance(holder, list | tuple | dict):
+            holder, *steps = holder[steps[0]], *steps[1:]
+        value = value_at(holder, steps) if steps and not isinstance(holder, torch.Tensor | nn.Module) else UNKNOWN
+        if value is not UNKNOWN:
+            place = f"{'.'.join(map(str, steps or ()))} of the argument of type {type(holder).__name__}"
+            found[guard.source] = HeldValue(holder, tuple(steps or ()), value, place)
+    return tuple(found.values())
+
+
+def environment_read(codes: Iterable[CodeType]) -> tuple[HeldValue, ...]:
+    """The environment of the process, where the traced code looked at it; which variables of it is not known."""
+    reads = type(os.environ).__getitem__.__code__ in set(codes)
+    held = HeldValue(os.environ, ("_data",), value_at(os.environ, ("_data",)), "the environment (os.environ)")
+    return (held,) if reads else ()

@@ -17,11 +17,14 @@ from attnres_fx.capture.consulted import (
     GRADIENTS,
     STRIDES,
     custom_functions,
+    environment_read,
     global_values,
+    values_of_arguments,
     values_of_classes,
 )
 from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.first_call import same_path
+from attnres_fx.capture.first_tables import without_tables
 from attnres_fx.capture.guard_places import Guarded
 from attnres_fx.capture.isolated_run import Mode, fast_path_off, set_mode_
 from attnres_fx.capture.module_clone import clone_tree
@@ -37,9 +40,11 @@ from attnres_fx.capture.side_effects import (
 from attnres_fx.capture.signature import parameters_of_call
 from attnres_fx.capture.size_guards import size_guards
 from attnres_fx.capture.sizes import input_shapes
+from attnres_fx.capture.taken_tensors import taken_tensors
 from attnres_fx.capture.tensor_places import tensor_places
 from attnres_fx.capture.watched import flags_in, numpy_source, watched_values
 from attnres_fx.errors import CaptureError
+from attnres_fx.passes.graph.mutation_order import written_attributes
 from attnres_fx.passes.graph.nodes import value_of
 
 
@@ -80,11 +85,11 @@ def _bound(call: ExampleCall, recorded: "_TracedCall", assumed: Assumed) -> Capt
     """What was recorded as a graph on a clone of the model's tree, with all that it takes for granted."""
     recording, leaves, writes, changes = recorded
     names = leaf_names(call.model, call.args, call.kwargs)
-    changed = {c.module for c in changes if not c.outside}
+    changed = {c.module for c in changes if not (c.outside or c.table)}
     # A table goes with the number that says what it was made for: where the number is not kept, neither is the table.
     writes = [w for w in writes if w.buffer or w.module not in changed]
     clone, _ = clone_tree(call.model)
-    bound = bind_graph(recording, clone, leaves, names, tensor_places(call.model), writes)
+    bound = bind_graph(recording, clone, leaves, names, tensor_places(call.model), writes, keep_all=call.python_runs)
     values = [value_of(n) for n in bound.gm.graph.nodes if n.op == "placeholder"]
     guards, ranges = size_guards(values, names)
     shapes = input_shapes(bound.gm)
@@ -93,8 +98,16 @@ def _bound(call: ExampleCall, recorded: "_TracedCall", assumed: Assumed) -> Capt
     held = watched_values(clone, [*recording.watched, *arrays])
     watched = tuple(v for v in held if (v.module, v.name) not in own)
     graph = CapturedGraph(bound.gm, bound.out_spec, shapes, ranges, guards, bound.writes, watched, tuple(changes))
+    written = {*(w.place for w in writes), *written_attributes(bound.gm.graph)}
     graph.assumed = replace(
-        assumed, globals=global_values(recording.watched), held=values_of_classes(clone, recording.watched)
+        assumed,
+        globals=global_values(recording.watched),
+        held=(
+            *values_of_classes(clone, recording.watched),
+            *values_of_arguments(call.args, call.kwargs, recording.watched),
+            *environment_read(recording.codes),
+        ),
+        tensors=taken_tensors(bound.gm, written),
     )
     graph.flags = flags_in(recording.module, recording.watched)
     return graph
@@ -170,7 +183,10 @@ def _recorded(
             device = next((t.device for t in clone.parameters()), torch.device("cpu"))
             replace_stand_ins_(clone, writes, changes, device)
             outside.settle_(device)
-            _require_same_later(clone, call, free, exactly, (recording, leaves, writes, changes))
+            again = _require_same_later(clone, call, free, exactly, (recording, leaves, writes, changes))
+            if again is not None:
+                writes, tables = without_tables(recording, writes, {w.place for w in again}, call.name)
+                changes += tables
     finally:
         outside.restore_()
     return recording, leaves, writes, changes
@@ -182,16 +198,20 @@ def _require_same_later(
     free: Mapping[int, Sequence[int]],
     exactly: _AsCalled,
     first: _TracedCall,
-) -> None:
-    """Raise CaptureError where later calls change Python state too, or do not what the first does."""
+) -> list[TensorWrite] | None:
+    """What a later call stores; None where it cannot be traced.
+
+    Raises:
+        CaptureError: Later calls change Python state too, or do not what the first does.
+    """
     recording, leaves, writes, changes = first
     name = type(call.model).__name__
     try:
-        later, later_leaves, _, again = _traced_call(clone, call, free, exactly)
+        later, later_leaves, stored, again = _traced_call(clone, call, free, exactly)
     except DynamoRefusal:
         if not all(c.logged for c in changes):
             raise CaptureError(python_state_message(name, changes)) from None
-        return  # a table of another size
+        return None  # a table of another size
     outside = later.outside.beyond(clone)
     again += outside.changes()
     outside.restore_()
@@ -203,6 +223,7 @@ def _require_same_later(
             f"a first call of {name} sets {listed} and computes another thing than the calls after it: call the model "
             f"once before, so that it is set, or use ax.compile, which runs the model's own Python."
         )
+    return stored
 
 
 def _traced_call(

@@ -123,7 +123,11 @@ def _backward_hooks(model: nn.Module) -> set[str]:
 
 
 def _cause(error: Exception) -> str:
-    return " ".join(str(error).split())[:600] or type(error).__name__
+    """What a tracer's error says, short, with the line of the model's own code that it is about."""
+    said, _, _ = str(error).partition("from user code:")
+    frames = list(getattr(error, "real_stack", None) or ())
+    line = f" At {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    return (" ".join(said.split())[:600] or type(error).__name__) + line
 
 
 def _capture_message(model: nn.Module, mode: Mode, error: Exception, refused: Exception | None) -> str:

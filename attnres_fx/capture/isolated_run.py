@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.followed import Followed
 from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.reachable_objects import left_as_it_was
 
@@ -57,28 +58,33 @@ def isolated_clone(model: nn.Module, written: Collection[str] = ()) -> nn.Module
     """
     clone, _ = clone_tree(model)
     copies: dict[int, Tensor] = {}
-    aliases: dict[int, nn.Parameter] = {}
+    kept: list[Tensor] = []
 
-    def copied(tensor: Tensor) -> Tensor:
+    def own(tensor: Tensor, path: str = "") -> Tensor:
         if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            kept.append(tensor)
+            if isinstance(tensor, nn.Parameter):
+                data = tensor.detach().clone() if path in written else tensor.detach()
+                copies[id(tensor)] = nn.Parameter(data, tensor.requires_grad)
+            else:
+                copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         return copies[id(tensor)]
 
-    for path, module in clone.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                alias = aliases.get(id(parameter))
-                if alias is None:
-                    own = (f"{path}.{name}" if path else name) in written
-                    data = parameter.detach().clone() if own else parameter.detach()
-                    alias = aliases[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
-                module._parameters[name] = alias
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = copied(buffer)
+    modules = dict(clone.named_modules())
+    for path, module in modules.items():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    store[name] = own(tensor, f"{path}.{name}".lstrip("."))  # type: ignore[index]
+    for module in modules.values():
         for name, value in module.__dict__.items():
             if name not in _STORES and not name.endswith("hooks"):
-                module.__dict__[name] = _with_copies(value, copied)
+                module.__dict__[name] = _with_copies(value, own)
+    follow = Followed(copies)
+    for module in modules.values():
+        for name, value in module.__dict__.items():
+            if name not in _STORES:
+                module.__dict__[name] = follow(value)
     return clone
 
 
@@ -88,7 +94,7 @@ _STORES = ("_parameters", "_buffers", "_modules")
 def _with_copies(value: Any, copied: Callable[[Tensor], Tensor]) -> Any:
     """A value with copies of the tensors that it is or holds in containers; those of a clone are its own."""
     if isinstance(value, Tensor):
-        return value if isinstance(value, nn.Parameter) else copied(value)
+        return copied(value)
     if type(value) is list or type(value) is tuple:
         return type(value)(_with_copies(v, copied) for v in value)
     if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):

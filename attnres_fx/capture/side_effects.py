@@ -11,6 +11,7 @@ from torch import Tensor, nn
 _TREE = ("_modules",)
 _STORES = ("_parameters", "_buffers")
 #: Kept by nn.Module itself, or by Dynamo on what it compiled.
+_FILLED = ", with tensors of this call"
 _NOT_STATE = ("training", "_compiled_call_impl", "_is_full_backward_hook")
 
 
@@ -24,6 +25,7 @@ class TensorWrite:
         buffer: Whether it is a registered buffer.
         output: Which output of the graph is stored.
         first: Whether the attribute held no tensor of this shape before the recorded call, which may have set it once.
+        persistent: Whether it is part of the model's state, of a buffer.
     """
 
     module: str
@@ -31,6 +33,7 @@ class TensorWrite:
     buffer: bool
     output: int
     first: bool = False
+    persistent: bool = True
 
     @property
     def place(self) -> str:
@@ -49,6 +52,7 @@ class PythonChange:
         after: What it became, in words.
         outside: Whether it is outside the modules; then `name` says what it is, in words.
         logged: Whether it is no more than plain values at the end of a list that a Python module has.
+        table: Whether it is a buffer that a call fills with a table of the sizes of its arguments.
     """
 
     module: str
@@ -57,9 +61,15 @@ class PythonChange:
     after: str
     outside: bool = False
     logged: bool = False
+    table: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where it is, in the model or in words."""
+        return f"{self.module}.{self.name}" if self.module else self.name
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}: {self.before} -> {self.after}".removeprefix(".")
+        return f"{self.place}: {self.before} -> {self.after}"
 
 
 Attributes = dict[tuple[str, str, str], Any]
@@ -102,7 +112,8 @@ def changes_since(
         path, store, name = key
         if isinstance(value, Tensor) and id(value) in position:
             first = not isinstance(old, Tensor) or old.shape != value.shape
-            writes.append(TensorWrite(path, name, store == "_buffers", position[id(value)], first))
+            persistent = name not in root.get_submodule(path)._non_persistent_buffers_set
+            writes.append(TensorWrite(path, name, store == "_buffers", position[id(value)], first, persistent))
         elif value is not old and _equal(value, old):
             continue
         else:
@@ -186,15 +197,21 @@ def shown_as(contents: Any, value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)}"
     if contents is not None:
-        return f"a {type(value).__name__} of {len(contents)}"
+        held = value.values() if isinstance(value, dict) else value
+        filled = _FILLED if any(isinstance(v, Tensor) and v.is_meta for v in held) else ""
+        return f"a {type(value).__name__} of {len(contents)}{filled}"
     return repr(value)[:60]
 
 
 def python_state_message(name: str, changes: Sequence[PythonChange]) -> str:
     """The refusal of a model that leaves something behind in Python."""
     listed = "; ".join(map(str, changes[:3])) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+    filled = [c.place for c in changes if c.after.endswith(_FILLED)]
     way_out = (
-        "Return it from forward, store it in an attribute of a module (module.h = h), take the hook off"
+        f"Return what {filled[0]} holds from forward, or store each tensor in an attribute of a module (module.loss = "
+        f"loss)"
+        if filled and not any(c.outside for c in changes)
+        else "Return it from forward, store it in an attribute of a module (module.h = h), take the hook off"
         if any(c.outside for c in changes)
         else "Keep it in a buffer (register_buffer, and write to the tensor), leave it out of forward"
     )

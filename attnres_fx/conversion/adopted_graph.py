@@ -57,6 +57,7 @@ def captured_program(
         guards=captured.guards,
         writes=captured.writes,
         watched=captured.watched,
+        unkept=captured.unkept,
         signature=signature,
         in_spec=in_spec,
         lost=captured.lost,

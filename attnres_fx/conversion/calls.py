@@ -82,6 +82,7 @@ def _eager_program_for(
             errors.append(ArgumentError("the call is made under another autocast than the captured ones."))
             continue
         try:
+            program.assumed.check_tensors(model, submodule)
             if conversion.recapture is not None:
                 program.assumed.check_world(model)
                 program.signature.require_all_but_defaults(args, kwargs)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.assumed import Assumed
 from attnres_fx.capture.captured import CapturedGraph
-from attnres_fx.capture.side_effects import TensorWrite
+from attnres_fx.capture.side_effects import PythonChange, TensorWrite
 from attnres_fx.capture.signature import CallSignature, InputShape, check_shapes
 from attnres_fx.capture.sizes import Guards
 from attnres_fx.capture.watched import WatchedValue
@@ -38,6 +38,7 @@ class CapturedProgram(Program):
         guards: Checks the inputs for what the tracer took for granted.
         writes: Where a call stores the outputs that come after the result's.
         watched: Values of the model that are part of the graph.
+        unkept: What a first call of the original sets and calls of the graph do not.
         signature: The arguments of a call.
         in_spec: Pytree of (args, kwargs), None where the graph takes them as they are.
         lost: What of the original's backward the graph does not hold; such a program runs without gradients.
@@ -53,6 +54,7 @@ class CapturedProgram(Program):
     guards: Guards | None
     writes: tuple[TensorWrite, ...]
     watched: tuple[WatchedValue, ...]
+    unkept: tuple[PythonChange, ...]
     signature: CallSignature
     in_spec: Any
     lost: tuple[str, ...]
@@ -139,11 +141,20 @@ def run_program(program: CapturedProgram, root: nn.Module, inputs: list[Any]) ->
     if program.out_spec is None:
         return outputs
     for write in program.writes:
-        setattr(root.get_submodule(write.module), write.name, outputs[write.output])
+        _store(root.get_submodule(write.module), write, outputs[write.output])
     returned = outputs[: program.out_spec.num_leaves]
     if program.lost and torch.is_grad_enabled() and not is_traced() and _trains(root, inputs):
         returned = refusing_backward(returned, _why_without_gradients(program, root))
     return pytree.tree_unflatten(returned, program.out_spec)
+
+
+def _store(module: nn.Module, write: TensorWrite, value: torch.Tensor) -> None:
+    if write.buffer and write.name not in module._buffers:  # a call of the original registers it
+        module._buffers[write.name] = value
+        if not write.persistent:
+            module._non_persistent_buffers_set.add(write.name)
+    else:
+        setattr(module, write.name, value)
 
 
 def _trains(root: nn.Module, inputs: list[Any]) -> bool:
@@ -182,6 +193,7 @@ def captured_graph(root: GraphRunner, program: CapturedProgram) -> CapturedGraph
         program.guards,
         program.writes,
         program.watched,
+        program.unkept,
         lost=program.lost,
         typed=root._state().typed,
         flags=program.flags,

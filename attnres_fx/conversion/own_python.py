@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from torch import nn
 
-from attnres_fx.capture.module_clone import clone_tree, followed
+from attnres_fx.capture.followed import Followed
+from attnres_fx.capture.module_clone import clone_tree
 from attnres_fx.capture.root_hooks import take_backward_hooks_, take_forward_hooks_
 from attnres_fx.capture.signature import has_own_call, parameters_of_call
 from attnres_fx.conversion.taken_names import yielded
@@ -49,7 +50,7 @@ class OwnPython:
 
     def on(self, modules: Mapping[int, nn.Module]) -> Self:
         """The same for a copy of the model, whose modules are given by the ids of this one's."""
-        return replace(self, held=followed(self.held, dict(modules)))
+        return replace(self, held=Followed(modules)(self.held))
 
     def original_of(self, model: nn.Module, guarded: Mapping[str, Any], *, hooks: bool) -> nn.Module:
         """A clone of a converted model's tree that is what was converted, on the same tensors.
@@ -61,17 +62,18 @@ class OwnPython:
             hooks: Whether to keep the hooks that fire around the graphs.
         """
         root, clones = clone_tree(model)
+        follow = Followed(clones)
         for path, forward in guarded.items():
             attributes = root.get_submodule(path).__dict__
             attributes.pop("forward", None)
             if forward is not None:
-                attributes["forward"] = followed(forward, clones)
+                attributes["forward"] = follow(forward)
         root.__class__ = self.kind
         root.__dict__.pop("forward", None)  # set since, it wraps the converted model's forward
         around = take_forward_hooks_(root)
         if not (hooks or has_own_call(root)):
             take_backward_hooks_(root)
-        root.__dict__.update(followed(self.held, clones))
+        root.__dict__.update(follow(self.held))
         for name, registered in around.items() if hooks else ():
             root.__dict__[name].update(registered)
         return root

@@ -13,6 +13,7 @@ from attnres_fx.conversion.captured_program import CapturedProgram, flat_argumen
 from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
+from attnres_fx.errors import AttnResError, CheckError
 from attnres_fx.passes.graph.mutation_order import written_attributes
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -39,7 +40,9 @@ class Pair:
             fresh = torch.ones_like(parameter) if last == "key_weight" else torch.zeros_like(parameter)
             holder = self.root.get_submodule(".".join(["attnres", *path]))
             holder._parameters[last] = nn.Parameter(fresh)
-        self.names = [n for n, _ in (*self.original.named_parameters(), *self.original.named_buffers())]
+        tables = {c.place for c in program.unkept if c.table}  # another size, and the same rows
+        named = (*self.original.named_parameters(), *self.original.named_buffers())
+        self.names = [n for n, _ in named if n not in tables]
 
     def originals(self, args: Any, kwargs: Any, *, gradients: bool) -> Outcome:
         bound = self.program.signature.bound_values
@@ -68,7 +71,16 @@ class Pair:
             before = self.originals(args, kwargs, gradients=gradients)
         except BackwardError:  # the original cannot be trained on these arguments
             return self.fresh().compared(args, kwargs, gradients=False, sizes=sizes)
-        after = self.conversions(args, kwargs, gradients=gradients)
+        try:
+            after = self.conversions(args, kwargs, gradients=gradients)
+        except AttnResError:
+            raise
+        except Exception as error:  # whatever the graph raises where the original does not
+            raise CheckError(
+                f"the graph of {type(self.given).__name__} raises {type(error).__name__} in {self.mode} mode, and the "
+                f"original does not: {str(error).rstrip('.')}. Use ax.compile, which runs the model's own Python, or "
+                f"convert(check=False) for a graph to look at."
+            ) from error
         return self.report(before, after, sizes)
 
     def report(self, before: Outcome, after: Outcome, sizes: str) -> VerifyReport:

@@ -152,3 +152,27 @@ def test_a_config_that_cannot_be_read_is_named():
     state["attnres._extra_state"] = torch.zeros(3, dtype=torch.uint8)
     with pytest.raises(ax.errors.ConfigError, match="_extra_state"):
         model.load_state_dict(state)
+
+
+class DoubleSums(nn.Module):
+    """Adds in float64 what it computes in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixes = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        for mix in self.mixes:
+            x = (x.double() + mix(x).double()).float()
+        return x
+
+
+def test_a_stream_more_precise_than_its_queries_says_how_to_cast_them():
+    model, x = DoubleSums(), torch.randn(2, 3, 8)
+    expected = model(x)
+    ax.compile(model, (x,), inner="eager")
+    with pytest.raises(BackendError, match=r"Cast them: model\.attnres\.to\(torch\.float64\)"):
+        model(x)
+    torch.compiler.reset()
+    model.attnres.to(torch.float64)
+    torch.testing.assert_close(model(x), expected)

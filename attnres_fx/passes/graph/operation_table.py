@@ -181,6 +181,7 @@ OPERATIONS = (
     Operation("bitwise_and_", operators=(operator.iand,), functional=operator.and_),
     Operation("bitwise_xor_", operators=(operator.ixor,), functional=operator.xor),
     Operation("copy_", aten="copy_.default", function=torch.Tensor.copy_),
+    Operation("set_", aten="set_.source_Tensor", function=torch.Tensor.set_),
     # Casts
     Operation("to", CAST | STEP, aten="to.dtype", function=torch.Tensor.to),
     Operation("type_as", CAST | AS | STEP),

@@ -41,7 +41,7 @@ from attnres_fx.passes.graph.nodes import (
     set_value,
     value_of,
 )
-from attnres_fx.passes.graph.operations import not_in_place
+from attnres_fx.passes.graph.operations import not_in_place, op_name, stops_gradient
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.normalize.attribute_writes import find_attribute_writes
 from attnres_fx.passes.normalize.functional_form import (
@@ -83,6 +83,7 @@ class _Functionalizer:
         epoch: How often an attribute was written to.
         snapshots: An attribute or a view of one, at an epoch, and the node that stands for what it holds then.
         inputs: The inputs of the graph that are written to, and whether a gradient may see a write, in their order.
+        reset: Those of them whose data another tensor's took the place of, in another shape it may be.
     """
 
     def __init__(self, gm: GraphModule) -> None:
@@ -99,6 +100,7 @@ class _Functionalizer:
         self.epoch: Counter[Node] = Counter()
         self.snapshots: dict[tuple[Node, int], Node] = {}
         self.inputs: dict[Node, bool] = {}
+        self.reset: set[Node] = set()
 
     def run(self) -> list[str]:
         nodes = list(self.graph.nodes)
@@ -123,8 +125,11 @@ class _Functionalizer:
         if all(map(self._is_attribute, written)):
             self._place(node, written)
             return False
-        for base in (b for n in written if (b := self._base(n)).op == "placeholder"):
-            self.inputs[base] = self.inputs.get(base, False) or node not in self.frozen
+        for tensor in (n for n in written if self._base(n).op == "placeholder"):
+            base, passed_by = self._base(tensor), node in self.frozen or self._is_detached(tensor)
+            self.inputs[base] = self.inputs.get(base, False) or not passed_by
+            if op_name(node) == "set_":
+                self.reset.add(base)
         self._make_value(node, written)
         return True
 
@@ -135,6 +140,9 @@ class _Functionalizer:
 
     def _base(self, node: Node) -> Node:
         return self.base.get(node, node)
+
+    def _is_detached(self, node: Node) -> bool:
+        return stops_gradient(node) or (node in self.parent and self._is_detached(self.parent[node]))
 
     def _is_attribute(self, node: Node) -> bool:
         return self._base(node).op == "get_attr"
@@ -346,5 +354,6 @@ class _Functionalizer:
                 value = self._value(node)
                 if value is node:  # written with what it held
                     continue
+                write = "set_" if node in self.reset else "copy_"
                 with self._gradients(seen):
-                    emit(self.graph, "copy_", (node, value), like=node, value=value_of(node), dialect=value)
+                    emit(self.graph, write, (node, value), like=node, value=value_of(node), dialect=value)
