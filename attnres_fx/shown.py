@@ -13,6 +13,7 @@ LENGTH = 5_000
 
 _GAP = "  "
 _NARROWEST = 8
+_PLUS = " + "
 _PATH = re.compile(r"/(?:[^/()\s]+/)+?(?=[^/()\s]+/[^/()\s]+:\d+)")
 
 
@@ -28,7 +29,7 @@ def table(
     Args:
         rows: By the headers of the columns, the same in each.
         wrapped: The columns whose cells go on in the next line. The cells of others lose their beginning: of a module
-            path and of a file the end tells most.
+            path and of a file the end tells most, and of a sum of paths the end of each.
         right: The columns that stand at the right, beside those of numbers alone.
         width: Columns of the screen.
 
@@ -60,7 +61,17 @@ def _widths(headers: Sequence[str], widest: Sequence[int], cap: int) -> list[int
 def _fitted(cell: str, width: int, wraps: bool) -> list[str]:
     if len(cell) <= width:
         return [cell]
-    return textwrap.wrap(cell, width) if wraps else [f"…{cell[1 - width :]}"]
+    return textwrap.wrap(cell, width) if wraps else [_cut(cell, width)]
+
+
+def _cut(cell: str, width: int) -> str:
+    """The end of a cell; of a sum of several parts the end of each, as far as there is room for all."""
+    parts = cell.split(_PLUS)
+    room = width - len(_PLUS) * (len(parts) - 1)
+    for cap in range(width, _NARROWEST - 1, -1):
+        if sum(min(len(p), cap) for p in parts) <= room:
+            return _PLUS.join(p if len(p) <= cap else f"…{p[1 - cap :]}" for p in parts)
+    return f"…{cell[1 - width :]}"
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], numbers: Sequence[bool]) -> str:

@@ -1,10 +1,14 @@
 """Families the library does not know by name: every read found, and the function kept."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 import attnres_fx as ax
+from attnres_fx.capture.capture import capture
 from attnres_fx.capture.restore import A_CHECKPOINT, what_backward_holds
 from attnres_fx.partition.split.chained_model import chains_of
 from tests.support.cutting import assert_same, cut, evenly, spread
@@ -35,19 +39,41 @@ def unmoved_reads(converted, kwargs):
     return [name for name, size in moved.items() if size <= 1e-4 * max(moved.values())]
 
 
+@pytest.fixture
+def captured_once(monkeypatch):
+    """Lets all conversions of a test but the first begin with copies of what the first has captured."""
+    kept = []
+
+    def copied(found):
+        root, graphs = copy.deepcopy((found.root, {mode: graph.gm for mode, graph in found.graphs.items()}))
+        return replace(found, root=root, graphs={m: replace(g, gm=graphs[m]) for m, g in found.graphs.items()})
+
+    def captured(*args, **options):
+        if kept:
+            return copied(kept[0])
+        found = capture(*args, **options)
+        kept.append(copied(found))
+        return found
+
+    monkeypatch.setattr("attnres_fx.conversion.convert.capture", captured)
+
+
 #: Families that are cut into stages too, one a kind: what the chain of units is made from is the same graph.
 CUT = ["gpt2", "gpt_neox", "falcon", "granite", "mixtral", "zamba", "bart", "swin", "albert", "encoder, norm last"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.slow_after(1)
-def test_a_family_converts_with_all_its_reads_and_computes_the_same(name):
+def test_a_family_converts_with_all_its_reads_and_computes_the_same(name, captured_once):
     model, kwargs, reads = FAMILIES[name]()
     converted = ax.convert(model, kwargs=kwargs)
     assert len(converted.attnres.reads) == reads
     with torch.no_grad():
         assert_same_output(converted(**kwargs), model(**{**converted.signature.bound_values, **kwargs}))
     assert unmoved_reads(converted, kwargs) == []
+    for variant in ("full", "local"):
+        other = ax.convert(model, kwargs=kwargs, config=ax.AttnResConfig(variant=variant), check=False)
+        assert (len(other.attnres.reads), unmoved_reads(other, kwargs)) == (reads, []), variant
     names = set(converted.state_dict())
     assert set(model.state_dict()) <= names
     assert all(n.startswith("attnres.") for n in names - set(model.state_dict()))

@@ -121,6 +121,22 @@ def test_a_root_of_two_tables_is_named_by_both_and_an_input_by_its_name(spelling
     assert stream_of(toy(given), (rows(),), spelling).made_by == "x"
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_root_that_nothing_makes_goes_by_what_is_called(spelling):
+    def program(m, x):
+        start = torch.zeros_like(x)
+        h = start + m.attn_1(m.norm_1(start) + x)
+        return m.norm_f(h + m.attn_2(m.norm_2(h)))
+
+    assert stream_of(toy(program), (rows(),), spelling).made_by == "zeros_like"
+
+
+def test_of_a_root_of_several_parts_each_is_seen_in_a_narrow_column():
+    parts = " + ".join(f"model.encoder.{name}" for name in ("convolutions", "embed_positions"))
+    cell = table([{"root": parts, "line": "x" * 20}], width=60).splitlines()[2]
+    assert "…" in cell and "convolutions + " in cell and "embed_positions " in cell
+
+
 class Queries(nn.Module):
     """Learned queries, spread over the batch of a memory that they read."""
 

@@ -14,6 +14,7 @@ from attnres_fx.passes.graph.operations import (
     is_light,
     op_name,
     picks_rows,
+    turned_by,
 )
 
 #: A tensor, one of its dimensions, and where that dimension is in the result.
@@ -37,8 +38,8 @@ def kept_dimensions(node: Node) -> Iterator[Kept]:
         yield from _of_picked_rows(node)
     elif name == "getitem":
         yield from _of_item(node)
-    elif name in ("permute", "transpose", "movedim", "t"):
-        yield from _of_permutation(node, name)
+    elif turn := turned_by(node):
+        yield from _of_permutation(node, turn)
     elif has_trait(node, Trait.RESHAPE):
         yield from _of_reshape(node)
     elif name in ("cat", "concat", "concatenate"):
@@ -123,8 +124,10 @@ def _of_permutation(node: Node, name: str) -> Iterator[Kept]:
 
 def _order(node: Node, name: str, rank: int) -> list[int]:
     """Which dimension of the source stands at each place of the result; empty where it cannot be read."""
-    if name == "t":
+    if name in ("t", "T"):
         return list(range(rank))[::-1]
+    if name == "mT":
+        return [*range(rank - 2), rank - 1, rank - 2]
     first, second = argument_of(node, 1, "dims" if name == "permute" else "dim0"), argument_of(node, 2, "dim1")
     if name == "permute":
         dims = first if isinstance(first, list | tuple) else node.args[1:]

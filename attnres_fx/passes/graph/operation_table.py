@@ -209,7 +209,7 @@ OPERATIONS = (
     Operation("permute", MOVE, aten="permute.default", function=torch.permute),
     Operation("transpose", MOVE, also=("swapaxes", "swapdims")),
     Operation("movedim", MOVE, also=("moveaxis",)),
-    Operation("t", MOVE),
+    *(Operation(n, MOVE) for n in ("t", "mT")),
     Operation("slice", MOVE | SAME),
     Operation("narrow", MOVE | SAME),
     Operation("getitem", MOVE | SAME),

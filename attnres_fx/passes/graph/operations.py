@@ -19,6 +19,7 @@ from attnres_fx.passes.graph.operation_table import (
 )
 
 _MOVES = Trait.CAST | Trait.IDENTITY | Trait.STOPS_GRADIENT | Trait.RESHAPE | Trait.TOKEN_MOVE
+_TURNS = ("permute", "transpose", "movedim", "t", "T", "mT")
 _LIGHT = _MOVES | Trait.LIGHT | Trait.METADATA
 
 
@@ -140,6 +141,12 @@ def asks_only_metadata(node: Node, of: Node | None = None) -> bool:
 def views_by_attribute(node: Node) -> bool:
     """Whether a node is a view that is written as an attribute: `x.T`, `x.data`."""
     return op_name(node) == "getattr" and len(node.args) > 1 and node.args[1] in VIEW_ATTRIBUTES
+
+
+def turned_by(node: Node) -> str:
+    """What exchanges the dimensions of a tensor, a function or an attribute; empty where nothing does."""
+    name = str(node.args[1]) if views_by_attribute(node) else op_name(node)
+    return name if name in _TURNS else ""
 
 
 def stops_gradient(node: Node) -> bool:

@@ -16,6 +16,7 @@ from attnres_fx.passes.graph.operations import (
     is_dropout,
     op_name,
     stops_gradient,
+    turned_by,
 )
 from attnres_fx.passes.graph.pieces import JOIN_NAMES, join_of
 
@@ -96,7 +97,7 @@ def _kind_of_move(node: Node, name: str, first: Node, keeps_rows: KeepsRows) -> 
     """How a node that moves data maps rows; None of every other node."""
     if name == "pad" and not _pads_with_zeros(node):
         return None
-    if not (has_trait(node, _MOVES) or name in _GATHERS):
+    if not (has_trait(node, _MOVES) or name in _GATHERS or turned_by(node)):
         return None
     kept = keeps_rows(first, node)
     if has_trait(node, Trait.RESHAPE):

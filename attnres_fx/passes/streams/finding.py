@@ -36,7 +36,8 @@ def find_streams(graph: Graph) -> StreamSet:
         The streams in graph order, what looks like one and is refused, and the sums they were found in.
     """
     sums = _sums_of(graph)
-    convertible, refusals = _without_refused([s for s in map(partial(RootStates, sums), _roots(sums)) if s.terms])
+    roots = [s for s in map(partial(RootStates, sums), _roots(sums)) if s.terms]
+    convertible, injected, refusals = _without_refused(roots)
     chains = [StreamChain(tuple(chain)) for chain in link_post_norm(convertible)]
     chains, over_time = _without_recurrences(chains, sums)
     refusals += over_time
@@ -47,6 +48,7 @@ def find_streams(graph: Graph) -> StreamSet:
         chains = [c for i, c in enumerate(chains) if i not in before]
         streams, interruptions = _named(chains)
         refusals += [refuse_prelude(first, streams[chains.index(after)].name) for first, after in begun]
+    refusals = _injected(injected, streams, chains) + refusals
     refusals += without_those_inside(find_refusals(graph, sums), chains)
     refusals += [i.refusal for i in interruptions]
     refusals = [*refuse_depth_readers(sums.nodes), *refusals]
@@ -83,21 +85,33 @@ def _sums_of(graph: Graph) -> FormalSums:
         beside |= found
 
 
-def _without_refused(roots: list[RootStates]) -> tuple[list[RootStates], list[Refusal]]:
-    """The roots of streams whose features are in one dimension of fixed size, and why the others are none."""
+def _without_refused(
+    roots: list[RootStates],
+) -> tuple[list[RootStates], dict[RootStates, RootStates], list[Refusal]]:
+    """The roots of streams whose features are in one dimension of fixed size, and why the others are none.
+
+    Between them those that are only added inside the sublayers of another, each with the other.
+    """
     # One vector for a whole batch, beside streams of rows, is a statistic of theirs: a running mean, say.
     most = max((len(shape_of(s.root)) for s in roots), default=0)
     roots = [s for s in roots if len(shape_of(s.root)) > 1 or most == 1]
     injected = {s: into for s in roots if (into := injected_into(s, roots)) is not None}
     own = [s for s in roots if s not in injected]
     fixed = [s for s in own if s.fixed_width is not None and not s.features.contradiction]
-    refusals = [refuse_injected(s, into) for s, into in injected.items()]
-    return fixed, refusals + [_refuse_width(s) for s in own if s not in fixed]
+    return fixed, injected, [_refuse_width(s) for s in own if s not in fixed]
+
+
+def _injected(
+    injected: dict[RootStates, RootStates], streams: list[Stream], chains: list[StreamChain]
+) -> list[Refusal]:
+    """What is said of roots that are added inside the sublayers of a stream; nothing where that is none itself."""
+    name = {part: stream.name for stream, chain in zip(streams, chains, strict=True) for part in chain.parts}
+    return [refuse_injected(s, name[into]) for s, into in injected.items() if into in name]
 
 
 def _without_recurrences(chains: list[StreamChain], sums: FormalSums) -> tuple[list[StreamChain], list[Refusal]]:
     """The streams over depth, and why the others are none."""
-    slices = Slices(sums.nodes)
+    slices = Slices(sums.nodes, sums.features)
     kept, refusals = [], []
     for chain in chains:
         addends = {t: [a] for p in chain.parts for t in p.terms if (a := sums.addend(t)) is not None}

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from attnres_fx.passes.graph.module_paths import module_path
 from attnres_fx.passes.graph.nodes import value_of
-from attnres_fx.passes.graph.operations import asks_only_metadata, is_dropout, may_be_in_norm
+from attnres_fx.passes.graph.operations import asks_only_metadata, is_dropout, may_be_in_norm, op_name
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums
 from attnres_fx.passes.streams.recurrences import is_parameter
 
@@ -35,7 +35,7 @@ def made_by(root: Node, sums: FormalSums, inside: Collection[str]) -> str:
         if part and not any(p == part or p.startswith(f"{part}.") for p in inside):
             return part
     if not modules:
-        modules = [_name_of_parameter(n) for n in makers if is_parameter(n)] or [module_path(root) or root.name]
+        modules = [_name_of_parameter(n) for n in makers if is_parameter(n)] or [module_path(root) or _called(root)]
     more = [f"{len(modules) - _SHOWN} more"] if len(modules) > _SHOWN else []
     return " + ".join([*modules[:_SHOWN], *more])
 
@@ -63,6 +63,12 @@ def _named(node: Node) -> str:
 
 def _name_of_parameter(node: Node) -> str:
     return str(node.target) if node.op == "get_attr" else node.name
+
+
+def _called(node: Node) -> str:
+    """What makes a value that no module, input or parameter makes, `zeros_like`: the same whatever tracer named it."""
+    name = op_name(node)
+    return name if name.isidentifier() and name not in ("module", "getattr", "getitem") else node.name
 
 
 def _makers(root: Node, sums: FormalSums) -> list[Node]:

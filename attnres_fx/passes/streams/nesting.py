@@ -11,6 +11,7 @@ from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.graph.operations import asks_only_metadata
 from attnres_fx.passes.streams.chain import StreamChain
 from attnres_fx.passes.streams.formal_sum import Extended
+from attnres_fx.passes.streams.post_norm import continuation
 from attnres_fx.passes.streams.refusals import Refusal, carried_on
 from attnres_fx.passes.streams.root_states import RootStates
 from attnres_fx.passes.streams.stream import Stream
@@ -123,6 +124,8 @@ def injected_into(stream: RootStates, others: list[RootStates]) -> RootStates | 
     met = _only_added_to(stream)
     if met:
         return next((o for o in others if o is not stream and _computes(o, met, stream)), None)
+    if continuation(stream, others) is not None:
+        return None
     return next((o for o in others if o is not stream and _takes_all_sums(o, stream)), None)
 
 
@@ -169,10 +172,11 @@ def _computes(outer: RootStates, met: list[Node], inner: RootStates) -> bool:
     return any(a is not None and depends.at_all(a, inner.root) for a in addends)
 
 
-def refuse_injected(stream: RootStates, into: RootStates) -> Refusal:
-    """The refusal of a root that is added inside the sublayers of another's stream."""
-    where = f"it is added inside the sublayers of the stream from {describe(into.root)}, and carries nothing on"
-    return Refusal("injected", describe(stream.root), where)
+def refuse_injected(stream: RootStates, into: str) -> Refusal:
+    """The refusal of a root that is added inside the sublayers of the stream of that name."""
+    return Refusal(
+        "injected", describe(stream.root), f"it is added inside the sublayers of {into!r}, and carries nothing on"
+    )
 
 
 def without_those_inside(refused: list[tuple[Node, Refusal]], chains: list["StreamChain"]) -> list[Refusal]:

@@ -18,7 +18,7 @@ def link_post_norm(roots: list[RootStates]) -> list[list[RootStates]]:
     following: dict[Node, RootStates] = {}
     for states in roots:
         continued = {s.root for s in following.values()}
-        found = _continuation(states, [s for s in roots if s.root not in continued])
+        found = continuation(states, [s for s in roots if s.root not in continued])
         if found is not None:
             following[states.root] = found
     continued = {s.root for s in following.values()}
@@ -31,7 +31,7 @@ def link_post_norm(roots: list[RootStates]) -> list[list[RootStates]]:
     return chains
 
 
-def _continuation(states: RootStates, candidates: list[RootStates]) -> RootStates | None:
+def continuation(states: RootStates, candidates: list[RootStates]) -> RootStates | None:
     """The first candidate whose root is the norm that reads the only sum of a root."""
     read = _read_of_only_sum(states)
     if read is None:

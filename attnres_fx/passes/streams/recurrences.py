@@ -16,9 +16,11 @@ from torch import nn
 from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import match_addition
+from attnres_fx.passes.graph.kept_dimensions import kept_dimensions
 from attnres_fx.passes.graph.nodes import argument_of, is_floating, shape_of, tensor_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import asks_only_metadata, called_module, has_trait, moves_data, op_name
+from attnres_fx.passes.streams.feature_dimensions import FeatureDimensions
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class Slices:
 
     Args:
         nodes: The nodes of a graph, in its order.
+        features: Which dimension of each holds its features.
     """
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
+    def __init__(self, nodes: Iterable[Node], features: FeatureDimensions) -> None:
         self._nodes = tuple(nodes)
         data: set[Node] = set()
         places: dict[Node, set[tuple[Any, ...]]] = defaultdict(set)
@@ -45,7 +48,7 @@ class Slices:
         for node in self._nodes:
             if (node.op == "placeholder" and not is_parameter(node)) or not data.isdisjoint(_inputs(node)):
                 data.add(node)
-            found = _slice_of(node)
+            found = _slice_of(node, features)
             if found is not None and found.sequence in data:
                 self._slice[node] = found
                 places[found.sequence].add(found.place)
@@ -159,18 +162,35 @@ def _weight_of(node: Node) -> str:
     )
 
 
-def _slice_of(node: Node) -> _Slice | None:
+def _slice_of(node: Node, features: FeatureDimensions) -> _Slice | None:
     """A node as a slice, seen through what only moves rows; None where it is all of a tensor."""
     place: list[Any] = []
-    features = True
+    along: list[int | None] = []  # the dimension of each cut, where the walk has come to
     while (step := _step_below(node)) is not None:
-        node, cut, dimension = step
+        below, cut, dimension = step
+        along = [_dimension_below(node, below, d, dimension) for d in along]
+        node = below
         if cut is not None:
             place.append(cut)
-            rank = len(shape_of(node))
-            last = dimension is not None and dimension % max(rank, 1) == rank - 1
-            features = features and last and is_floating(node) and node.op != "placeholder"
-    return _Slice(node, tuple(place), features) if place else None
+            along.append(None if dimension is None else dimension % max(len(shape_of(node)), 1))
+    if not place:
+        return None
+    holds = is_floating(node) and node.op != "placeholder"
+    at = features.dimension(node) % max(len(shape_of(node)), 1) if holds else None
+    return _Slice(node, tuple(place), holds and all(d == at for d in along))
+
+
+def _dimension_below(node: Node, source: Node, dimension: int | None, cut: int | None) -> int | None:
+    """Where a dimension of what a movement makes is in what it moves; a cut leaves the one that it cuts in its place.
+
+    None where it is joined with another, or split.
+    """
+    if dimension is None:
+        return None
+    kept = next((before for n, before, after in kept_dimensions(node) if n is source and after == dimension), None)
+    rank = len(shape_of(node))
+    is_cut = cut is not None and rank == len(shape_of(source)) and cut % rank == dimension
+    return dimension if kept is None and is_cut else kept
 
 
 def _step_below(node: Node) -> tuple[Node, Any, int | None] | None:

@@ -52,12 +52,12 @@ def find_refusals(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:
     for node, reason in found:
         reasons.setdefault(node, reason)
     refusals = [(n, Refusal("not additive", describe(n), r, True, _ADVICE)) for n, r in sorted(reasons.items())]
-    return _without_steps_of_time(refusals, graph) + _widened(graph, sums)
+    return _without_steps_of_time(refusals, sums) + _widened(graph, sums)
 
 
-def _without_steps_of_time(refused: list[tuple[Node, Refusal]], graph: Graph) -> list[tuple[Node, Refusal]]:
+def _without_steps_of_time(refused: list[tuple[Node, Refusal]], sums: FormalSums) -> list[tuple[Node, Refusal]]:
     """Carries without the cells of a recurrence; of those the first one of each sequence, and what it is."""
-    slices = Slices(graph.nodes)
+    slices = Slices(sums.nodes, sums.features)
     steps: dict[Node, Node] = {}
     for cells in carried_on([node for node, _ in refused]):
         if len(cells) > 1:

@@ -62,10 +62,32 @@ class RootStates:
         return [n for n in self.nodes if n not in beside]
 
     def _chain(self) -> tuple[Node, ...]:
-        """The terms of the state that has most of them: the stream itself, as opposed to side states."""
+        """The terms of the state that has most of them: the stream itself, as opposed to side states.
+
+        Of several, one that the results take in by another way than through the terms of another stream.
+        """
         sums = [n for n in self.nodes if isinstance(self.sums.states[n], Extended | Merged)]
-        terms = [self.sums.terms(n) for n in sums]
-        return max(reversed(terms), key=len, default=(self.root,))
+        terms = {n: self.sums.terms(n) for n in sums}
+        most = max(map(len, terms.values()), default=0)
+        longest = [n for n in sums if len(terms[n]) == most]
+        if len({terms[n] for n in longest}) > 1:
+            longest = [n for n in longest if self._reaches_results(n)] or longest
+        return terms[longest[-1]] if longest else (self.root,)
+
+    def _reaches_results(self, state: Node) -> bool:
+        """Whether a state reaches the results of the graph by another way than through another stream's sums."""
+        seen, stack = {state}, [state]
+        while stack:
+            node = stack.pop()
+            if node.op == "output":
+                return True
+            fresh = [u for u in node.users if u not in seen and not self._is_sum_of_another(u)]
+            seen.update(fresh)
+            stack.extend(fresh)
+        return False
+
+    def _is_sum_of_another(self, node: Node) -> bool:
+        return isinstance(self.sums.states.get(node), Extended) and self.sums.root[node] is not self.root
 
     def _in_order_of_reads(self) -> tuple[Node, ...]:
         """The chain, so that every read sees a beginning of it, and no later term.

@@ -225,6 +225,29 @@ def test_what_takes_nothing_but_replaced_rows_is_no_read_of_the_stream():
     )
 
 
+LANES_END = ("norm_f", "norm_4")
+
+
+def test_what_only_another_stream_takes_in_is_beside_the_chain():
+    """Two lanes whose class tokens visit each other: the tokens that were visited are the stream's, the guest none."""
+
+    def program(m, x):
+        a, b = m.embed(x), m.positions(x)
+        for norm, mix in ((m.norm_1, m.attn_1), (m.norm_3, m.attn_3)):
+            a, b = a + mix(norm(a)), b + m.attn_2(m.norm_2(b))
+            sent, guest = m.mlp_1(a[:, :1].tanh()), m.mlp_1(b[:, :1].tanh())
+            back = m.mlp_2(sent + m.mlp_4(torch.cat([sent, b[:, 1:]], 1)).mean(1, keepdim=True))
+            updated, met = torch.cat([back, a[:, 1:]], 1), torch.cat([guest, a[:, 1:]], 1)
+            seen = guest + m.mlp_4(met).mean(1, keepdim=True)
+            a, b = updated, torch.cat([m.mlp_3(seen.tanh()), b[:, 1:]], 1)
+        return m.head(m.norm_f(a)) + m.head(m.norm_4(b))
+
+    for spelling in SPELLINGS:
+        streams = analyze_(captured(toy(program), (tokens(),), spelling)).select("main")
+        ends = [next(r for r in s.depth_reads if r.name == name) for s, name in zip(streams, LANES_END, strict=True)]
+        assert [(r.position, r.extras) for r in ends] == [(4, ()), (4, ())], spelling
+
+
 def mixed(sources, query):
     """The paper's read, written by hand: mode "sum", key gains of one."""
     stack = torch.stack(sources)

@@ -130,11 +130,11 @@ def test_every_spelling_finds_the_same_width(spelling):
         assert f"{first} reads 1" in text
 
 
-def mixer(m, x, norm=True, turned=True):
+def mixer(m, x, norm=True, turned=True, turn=lambda y: y.transpose(1, 2)):
     """Mixes tokens and features by weights alike; turned, the stream is [B, D, T]."""
 
     def to_last(y):
-        return y.transpose(1, 2) if turned else y
+        return turn(y) if turned else y
 
     def normed(i, y):
         return to_last(m.get_submodule(f"norm_{i}")(to_last(y))) if norm else y
@@ -143,6 +143,12 @@ def mixer(m, x, norm=True, turned=True):
     x = x + to_last(m.mix_1(to_last(normed(1, x)).transpose(1, 2)).transpose(1, 2))
     x = x + to_last(m.mlp_1(to_last(normed(2, x))))
     return m.head(to_last(normed(3, x)))
+
+
+@pytest.mark.parametrize("spelling", ["symbolic", "export", "dynamo"])
+def test_an_attribute_turns_a_stream_as_a_call_does(spelling):
+    text, widths = found(Layers(lambda m, x: mixer(m, x, turn=lambda y: y.mT)), (series(),), spelling)
+    assert (widths, positions(text)) == ([(CHANNELS, 1)], ["1", "2"])
 
 
 @pytest.mark.parametrize("spelling", ["symbolic", "export"])
