@@ -22,7 +22,7 @@ class OperatorError(AttnResError, ValueError):
 
 
 class CaptureError(AttnResError, RuntimeError):
-    """The model could not be traced, in any of the ways that were tried."""
+    """The model could not be traced, in any of the ways that were tried, or does not run on the example."""
 
 
 class ModeError(AttnResError, RuntimeError):

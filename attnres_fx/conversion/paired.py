@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from attnres_fx.capture.example_call import example_fails
 from attnres_fx.capture.isolated_run import Mode, isolated_clone, set_mode_
 from attnres_fx.capture.reachable_objects import left_as_it_was
 from attnres_fx.conversion.captured_program import CapturedProgram, flat_arguments, run_program
 from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
+from attnres_fx.errors import AttnResError, CaptureError
 from attnres_fx.passes.graph.mutation_order import written_attributes
 from attnres_fx.passes.graph.nodes import value_of
 
@@ -68,6 +70,10 @@ class Pair:
             before = self.originals(args, kwargs, gradients=gradients)
         except BackwardError:  # the original cannot be trained on these arguments
             return self.fresh().compared(args, kwargs, gradients=False, sizes=sizes)
+        except AttnResError:
+            raise
+        except Exception as error:  # whatever a model raises
+            raise CaptureError(example_fails(self.converted.report.model, self.mode, error)) from error
         after = self.conversions(args, kwargs, gradients=gradients)
         return self.report(before, after, sizes)
 

@@ -180,3 +180,21 @@ def test_other_bad_calls(name):
     call, kind, words = BAD_CALLS[name]
     with pytest.raises(kind, match=words):
         call()
+
+
+class Embedded(Residual):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 8)
+
+    def forward(self, ids):
+        return super().forward(self.table(ids))
+
+
+@pytest.mark.parametrize(
+    ("ids", "cause"), [(torch.full((2, 3), 7), IndexError), (torch.ones(2, 3), RuntimeError), ("text", TypeError)]
+)
+def test_an_example_that_the_model_itself_cannot_take_is_told_apart_from_one_that_cannot_be_traced(ids, cause):
+    with pytest.raises(errors.CaptureError, match="Embedded itself fails on the example arguments, in ") as error:
+        ax.convert(Embedded(), (ids,), dynamic_shapes={})
+    assert type(error.value.__cause__) is cause and cause.__name__ in str(error.value)
