@@ -22,7 +22,11 @@ class OperatorError(AttnResError, ValueError):
 
 
 class CaptureError(AttnResError, RuntimeError):
-    """The model could not be traced, in any of the ways that were tried, or does not run on the example."""
+    """The model could not be traced, in any of the ways that were tried."""
+
+
+class ExampleError(CaptureError):
+    """The model itself fails on the arguments that its conversion was to be compared with."""
 
 
 class ModeError(AttnResError, RuntimeError):

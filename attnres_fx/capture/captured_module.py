@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from attnres_fx.capture.assumed import aliases, constants_of
 from attnres_fx.capture.captured import Captured, CapturedGraph
 from attnres_fx.capture.dynamo_module import trace_module
-from attnres_fx.capture.example_call import ExampleCall, example_fails
+from attnres_fx.capture.example_call import ExampleCall
 from attnres_fx.capture.exported_module import export_module
 from attnres_fx.capture.free_sizes import free_dimensions, marked_dimensions
 from attnres_fx.capture.isolated_run import Mode, run_untouched, set_mode_
@@ -23,6 +23,7 @@ from attnres_fx.capture.root_hooks import hook_state, without_hooks
 from attnres_fx.capture.signature import has_own_call, parameters_of_call, signature_of
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.example_sizes import remember_example_sizes
+from attnres_fx.shown import shortened
 
 #: What becomes of the hooks on a model itself.
 Hooks = Literal["traced", "stateless", "around"]
@@ -64,7 +65,6 @@ def capture_module(
     else:
         graphs, failures, notes, around = _graphs_beside_hooks(call, order, first_only, hooks == "around")
     if not graphs:
-        _refuse_failing_example(call, own)
         raise CaptureError(next(iter(failures.values())))
     if bound:
         notes.append("use_cache=False is bound: a cache object cannot be captured")
@@ -187,17 +187,7 @@ def _first_line(error: BaseException) -> str:
     """What an error of the tracer says, short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200].rsplit(' ', 1)[0]} …"
-
-
-def _refuse_failing_example(call: ExampleCall, mode: Mode) -> None:
-    """Raise CaptureError where the model itself does not run on the example: then no tracer is at fault."""
-    if any(t.is_meta for t in (*call.model.parameters(), *call.leaves) if isinstance(t, Tensor)):
-        return  # without values a model may fail where it would not with them
-    try:
-        run_untouched(call.model, call.args, call.kwargs, mode)
-    except Exception as error:  # whatever a model raises
-        raise CaptureError(example_fails(call.name, mode, error)) from error
+    return shortened(text, 200)
 
 
 def refuse_prepared(model: nn.Module) -> None:

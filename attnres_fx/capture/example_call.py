@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from attnres_fx.capture.free_sizes import with_two_rows
-from attnres_fx.capture.isolated_run import Mode
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,3 @@ class ExampleCall:
             return self
         args, kwargs = with_two_rows(self.args, self.kwargs)
         return replace(self, args=args, kwargs=kwargs)
-
-
-def example_fails(name: str, mode: Mode, error: Exception) -> str:
-    """That a model does not run on the example that it was given, in words."""
-    text = " ".join(str(error).split())
-    return (
-        f"{name} itself fails on the example arguments, in {mode} mode: {type(error).__name__}: {text[:400]}. Give "
-        f"arguments that the model runs with: their names, dtypes, shapes, and the range of indices."
-    )

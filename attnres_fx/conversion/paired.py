@@ -7,16 +7,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from attnres_fx.capture.example_call import example_fails
 from attnres_fx.capture.isolated_run import Mode, isolated_clone, set_mode_
 from attnres_fx.capture.reachable_objects import left_as_it_was
 from attnres_fx.conversion.captured_program import CapturedProgram, flat_arguments, run_program
 from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
-from attnres_fx.errors import AttnResError, CaptureError
+from attnres_fx.errors import AttnResError, ExampleError
 from attnres_fx.passes.graph.mutation_order import written_attributes
 from attnres_fx.passes.graph.nodes import value_of
+from attnres_fx.shown import shortened
 
 
 class Pair:
@@ -73,9 +73,17 @@ class Pair:
         except AttnResError:
             raise
         except Exception as error:  # whatever a model raises
-            raise CaptureError(example_fails(self.converted.report.model, self.mode, error)) from error
+            raise ExampleError(self._fails(error)) from error
         after = self.conversions(args, kwargs, gradients=gradients)
         return self.report(before, after, sizes)
+
+    def _fails(self, error: Exception) -> str:
+        text = shortened(" ".join(str(error).split()).rstrip("."), 400)
+        return (
+            f"{self.converted.report.model} itself fails on these arguments, in {self.mode} mode: "
+            f"{type(error).__name__}: {text}. Give arguments that the model runs with: look at their dtypes, shapes, "
+            f"and the range of indices."
+        )
 
     def report(self, before: Outcome, after: Outcome, sizes: str) -> VerifyReport:
         """How far two outcomes are apart."""

@@ -44,7 +44,7 @@ def verify(
 
     Raises:
         ArgumentError: The second model is not converted.
-        CaptureError: The original does not run on the arguments.
+        ExampleError: The original itself fails on the arguments.
         CheckError: The two return other numbers of values, or values of other shapes or dtypes.
     """
     model, converted = uncompiled(model), uncompiled(converted)

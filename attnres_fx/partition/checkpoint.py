@@ -170,8 +170,8 @@ def _read_names(path: str | Path) -> dict[str, Any]:
             return dict(FolderReader(path).read_metadata().state_dict_metadata)
         except FileNotFoundError as error:
             raise PipelineError(
-                f"there is no whole checkpoint at {str(path)!r} ({error}): give the folder that save() wrote; one that "
-                f"was first written when the job ended has no .metadata file and cannot be used."
+                f"there is no whole checkpoint at {str(path)!r} ({error}): give the folder that save() wrote. A folder "
+                f"without a .metadata file is one whose first save was cut short, and cannot be used."
             ) from error
 
 

@@ -1,6 +1,7 @@
 """Numbers that come from beside torch: held ones are kept, drawn and measured ones are refused by name."""
 
 import copy
+import random
 import secrets
 import time
 
@@ -63,8 +64,13 @@ def seeded():
 @pytest.mark.parametrize(
     ("function", "named"),
     [
+        (
+            lambda: random.random(),
+            r"would lose draws of Python's random: draw with torch .*ax\.compile goes through Dynamo too",
+        ),
         (lambda: float(np.random.rand()), "numpy's random"),
         (lambda: torch.from_numpy(np.random.rand(WIDTH).astype("float32")), "numpy's random"),
+        (random.random, "another number that Python makes anew"),
         (lambda: time.time() % 1000, "the time of the call"),
         (lambda: secrets.randbelow(100), "secrets"),
         (seeded, "seeding of torch's generator"),

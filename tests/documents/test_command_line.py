@@ -109,7 +109,7 @@ def test_errors_about_the_example_name_the_option(factories, capsys):
     assert "--input idz" in unknown and "ids, scale" in unknown
     misfit = told(capsys, "inspect", f"{factories}:bare", "--input", "ids=float32[2,4]")
     assert "give another: --input" in misfit
-    assert "Tower itself fails on the example" in misfit and "Expected tensor for argument #1" in misfit
+    assert "Call the model itself with these arguments" in misfit and "Expected tensor for argument #1" in misfit
 
 
 @pytest.mark.parametrize(
