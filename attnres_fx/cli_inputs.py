@@ -32,8 +32,8 @@ def load(name: str, inputs: Sequence[str]) -> tuple[Any, tuple[Any, ...], dict[s
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
         raise ValueError(
-            f"{name!r} is a file of Python: name a function in it that returns the model, as Python imports it, "
-            f"{'.'.join(path.with_suffix('').parts)}:FUNCTION, from the folder that Python imports it from."
+            f"{name!r} is a file of Python: name a function in it that returns the model, {path.stem}:FUNCTION in the "
+            f"file's folder, or PACKAGE.{path.stem}:FUNCTION as Python imports it."
         )
     if path.exists():
         model, config = _from_hugging_face(path)

@@ -152,6 +152,9 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
         state |= _room_for(parameter, (prefix, prefix.replace("param_groups", "state", 1)), written)
     _read_into(state, path)
     _give_tied(values, keys, state)
+    for part in (part for module in parts.modules for part in module.modules()):
+        if isinstance(part, AttnResParameters):
+            part.set_extra_state(part.made_for.to_tensor())  # whatever was written into its place before
     if optimizer is not None:
         _restore(optimizer, prefixes, state)
 

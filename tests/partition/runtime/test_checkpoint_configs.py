@@ -120,3 +120,17 @@ def test_a_checkpoint_that_says_no_config_is_warned_of(tmp_path):
         load_checkpoint(tmp_path / "c", model)
     assert told[0].filename == __file__
     assert all(torch.equal(model.state_dict()[n], v) for n, v in wanted.items())
+
+
+def test_a_checkpoint_of_its_own_config_mends_a_model_that_another_state_was_written_into(tmp_path):
+    model = converted(**MADE)
+    save_checkpoint(tmp_path / "c", model)
+    wanted = values(model)
+    with torch.no_grad():
+        for name, value in converted(variant="full").state_dict().items():
+            model.state_dict()[name].copy_(value)
+    with pytest.raises(ConfigError, match="variant"):
+        model(X)
+    load_checkpoint(tmp_path / "c", model)
+    assert same(values(model), wanted)
+    model(X)
