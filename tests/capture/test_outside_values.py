@@ -104,6 +104,17 @@ def test_a_number_read_from_a_tensor_is_refused_among_the_outputs(number):
         ax.convert(Reads(), (torch.randn(2, 3, WIDTH),))
 
 
+def test_a_number_read_from_a_tensor_and_kept_is_told_as_kept():
+    class Keeps(Net):
+        def forward(self, x):
+            if not hasattr(self, "scale"):
+                self.scale = float(x.abs().mean())
+            return self.body(x) * self.scale
+
+    with pytest.raises(CaptureError, match=r"what a call leaves in an attribute, .*keep the tensor itself"):
+        ax.convert(Keeps(), (torch.randn(2, 3, WIDTH),), dynamic_shapes={})
+
+
 def test_sparse_gradients_are_compared():
     class Sparse(Net):
         def __init__(self):
