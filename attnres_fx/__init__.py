@@ -1,11 +1,15 @@
-"""Compiler passes that turn the residual connections of a transformer into attention over depth."""
+"""Compiler passes that turn the residual connections of a transformer into attention over depth.
+
+Importing the package imports no torch; the first public name that is used does. The operators are registered with that
+name, and at once where torch is imported already. `import attnres_fx.ops` registers them and does nothing else.
+"""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from attnres_fx import errors
 from attnres_fx._version import __version__
-from attnres_fx.registration import register_operators
 
 if TYPE_CHECKING:
     from attnres_fx import ops
@@ -99,14 +103,18 @@ __all__ = [
 ]
 
 
-register_operators()
+_OPERATORS = "attnres_fx.ops"
+
+if "torch" in sys.modules:
+    importlib.import_module(_OPERATORS)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("attnres_fx.ops")
-    if name not in _HOMES:
+    if name != "ops" and name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    operators = importlib.import_module(_OPERATORS)
+    if name == "ops":
+        return operators
     value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     return value
 

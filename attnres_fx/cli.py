@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import io
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from attnres_fx._version import __version__
-from attnres_fx.cli_inputs import HOW, load
+from attnres_fx.cli_inputs import HOW, load, new_file
 from attnres_fx.cli_profile import add_profile
 from attnres_fx.errors import AttnResError, CaptureError
 
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 130 after an interrupt, 2 after an error, which is printed as one paragraph.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # shades and arrows, where the encoding has none
     options = _parser().parse_args(argv)
     try:
         return int(options.run(options))
@@ -87,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="module.path:factory, a Hugging Face folder, or a config.json")
+    parser.add_argument(
+        "model",
+        help="module.path:function, which takes no arguments and returns the model, or the model and its example "
+        "arguments (a tuple by position, a dict by name); or a Hugging Face folder, or a config.json",
+    )
     parser.add_argument(
         "--input",
         action="append",
@@ -126,7 +134,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eps", type=float, default=1e-6, help="of the norm of keys (default: 1e-6)")
     parser.add_argument("--streams", default="main", help="main, all, or names with commas between them")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with the original")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the converted model, for attnres_fx.load")
+    parser.add_argument("--save", type=new_file, metavar="FILE", help="write the converted model, for attnres_fx.load")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -159,8 +167,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-bandwidth", type=_bytes, metavar="BYTES", help="a second, of a rank, e.g. 3TB")
     parser.add_argument("--recompute", action="store_true", help="keep only the inputs of sublayers for backward")
     parser.add_argument("--meta", action="store_true", help="build the model without weights, however large it is")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw timeline and stages (needs matplotlib)")
+    parser.add_argument("--save", type=new_file, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw timeline and stages (needs matplotlib)")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """The model that a command line names, and the example arguments for it."""
 
+import argparse
 import importlib
 import inspect
 import re
@@ -29,6 +30,11 @@ def load(name: str, inputs: Sequence[str]) -> tuple[Any, tuple[Any, ...], dict[s
     """
     given = dict(parse_input(text) for text in inputs)
     path = Path(name)
+    if path.suffix == ".py" and path.is_file():
+        raise ValueError(
+            f"{name!r} is a file of Python: name a function in it that returns the model, {path.stem}:FUNCTION in the "
+            f"file's folder, or PACKAGE.{path.stem}:FUNCTION as Python imports it."
+        )
     if path.exists():
         model, config = _from_hugging_face(path)
         args, kwargs = (), given or _example_of_config(model, config)
@@ -81,19 +87,83 @@ def parse_input(text: str) -> tuple[str, Any]:
         raise ValueError(f"--input {text!r}: {span} is no range of {match['dtype']}.") from None
 
 
-def _made(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    module, colon, factory = name.partition(":")
-    if not colon:
+def named_object(place: str, what: str) -> Any:
+    """What `module.path:name` names; modules of the current folder are found too.
+
+    Args:
+        place: The text of the command line.
+        what: The argument that it was given as, for the errors.
+
+    Raises:
+        ValueError: There is no such module, or nothing of that name in it.
+    """
+    module, _, name = place.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another that is not
         raise ValueError(
-            f"{name!r} is no folder, no config.json and no module.path:factory. "
-            f"Write the factory after a colon, e.g. mypackage.models:tiny."
+            f"{what} {place!r}: there is no module {error.name!r} in {here} or among the installed packages. Write "
+            f"the module as Python imports it, with dots and without .py: mypackage.models:tiny."
+        ) from error
+    if not hasattr(found, name):
+        own = [n for n, v in vars(found).items() if callable(v) and getattr(v, "__module__", None) == module]
+        raise ValueError(
+            f"{what} {place!r}: the module {module} has no {name!r}; it has {', '.join(own) or 'no functions'}."
         )
-    sys.path.insert(0, str(Path.cwd()))
-    result = getattr(importlib.import_module(module), factory)()
-    if not isinstance(result, tuple):
-        return result, (), {}
-    model, example = result
+    return getattr(found, name)
+
+
+def new_file(text: str) -> Path:
+    """The type of an option that names a file to write; before the work, not after it, the place is found missing."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: name a file in it")
+    return path
+
+
+def _made(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    if ":" not in name:
+        raise ValueError(
+            f"there is no file or folder {name!r} here. A model of your own is given as module.path:function, e.g. "
+            f"mypackage.models:tiny; a model of the Hugging Face Hub by its folder, after `hf download "
+            f"OWNER/NAME --local-dir FOLDER`."
+        )
+    factory = named_object(name, "model")
+    if needed := _needed_by(factory):
+        raise ValueError(
+            f"model {name!r} cannot be called without arguments, it needs {', '.join(needed)}: name a function that "
+            f"takes none and returns the model."
+        )
+    result = factory()
+    model, example = result if isinstance(result, tuple) and len(result) == 2 else (result, ())
+    if not _is_model(model):
+        raise ValueError(
+            f"model {name!r} returned a {type(result).__name__}: it should return an nn.Module, a graph of one, or a "
+            f"tuple of it and its example arguments."
+        )
     return (model, (), dict(example)) if isinstance(example, dict) else (model, tuple(example), {})
+
+
+def _needed_by(factory: Any) -> list[str]:
+    """The arguments that it cannot be called without."""
+    try:
+        found = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in found if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _is_model(found: Any) -> bool:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    return isinstance(found, nn.Module | ExportedProgram)
 
 
 def _arguments(model: Any) -> dict[str, inspect.Parameter] | None:

@@ -1,29 +1,28 @@
 """`attnres-fx profile`: how a model uses its depth."""
 
 import argparse
-import importlib
-from pathlib import Path
 from typing import Any
 
-from attnres_fx.cli_inputs import load
+from attnres_fx.cli_inputs import load, named_object, new_file
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
     """Give the command its options; those that name a model it has already."""
     parser.add_argument("--loss", metavar="MODULE:FUNCTION", help="from what the model returns to a scalar")
     parser.add_argument("--train", action="store_true", help="profile the model in train mode instead of eval mode")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write it as a page")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it as data")
+    parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw it (needs matplotlib)")
+    parser.add_argument("--html", type=new_file, metavar="FILE", help="write it as a page")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write it as data")
     parser.set_defaults(run=_profile)
 
 
 def _profile(options: argparse.Namespace) -> int:
     import attnres_fx as ax
 
+    loss = _function(options.loss)
     model, args, kwargs = load(options.model, options.input)
     model.train(options.train)
-    profile = ax.profile_depth(model, args, kwargs, loss=_function(options.loss))
+    profile = ax.profile_depth(model, args, kwargs, loss=loss)
     print(profile)
     if options.reads:
         print(f"\n{profile.reads_table()}")
@@ -42,7 +41,6 @@ def _profile(options: argparse.Namespace) -> int:
 def _function(place: str | None) -> Any:
     if place is None:
         return None
-    module, colon, name = place.partition(":")
-    if not colon:
+    if ":" not in place:
         raise ValueError(f"--loss {place!r} should name a function after a colon: mypackage.losses:next_token.")
-    return getattr(importlib.import_module(module), name)
+    return named_object(place, "--loss")

@@ -25,6 +25,10 @@ class CaptureError(AttnResError, RuntimeError):
     """The model could not be traced, in any of the ways that were tried."""
 
 
+class ExampleError(CaptureError):
+    """The model itself fails on the arguments that its conversion was to be compared with."""
+
+
 class ModeError(AttnResError, RuntimeError):
     """A mode (train or eval) was asked for that has no captured graph."""
 

@@ -12,7 +12,8 @@ from attnres_fx.errors import ConfigError
 from attnres_fx.shown import brief
 from attnres_fx.state_config import MadeFor, StreamBlocks, shown_config
 
-_STATE_KEY = "attnres._extra_state"
+#: The name of the config in the state of a model.
+STATE_KEY = "attnres._extra_state"
 
 
 class DepthRead(nn.Module):
@@ -208,12 +209,12 @@ def check_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "
     attnres = model._modules.get("attnres")
     if not isinstance(attnres, AttnResParameters):
         return
-    state = state_dict.get(f"{prefix}{_STATE_KEY}")
+    state = state_dict.get(f"{prefix}{STATE_KEY}")
     if state is not None:
         attnres.set_extra_state(state)
     elif any(name.startswith(f"{prefix}attnres.") for name in state_dict):
         warnings.warn(
-            f"the state has parameters of attnres_fx, not the config they were made with ({prefix}{_STATE_KEY}). If it "
+            f"the state has parameters of attnres_fx, not the config they were made with ({prefix}{STATE_KEY}). If it "
             f"was another than {shown_config(attnres.config)}, the model computes another function now: save "
             f"state_dict() whole, or use save_adapter.",
             stacklevel=2,

@@ -114,6 +114,11 @@ def short_paths(text: str) -> str:
     return _PATH.sub("", text)
 
 
+def shortened(text: str, length: int) -> str:
+    """A text of one line, cut between words where it is longer."""
+    return text if len(text) <= length else f"{text[:length].rsplit(' ', 1)[0]} …"
+
+
 def counted(number: int, noun: str) -> str:
     """A number and a noun: `1 read`, `2 reads`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -142,7 +142,7 @@ def profile_depth(
         StreamError: It has no residual stream that can be profiled.
         CheckError: The captured graph does not compute what the model computes.
     """
-    _require_values(model, args, kwargs)
+    _require_values(model, args, kwargs, loss)
     inner = unwrapped(model)
     attends = isinstance(inner, ConvertedModel) or is_attached(inner)
     if attends:
@@ -166,7 +166,9 @@ def profile_depth(
     return DepthProfile(name, attends, streams, None if value is None else float(value.detach()))
 
 
-def _require_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+def _require_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, loss: Any) -> None:
+    if loss is not None and not callable(loss):
+        raise ArgumentError(f"loss must be a function of what the model returns; it is a {type(loss).__name__}.")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"profile_depth takes an nn.Module; it got a {type(model).__name__}.")
     given = pytree.tree_leaves((tuple(args), dict(kwargs or {})))

@@ -32,7 +32,7 @@ class WeightWatch:
         to: str | Path | ScalarWriter | None = None,
     ) -> None:
         if every < 1:
-            raise ArgumentError(f"every is a number of steps from 1 on; it is {every}.")
+            raise ArgumentError(f"every must be a whole number of steps, at least 1; it is {every}.")
         self.args, self.kwargs, self.every, self.to = tuple(args), dict(kwargs or {}), every, to
         self.history: list[tuple[int, DepthWeights]] = []
         self._seen: tuple[nn.Module, ConvertedModel] | None = None

@@ -100,7 +100,8 @@ def _check_attachable(model: Any, config: Any) -> None:
         raise AttachError("the model is what torch.compile returned: attach the model itself, compile it afterwards.")
     if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
         raise AttachError(
-            f"attach takes an nn.Module with code of its own, not a {type(model).__name__}: convert() takes graphs."
+            f"attach takes an nn.Module with code of its own, and this {type(model).__name__} is "
+            f"{'a graph, which convert() takes' if isinstance(model, GraphModule) else 'none'}."
         )
     if isinstance(model._modules.get(ATTRIBUTE), AttachedParameters):
         raise AttachError(f"{type(model).__name__} is attached already: detach(model) first, to attach it anew.")
@@ -111,7 +112,8 @@ def _check_attachable(model: Any, config: Any) -> None:
             )
     if hasattr(model, ATTRIBUTE):
         raise AttachError(
-            f"{type(model).__name__} has an attribute {ATTRIBUTE!r} of its own, where attach would put its."
+            f"{type(model).__name__} has an attribute {ATTRIBUTE!r} of its own, where attach would put its: rename "
+            f"it, or attach a module that holds the model and calls it in forward."
         )
     if "forward" in vars(model):
         raise AttachError(

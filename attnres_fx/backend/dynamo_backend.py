@@ -83,9 +83,9 @@ def checked_options(options: Mapping[str, Any], mode: str | None) -> dict[str, A
         )
     checked = {"inner": "inductor", "mode": mode, "inductor": {}, "lowering": None, **options}
     checked["lowering"] = checked_lowering(checked["lowering"])
-    names = [n for n in list_backends(exclude_tags=()) if n != "attnres"]
-    if checked["inner"] not in names:
-        raise BackendError(f"options['inner'] is {checked['inner']!r}, which is no backend here: {', '.join(names)}.")
+    if checked["inner"] == "attnres" or checked["inner"] not in list_backends(exclude_tags=()):
+        usual = sorted({*list_backends(), "aot_eager", "eager"} - {"attnres"})
+        raise BackendError(f"options['inner'] is {checked['inner']!r}, which is no backend here: {', '.join(usual)}.")
     if checked["inner"] != "inductor" and (checked["mode"] or checked["inductor"]):
         raise BackendError(f"'mode' and 'inductor' are for inner='inductor'; inner is {checked['inner']!r}.")
     if not isinstance(checked["inductor"], Mapping):

@@ -1,6 +1,7 @@
 """`from_pretrained`: a folder that `save_pretrained` wrote of a model with reads, as that model."""
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from attnres_fx.backend.attach import attach
 from attnres_fx.conversion.adapter import adapter_config, load_adapter
 from attnres_fx.conversion.adapter_folder import CONFIG_FILE, TENSOR_FILE
 from attnres_fx.errors import SaveError
+
+log = logging.getLogger(__name__)
 
 #: Arguments of `from_pretrained` that say where on a hub a file is.
 _ON_A_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
@@ -27,7 +30,7 @@ def from_pretrained(
     """The model of a folder, attached, with the queries, key gains and gates that were saved beside its weights.
 
     `kind.from_pretrained` loads the weights, and tells of the `attnres.` tensors among them as unexpected; they are
-    loaded from the adapter. The model then runs compiled: `attnres_fx.compile(model)`.
+    loaded from the adapter, which is logged. The model then runs compiled: `attnres_fx.compile(model)`.
 
     Args:
         kind: A class with `from_pretrained`: of transformers (`AutoModelForCausalLM`), of diffusers, or a user's own.
@@ -54,6 +57,7 @@ def from_pretrained(
         example_kwargs = _own_example(model)
     attach(model, example_args, example_kwargs, config=config)
     load_adapter(model, place)
+    log.warning("the attnres tensors that %s may have called unexpected are loaded, from the adapter", kind.__name__)
     return loaded
 
 

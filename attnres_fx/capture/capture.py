@@ -46,13 +46,15 @@ def capture(
         The graphs by mode, and how they are called. The model is as it was, and its tensors are shared.
 
     Raises:
-        ArgumentError: `args` is no sequence.
+        ArgumentError: `args` is no sequence, or `kwargs` no dict.
         CaptureError: no mode could be traced.
     """
     if isinstance(args, Tensor) or not isinstance(args, Sequence):
         raise ArgumentError(
             f"args must be a tuple of example arguments; it is a {type(args).__name__}. Write (x,) for a single one."
         )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ArgumentError(f"kwargs must be a dict of example arguments by name; it is a {type(kwargs).__name__}.")
     args, kwargs = tuple(args), dict(kwargs or {})
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript module cannot be captured: pass the nn.Module it was made from.")
@@ -61,6 +63,10 @@ def capture(
     if isinstance(model, GraphModule):
         return capture_graph_module(model, args, kwargs)
     if not isinstance(model, nn.Module):
+        if isinstance(model, type):
+            raise CaptureError(
+                f"cannot capture the class {model.__name__}: pass an object of it, {model.__name__}(...)."
+            )
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: pass an nn.Module, a torch.fx.GraphModule or an ExportedProgram."
         )

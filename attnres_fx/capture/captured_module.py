@@ -23,6 +23,7 @@ from attnres_fx.capture.root_hooks import hook_state, without_hooks
 from attnres_fx.capture.signature import has_own_call, parameters_of_call, signature_of
 from attnres_fx.errors import CaptureError
 from attnres_fx.passes.graph.example_sizes import remember_example_sizes
+from attnres_fx.shown import shortened
 
 #: What becomes of the hooks on a model itself.
 Hooks = Literal["traced", "stateless", "around"]
@@ -186,7 +187,7 @@ def _first_line(error: BaseException) -> str:
     """What an error of the tracer says, short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200].rsplit(' ', 1)[0]} …"
+    return shortened(text, 200)
 
 
 def refuse_prepared(model: nn.Module) -> None:

@@ -27,14 +27,19 @@ from attnres_fx.capture.reachable_objects import left_as_it_was
 from attnres_fx.capture.recorder import CAPTURE_LOCK, functorch_depth, restore_functorch
 from attnres_fx.capture.side_effects import python_state_message
 from attnres_fx.errors import AttnResError, CaptureError
+from attnres_fx.shown import shortened
 
 RANDOM = "draws of Python's random"
 NUMPY = "draws of numpy's random"
 SECRETS = "draws of Python's secrets"
 SEED = "the seeding of torch's generator"
-CLOCK = "the time of the call"
-#: What an exported graph would hold as it was at the capture.
-_FROZEN = {RANDOM, NUMPY, SECRETS, SEED, CLOCK}
+CLOCK = "the time of the call, or another number that Python makes anew at every call"
+#: What an exported graph would hold as it was at the capture, and what to write instead.
+_FROZEN = {
+    **dict.fromkeys((RANDOM, NUMPY, SECRETS), "draw with torch (torch.rand)"),
+    SEED: "seed before the call",
+    CLOCK: "pass it as an argument",
+}
 
 
 def export_module(call: ExampleCall, mode: Mode, notes: list[str], refused: Exception | None = None) -> CapturedGraph:
@@ -53,7 +58,7 @@ def export_module(call: ExampleCall, mode: Mode, notes: list[str], refused: Exce
     traced = call.to_trace()
     for shapes, what_is_lost in _attempts(traced):
         try:
-            program, lost = _exported(traced, mode, shapes)
+            program, lost = _exported(traced, mode, shapes, by_dynamo=refused is None)
         except AttnResError:
             raise
         except Exception as error:  # the tracer lets anything the model raises through
@@ -69,7 +74,7 @@ def export_module(call: ExampleCall, mode: Mode, notes: list[str], refused: Exce
     raise CaptureError(_capture_message(call.model, mode, errors[-1], refused)) from refused
 
 
-def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgram, set[str]]:
+def _exported(call: ExampleCall, mode: Mode, shapes: Any, *, by_dynamo: bool) -> tuple[ExportedProgram, set[str]]:
     """The export of a clone, and what of the model it does not hold."""
     clone, _ = clone_tree(call.model)
     set_mode_(clone, mode)
@@ -86,7 +91,9 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
-            if CLOCK in lost:
+            if CLOCK in lost and lost & _FROZEN.keys() - {CLOCK}:
+                lost.discard(CLOCK)  # two exports differ by what is drawn; it is told when that is gone
+            elif CLOCK in lost:
                 again = torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
                 if str(again.graph) == str(program.graph):
                     lost.discard(CLOCK)  # it is measured and told, and no part of the result
@@ -94,7 +101,7 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
                 with left_as_it_was(clone, args, kwargs) as later:
                     torch.export.export(clone, args, kwargs, dynamic_shapes=shapes, strict=False)
                     if changes := [c for c in later.changes() if not c.logged]:
-                        raise CaptureError(python_state_message(call.name, changes))
+                        raise CaptureError(python_state_message(call.name, changes, by_dynamo))
         finally:
             restore_functorch(depth)
     return program, lost | _backward_hooks(clone)
@@ -103,13 +110,15 @@ def _exported(call: ExampleCall, mode: Mode, shapes: Any) -> tuple[ExportedProgr
 def _say_what_is_lost(call: ExampleCall, mode: Mode, lost: set[str], notes: list[str], refused: Exception) -> None:
     """Refuse a graph that would train wrongly, or draw the same numbers at every call; note it for others."""
     listed = " and ".join(sorted(lost))
-    if mode == "train" or lost & _FROZEN:
+    if mode == "train" or lost & _FROZEN.keys():
+        instead = dict.fromkeys(_FROZEN.get(what, "rewrite what Dynamo refuses") for what in sorted(lost))
         raise CaptureError(
             f"{call.name} in {mode} mode: Dynamo cannot trace it ({_cause(refused)}), and torch.export would lose "
-            f"{listed}: use ax.compile, or rewrite what Dynamo refuses."
+            f"{listed}: {', '.join(instead)}. ax.compile goes through Dynamo too."
         )
     notes.append(
-        f"the eval graph has no gradients, because torch.export loses {listed}: use ax.compile to differentiate"
+        f"the eval graph has no gradients, because torch.export loses {listed}: rewrite what Dynamo refuses to "
+        f"differentiate it"
     )
 
 
@@ -127,16 +136,19 @@ def _cause(error: Exception) -> str:
     said, _, _ = str(error).partition("from user code:")
     frames = list(getattr(error, "real_stack", None) or ())
     line = f" At {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    return (" ".join(said.split())[:600] or type(error).__name__) + line
+    return (shortened(" ".join(said.split()), 600) or type(error).__name__) + line
 
 
 def _capture_message(model: nn.Module, mode: Mode, error: Exception, refused: Exception | None) -> str:
     dynamo = f"Dynamo: {type(refused).__name__}: {_cause(refused)}. " if refused is not None else ""
+    # What a model raises comes through as it is; the tracer's own errors have classes of their own.
+    own = "Call the model itself with these arguments: if it fails too, give others. Otherwise: "
+    own = own if type(error).__module__ == "builtins" else ""
     return (
         f"{type(model).__name__} could not be captured in {mode} mode. {dynamo}"
         f"torch.export: {type(error).__name__}: {_cause(error)}. "
-        f"Try torch.compile(model, fullgraph=True) alone to see the whole trace; then remove the data-dependent code "
-        f"it names, pass other example arguments, capture a part of the model, or trace it yourself "
+        f"{own}Try torch.compile(model, fullgraph=True) alone to see the whole trace; then remove the data-dependent "
+        f"code it names, pass other example arguments, capture a part of the model, or trace it yourself "
         f"(torch.fx.symbolic_trace, torch.export) and convert the graph."
     )
 

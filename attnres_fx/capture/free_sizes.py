@@ -86,6 +86,10 @@ def marked_dimensions(
         by_name = {n: dynamic_shapes.get(n) for n in kwargs}
     else:
         given = tuple(dynamic_shapes)
+        if len(given) > len(args) + len(kwargs):
+            raise ArgumentError(
+                f"dynamic_shapes has {len(given)} entries where the call has {len(args) + len(kwargs)} arguments."
+            )
         by_position, by_name = given[: len(args)], dict(zip(kwargs, given[len(args) :], strict=False))
     free: dict[int, tuple[int, ...]] = {}
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))

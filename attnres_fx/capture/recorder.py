@@ -126,7 +126,9 @@ def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], gr
         except Exception as error:  # Dynamo's own, or the module's
             recorder.outside.restore_()
             if recorder.outputs and "item() cannot be called on meta" in str(error):
-                raise CaptureError(_number_from_data("an output of the model")) from None
+                raise CaptureError(
+                    _number_from_data("an output of the model, or what a call leaves in an attribute,")
+                ) from None
             raise DynamoRefusal(error) from error
     if len(recorder.graphs) != 1:
         what = "no graph: is it switched off (TORCHDYNAMO_DISABLE)?" if not recorder.graphs else "several graphs."

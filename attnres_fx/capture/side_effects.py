@@ -203,9 +203,9 @@ def shown_as(contents: Any, value: Any) -> str:
     return repr(value)[:60]
 
 
-def python_state_message(name: str, changes: Sequence[PythonChange]) -> str:
-    """The refusal of a model that leaves something behind in Python."""
-    listed = "; ".join(map(str, changes[:3])) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+def python_state_message(name: str, changes: Sequence[PythonChange], by_dynamo: bool = True) -> str:
+    """The refusal of a model that leaves something behind in Python; where Dynamo takes it, compiled it may."""
+    listed = "; ".join(map(str, changes[:2])) + (f" and {len(changes) - 2} more" if len(changes) > 2 else "")
     filled = [c.place for c in changes if c.after.endswith(_FILLED)]
     way_out = (
         f"Return what {filled[0]} holds from forward, or store each tensor in an attribute of a module (module.loss = "
@@ -215,7 +215,5 @@ def python_state_message(name: str, changes: Sequence[PythonChange]) -> str:
         if any(c.outside for c in changes)
         else "Keep it in a buffer (register_buffer, and write to the tensor), leave it out of forward"
     )
-    return (
-        f"a call of {name} changes Python state, which a graph cannot hold: {listed}. {way_out}, or "
-        f"use ax.compile, which runs the model's own Python."
-    )
+    or_compile = ", or use ax.compile, which runs the model's own Python" if by_dynamo else ""
+    return f"a call of {name} changes Python state, which a graph cannot hold: {listed}. {way_out}{or_compile}."

@@ -128,6 +128,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AttnResPar
     place = Path(folder)
     if not (place / CONFIG_FILE).is_file():
         with reading(place, "a library whose checkpoints are known"):
+            if not place.is_dir():
+                raise SaveError(f"{place} is no folder: give the one that save_adapter wrote.")
             if (found := found_style(place)) is None:
                 raise SaveError(
                     f"{place} holds no adapter: it has no {CONFIG_FILE}, nor a config.json with {known_settings()}."

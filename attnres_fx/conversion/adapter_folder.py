@@ -65,7 +65,10 @@ def _file_checksum(path: Path) -> str:
 
 def adapter_table(place: Path) -> dict[str, Any]:
     if not (place / CONFIG_FILE).is_file():
-        raise SaveError(f"{place} holds no adapter: it has no {CONFIG_FILE}.")
+        raise SaveError(
+            f"{place} holds no adapter: it has no {CONFIG_FILE}, which save_adapter writes, and save_pretrained of a "
+            f"converted or attached model."
+        )
     described = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))
     if not isinstance(described, dict):
         raise SaveError(f"{CONFIG_FILE} is no table")

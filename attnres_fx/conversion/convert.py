@@ -59,13 +59,14 @@ def convert(
     check: Check = True,
     lowering: Lowering | None = None,
 ) -> ConvertedModel:
-    """Replace the residual streams of a model by attention over depth.
+    """Replace the residual streams of a model by attention over depth: `converted = convert(model, (x,))`.
 
     Args:
         model: An `nn.Module` (captured through Dynamo), a `GraphModule` or an `ExportedProgram`; it is left as
             it is.
-        args: Example arguments; other batch sizes and lengths work where the model's code allows them.
-        kwargs: Example keyword arguments.
+        args: Example arguments of one call, as a tuple; other batch sizes and lengths work where the model's code
+            allows them.
+        kwargs: Example keyword arguments, as a dict.
         config: Variant, blocks and output mode; `AttnResConfig()` by default.
         dynamic_shapes: As `torch.export.export` takes them; by default batch and sequence are free.
         check: Run original and result twice in each mode, at zero queries and from one random state, and compare
@@ -82,7 +83,9 @@ def convert(
     Raises:
         ConfigError: `config` or `lowering` has the wrong type, or an option that does not exist.
         AlreadyConvertedError: The model reads through depth attention already.
+        ArgumentError: `args`, `kwargs` or `dynamic_shapes` are of the wrong kind.
         CaptureError: The model cannot be traced.
+        ExampleError: The model itself fails on the example, when the result is compared with it.
         NoStreamError: It has no residual stream.
         NotAdditiveError: A stream is not a sum of its sublayers' outputs.
         StreamWidthError: The features of a stream are in no one dimension of fixed size.

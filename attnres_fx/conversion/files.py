@@ -151,6 +151,7 @@ def load_parts(source: Any, *, map_location: Any = None) -> ModelParts:
         SaveError: The file is damaged, holds no converted model, or has another format; the first thing that does not
             fit is named.
     """
+    devices = device_map(map_location)
     with (
         reading(source, "ConvertedModel.save"),
         open_container(source, "attnres_fx", "about") as (texts, names, stored),
@@ -158,19 +159,22 @@ def load_parts(source: Any, *, map_location: Any = None) -> ModelParts:
         head = json.loads(texts["attnres_fx"])
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             raise SaveError(f"it has another format than {FORMAT}, which this version reads: {head!r:.80}")
-        return _parts_of(json.loads(texts["about"]), names, stored, device_map(map_location))
+        return _parts_of(json.loads(texts["about"]), names, stored, devices)
 
 
 def device_map(map_location: Any) -> DeviceMap:
     """Where what a file has on a device is to be, from `map_location` as `torch.load` takes it."""
     if map_location is None:
         return lambda device: device
-    if isinstance(map_location, Mapping):
-        named = {str(torch.device(k)): torch.device(v) for k, v in map_location.items()}
-        return lambda device: named.get(str(device), device)
     if callable(map_location):
         raise SaveError("map_location is a function of storages: give a device, or a mapping of devices.")
-    chosen = torch.device(map_location)
+    try:
+        if isinstance(map_location, Mapping):
+            named = {str(torch.device(k)): torch.device(v) for k, v in map_location.items()}
+            return lambda device: named.get(str(device), device)
+        chosen = torch.device(map_location)
+    except (RuntimeError, TypeError) as error:
+        raise SaveError(f"map_location={map_location!r} is no device, nor a mapping of devices: {error}.") from error
     return lambda device: device if device.type == "meta" else chosen
 
 

@@ -92,7 +92,8 @@ def export_foreign(owner: nn.Module, attnres: AttnResParameters, folder: Path, s
     if config.output != "mean":
         raise SaveError(
             f"this {type(owner).__name__} has {shown_config(config)}: its reads are sums, and those of style "
-            f"{style.name!r} are means. Their norms have an eps, so the same tensors would compute another function."
+            f"{style.name!r} are means. Their norms have an eps, so the same tensors would compute another function: "
+            f"convert or attach with output='mean', and train that."
         )
     if config.variant == "local":
         raise SaveError(f"style {style.name!r} has no {shown_config(config)}: it knows blocks whose sums stay sources.")

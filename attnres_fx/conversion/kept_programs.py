@@ -31,7 +31,7 @@ def keep(model: Any, mode: Mode, program: CapturedProgram) -> None:
         conversion.watch_anew(model)
         log.warning(
             "%s: more than %d kinds of calls were captured in %s mode, and the program used longest ago is dropped "
-            "(attnres_fx.conversion.kept_programs.MOST_PROGRAMS); ax.compile(model) keeps the model's Python",
+            "(attnres_fx.conversion.kept_programs.MOST_PROGRAMS); ax.compile of the original keeps its Python",
             conversion.report.model,
             MOST_PROGRAMS,
             mode,

@@ -13,9 +13,10 @@ from attnres_fx.conversion.captured_program import CapturedProgram, flat_argumen
 from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
-from attnres_fx.errors import AttnResError, CheckError
+from attnres_fx.errors import AttnResError, CheckError, ExampleError
 from attnres_fx.passes.graph.mutation_order import written_attributes
 from attnres_fx.passes.graph.nodes import value_of
+from attnres_fx.shown import shortened
 
 
 class Pair:
@@ -71,6 +72,10 @@ class Pair:
             before = self.originals(args, kwargs, gradients=gradients)
         except BackwardError:  # the original cannot be trained on these arguments
             return self.fresh().compared(args, kwargs, gradients=False, sizes=sizes)
+        except AttnResError:
+            raise
+        except Exception as error:  # whatever a model raises
+            raise ExampleError(self._fails(error)) from error
         try:
             after = self.conversions(args, kwargs, gradients=gradients)
         except AttnResError:
@@ -82,6 +87,14 @@ class Pair:
                 f"convert(check=False) for a graph to look at."
             ) from error
         return self.report(before, after, sizes)
+
+    def _fails(self, error: Exception) -> str:
+        text = shortened(" ".join(str(error).split()).rstrip("."), 400)
+        return (
+            f"{self.converted.report.model} itself fails on these arguments, in {self.mode} mode: "
+            f"{type(error).__name__}: {text}. Give arguments that the model runs with: look at their dtypes, shapes, "
+            f"and the range of indices."
+        )
 
     def report(self, before: Outcome, after: Outcome, sizes: str) -> VerifyReport:
         """How far two outcomes are apart."""

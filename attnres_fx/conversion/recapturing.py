@@ -12,7 +12,7 @@ from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.rewriting import rewrite_
-from attnres_fx.errors import ArgumentError, AttnResError
+from attnres_fx.errors import ArgumentError, AttnResError, ExampleError
 from attnres_fx.passes import Replacement, analyze_, plan_depth_reads
 
 
@@ -51,11 +51,13 @@ class Recapturing:
             return captured, rewrite_(graph.gm, streams, plan, converted.attnres)
         except ArgumentError:
             raise
+        except ExampleError as error:
+            raise ArgumentError(str(error)) from error
         except AttnResError as error:
-            raise ArgumentError(
-                f"Captured as a call of another kind, it fails: {error} "
-                f"ax.compile(model) keeps the model's Python and takes any call."
-            ) from error
+            text = f"Captured as a call of another kind, it fails: {error}"
+            if "ax.compile" not in text:
+                text += " ax.compile of the original keeps its Python and takes any call."
+            raise ArgumentError(text) from error
 
 
 def _other_reads(fresh: Sequence[str], missing: Sequence[str]) -> str:

@@ -44,6 +44,7 @@ def verify(
 
     Raises:
         ArgumentError: The second model is not converted.
+        ExampleError: The original itself fails on the arguments.
         CheckError: The two return other numbers of values, or values of other shapes or dtypes.
     """
     model, converted = uncompiled(model), uncompiled(converted)

@@ -7,8 +7,10 @@ has them. Its own functions take one model with one optimizer, and a parameter b
 several stages, and a tied parameter may be saved under a name that the loading stage does not have.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from attnres_fx.errors import PipelineError
+from attnres_fx.errors import ConfigError, PipelineError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.partition.checkpoint_folder import FolderReader, FolderWriter, PlainLoadPlanner, in_words
+from attnres_fx.state_config import MadeFor, shown_config
 
 Optimizer = torch.optim.Optimizer
 _STATE, _OPTIONS = "optimizer.state.{}.", "optimizer.param_groups.{}."
@@ -34,10 +37,12 @@ class Parts:
     Attributes:
         modules: The rank's.
         aliases: Groups of names that are one parameter of the model.
+        made_for: The configs that the model was converted with, each by its name in the model's state.
     """
 
     modules: tuple[nn.Module, ...]
     aliases: tuple[tuple[str, ...], ...] = ()
+    made_for: Mapping[str, MadeFor] = field(default_factory=dict)
 
     def names_of(self, name: str) -> tuple[str, ...]:
         """All names of a parameter, the one its optimizer state is saved under first."""
@@ -83,7 +88,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
 
     Raises:
         PipelineError: The folder holds no complete checkpoint, or that of another model.
-        ConfigError: It is of a model with another config, whose values the model holds now.
+        ConfigError: It is of a model with another config; the model is as it was.
         SaveError: The checkpoint is damaged; the model may hold some of its values.
     """
     load_modules(path, whole(model), optimizer)
@@ -94,7 +99,8 @@ def whole(model: nn.Module) -> Parts:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return Parts((model,), tuple(tuple(group) for group in names.values() if len(group) > 1))
+    made_for = {f"{n}._extra_state": m.made_for for n, m in model.named_modules() if isinstance(m, AttnResParameters)}
+    return Parts((model,), tuple(tuple(group) for group in names.values() if len(group) > 1), made_for)
 
 
 def save_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
@@ -104,12 +110,14 @@ def save_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
         PipelineError: The optimizer has parameters that are not this rank's.
         SaveError: A rank could not write its part.
     """
-    state: dict[str, Any] = {f"model.{name}": value for name, value in merged_state(parts.modules).items()}
+    made_for = {name: made_for.to_tensor() for name, made_for in parts.made_for.items()}
+    values = merged_state(parts.modules) | made_for
+    state: dict[str, Any] = {f"model.{name}": value for name, value in values.items()}
     for parameter, group, names in parts.optimized(optimizer):
         entries = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         state |= {_STATE.format(names[0]) + key: value for key, value in entries.items()}
         state |= {_OPTIONS.format(names[0]) + key: value for key, value in group.items() if key != "params"}
-    with in_words(path, "could not be written; what the folder held before is as it was"):
+    with in_words(path, "could not be written; what the folder held before is as it was"), _one_process_is_meant():
         save(state, storage_writer=FolderWriter(path), no_dist=not dist.is_initialized())
 
 
@@ -120,12 +128,13 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
 
     Raises:
         PipelineError: A name is missing, or the folder holds no complete checkpoint.
-        ConfigError: It is of a model with another config, whose values the model holds now.
+        ConfigError: It is of a model with another config; nothing was changed.
         SaveError: The checkpoint is damaged.
     """
     written = _read_names(path)
-    values = merged_state(parts.modules)
-    # What modules keep beside tensors of their own, a conversion's config: stages have none.
+    _require_config(path, parts.made_for, written)
+    values = {n: v for n, v in merged_state(parts.modules).items() if n not in parts.made_for}
+    # What modules keep beside tensors of their own: stages have none.
     values = {n: v for n, v in values.items() if not n.endswith("_extra_state") or f"model.{n}" in written}
     keys = {name: _first(written, "model.{}", (name, *parts.names_of(name))) for name in values}
     missing = sorted(name for name, key in keys.items() if key not in written)
@@ -141,13 +150,11 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
     prefixes = [_first(written, _OPTIONS, names) for _, _, names in optimized]
     for (parameter, _, _), prefix in zip(optimized, prefixes, strict=True):
         state |= _room_for(parameter, (prefix, prefix.replace("param_groups", "state", 1)), written)
-    with in_words(path, "is damaged, or was not written by save()"):
-        reader, planner = FolderReader(path), PlainLoadPlanner()
-        load(state, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
+    _read_into(state, path)
     _give_tied(values, keys, state)
     for part in (part for module in parts.modules for part in module.modules()):
         if isinstance(part, AttnResParameters):
-            part.check_written()
+            part.set_extra_state(part.made_for.to_tensor())  # whatever was written into its place before
     if optimizer is not None:
         _restore(optimizer, prefixes, state)
 
@@ -166,9 +173,48 @@ def _read_names(path: str | Path) -> dict[str, Any]:
             return dict(FolderReader(path).read_metadata().state_dict_metadata)
         except FileNotFoundError as error:
             raise PipelineError(
-                f"there is no whole checkpoint at {str(path)!r} ({error}): give the folder that save() wrote; one that "
-                f"was first written when the job ended has no .metadata file and cannot be used."
+                f"there is no whole checkpoint at {str(path)!r} ({error}): give the folder that save() wrote. A folder "
+                f"without a .metadata file is one whose first save was cut short, and cannot be used."
             ) from error
+
+
+def _require_config(path: str | Path, made_for: Mapping[str, MadeFor], written: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a checkpoint is of a model that computes another function of the same parameters."""
+    for name, own in made_for.items():
+        what = written.get(f"model.{name}")
+        if not isinstance(what, TensorStorageMetadata):
+            warnings.warn(
+                f"the checkpoint {str(path)!r} does not say which config it was made with. If it was another than "
+                f"{shown_config(own.config)}, the model computes another function now: save it anew where it is known.",
+                stacklevel=4,
+            )
+            continue
+        state = {f"model.{name}": torch.zeros(what.size, dtype=what.properties.dtype)}
+        _read_into(state, path, alone=True)
+        found = MadeFor.from_tensor(state[f"model.{name}"])
+        different = found.differences(own)
+        if different and not found.means_the_same(own):
+            raise ConfigError(
+                f"the checkpoint {str(path)!r} was made with {shown_config(found.config)}, and this model with "
+                f"{shown_config(own.config)}: the same parameters would compute another function "
+                f"({', '.join(different)}). Plan or convert the original with the config of the checkpoint, and load "
+                f"it then. Nothing was changed."
+            )
+
+
+def _read_into(state: dict[str, Any], path: str | Path, *, alone: bool = False) -> None:
+    """Read what a state names, in place: on all ranks together, or each for itself."""
+    with in_words(path, "is damaged, or was not written by save()"), _one_process_is_meant():
+        reader, planner = FolderReader(path), PlainLoadPlanner()
+        load(state, storage_reader=reader, planner=planner, no_dist=alone or not dist.is_initialized())
+
+
+@contextlib.contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without torch's warning that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _first(written: dict[str, Any], pattern: str, names: Sequence[str]) -> str:

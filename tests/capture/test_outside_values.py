@@ -1,6 +1,7 @@
 """Numbers that come from beside torch: held ones are kept, drawn and measured ones are refused by name."""
 
 import copy
+import random
 import secrets
 import time
 
@@ -63,8 +64,13 @@ def seeded():
 @pytest.mark.parametrize(
     ("function", "named"),
     [
+        (
+            lambda: random.random(),
+            r"would lose draws of Python's random: draw with torch .*ax\.compile goes through Dynamo too",
+        ),
         (lambda: float(np.random.rand()), "numpy's random"),
         (lambda: torch.from_numpy(np.random.rand(WIDTH).astype("float32")), "numpy's random"),
+        (random.random, "another number that Python makes anew"),
         (lambda: time.time() % 1000, "the time of the call"),
         (lambda: secrets.randbelow(100), "secrets"),
         (seeded, "seeding of torch's generator"),
@@ -96,6 +102,17 @@ def test_a_number_read_from_a_tensor_is_refused_among_the_outputs(number):
 
     with pytest.raises(CaptureError, match=r"\.item\(\)"):
         ax.convert(Reads(), (torch.randn(2, 3, WIDTH),))
+
+
+def test_a_number_read_from_a_tensor_and_kept_is_told_as_kept():
+    class Keeps(Net):
+        def forward(self, x):
+            if not hasattr(self, "scale"):
+                self.scale = float(x.abs().mean())
+            return self.body(x) * self.scale
+
+    with pytest.raises(CaptureError, match=r"what a call leaves in an attribute, .*keep the tensor itself"):
+        ax.convert(Keeps(), (torch.randn(2, 3, WIDTH),), dynamic_shapes={})
 
 
 def test_sparse_gradients_are_compared():

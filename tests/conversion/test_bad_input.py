@@ -156,6 +156,27 @@ BAD_CALLS = {
         "dict",
     ),
     "a tensor for the tuple of arguments": (lambda: ax.convert(Residual(), x()), errors.ArgumentError, r"Write \(x,\)"),
+    "a list for the dict of arguments": (
+        lambda: ax.inspect(Residual(), (x(),), [x()]),
+        errors.ArgumentError,
+        "kwargs must be a dict",
+    ),
+    "a class for a model": (lambda: ax.convert(Residual, (x(),)), errors.CaptureError, r"pass an object of it, Res"),
+    "more dynamic shapes than arguments": (
+        lambda: ax.convert(Residual(), (x(),), dynamic_shapes=({}, {})),
+        errors.ArgumentError,
+        "2 entries where the call has 1 arguments",
+    ),
+    "a trace on other arguments": (
+        lambda: ax.convert(torch.fx.symbolic_trace(Residual()), (torch.zeros(2, 3, 9),)),
+        errors.CaptureError,
+        r"size torch.Size\(\[2, 3, 9\]\)\)\. Give the arguments",
+    ),
+    "a width that the model itself cannot take": (
+        lambda: ax.convert(Residual(), (x(),), check=False, dynamic_shapes={})(torch.zeros(2, 3, 9)),
+        errors.ArgumentError,
+        r"fixed there\..*Call the model itself with these arguments",
+    ),
     "a TorchScript module": (
         lambda: ax.convert(torch.jit.trace(Residual(), x()), (x(),)),
         errors.CaptureError,
@@ -180,3 +201,23 @@ def test_other_bad_calls(name):
     call, kind, words = BAD_CALLS[name]
     with pytest.raises(kind, match=words):
         call()
+
+
+class Embedded(Residual):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 8)
+
+    def forward(self, ids):
+        return super().forward(self.table(ids))
+
+
+def test_an_example_that_the_model_itself_cannot_take_is_told_apart_from_one_that_cannot_be_traced():
+    for ids, cause in ((torch.ones(2, 3), "RuntimeError"), ("text", "TypeError")):
+        with pytest.raises(errors.CaptureError, match=rf"{cause}: .*Call the model itself with these arguments"):
+            ax.convert(Embedded(), (ids,), dynamic_shapes={})
+    with pytest.raises(
+        errors.ExampleError, match=r"Embedded itself fails on these arguments, in .* IndexError: "
+    ) as told:
+        ax.convert(Embedded(), (torch.full((2, 3), 7),), dynamic_shapes={})
+    assert type(told.value.__cause__) is IndexError

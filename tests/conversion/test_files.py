@@ -145,6 +145,8 @@ def test_dtypes_devices_and_requires_grad_come_back():
         assert (n, a.dtype, a.requires_grad) == (m, b.dtype, b.requires_grad)
         assert torch.equal(a, b)
     on_meta = loaded(one, map_location="meta")
+    with pytest.raises(ax.errors.SaveError, match="map_location='cudda' is no device"):
+        loaded(one, map_location="cudda")
     assert {p.device.type for p in on_meta.parameters()} == {"meta"}
     assert on_meta(torch.empty(2, 5, 8, dtype=torch.bfloat16, device="meta")).shape == (2, 5, 8)
     with torch.device("meta"):

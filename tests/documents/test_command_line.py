@@ -1,6 +1,8 @@
 """What the command line takes: help on everything, example inputs from the model or by name, errors that say how."""
 
 import argparse
+import os
+import subprocess
 import sys
 import types
 
@@ -107,3 +109,50 @@ def test_errors_about_the_example_name_the_option(factories, capsys):
     assert "--input idz" in unknown and "ids, scale" in unknown
     misfit = told(capsys, "inspect", f"{factories}:bare", "--input", "ids=float32[2,4]")
     assert "give another: --input" in misfit
+    assert "Call the model itself with these arguments" in misfit and "Expected tensor for argument #1" in misfit
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("gpt2", "no file or folder 'gpt2' here"),
+        ("no_such_module:make", "there is no module 'no_such_module' in"),
+        ("factories_of_this_test:made", "has no 'made'; it has Tower"),
+        ("factories_of_this_test:sized", "it needs width: name a function that takes none"),
+        ("factories_of_this_test:number", "returned a int: it should return an nn.Module"),
+        (__file__, "is a file of Python: name a function in it"),
+    ],
+)
+def test_a_model_that_is_none_is_named_with_what_to_write(factories, place, said):
+    module = sys.modules[factories]
+    module.Tower = type("Tower", (Tower,), {"__module__": factories})
+    module.sized, module.number = (lambda width: Tower()), (lambda: 3)
+    with pytest.raises(ValueError, match=r"model|file") as error:
+        load(place, [])
+    assert said in str(error.value)
+
+
+def test_a_module_that_cannot_import_another_says_so_itself(tmp_path, monkeypatch):
+    (tmp_path / "imports_what_is_missing.py").write_text("import no_such_module\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        load("imports_what_is_missing:make", [])
+
+
+@pytest.mark.parametrize("option", ["--save", "--plot"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(option, tmp_path, capsys):
+    for place, said in ((tmp_path / "none" / "file", "there is no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit):
+            main(["plan", "no_such_module:make", "--stages", "2", option, str(place)])
+        assert said in capsys.readouterr().err
+
+
+def test_what_the_terminals_encoding_lacks_is_replaced():
+    done = subprocess.run(
+        [sys.executable, "-c", "from attnres_fx.cli import main; main(['convert', '--help'])"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "--boundaries I,J,?" in done.stdout

@@ -120,7 +120,7 @@ class HandStages:
         ]
         # The eval graph has other names, in another order.
         self.by_mode = {True: values, False: [replace(v, name=v.name + "!") for v in reversed(values)]}
-        self.num_stages, self.virtual_stages = num_stages, virtual_stages
+        self.num_stages, self.virtual_stages, self.made_for = num_stages, virtual_stages, None
         routes = {
             mode: route_values(values, num_stages=num_stages, virtual_stages=virtual_stages, cache=cache)
             for mode, values in self.by_mode.items()

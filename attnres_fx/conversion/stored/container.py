@@ -114,7 +114,8 @@ def _refuse_older(start: bytes, what: str) -> None:
     if start[:2] == b"PK":
         raise SaveError(
             f"{what} is a file of torch.save: one that attnres_fx wrote before format 3, or something else. Such files "
-            f"can run code when they are read. Load it with the version that wrote it, and convert the model anew."
+            f"can run code when they are read. One of attnres_fx: load it with the version that wrote it, and convert "
+            f"the model anew. A state_dict: a converted model takes it by load_state_dict."
         )
 
 

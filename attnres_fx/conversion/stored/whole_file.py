@@ -19,6 +19,8 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
         Exception: What `write` raises.
     """
     place = Path(os.path.realpath(path))
+    if not place.parent.is_dir():
+        raise NotADirectoryError(f"there is no folder {str(place.parent)!r}: make it first")
     beside = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
         write(beside)

@@ -179,7 +179,7 @@ def check_starts(starts: Sequence[int], num_sublayers: int) -> None:
     if not starts or starts[0] != 0 or any(b <= a for a, b in pairwise(starts)) or starts[-1] >= num_sublayers:
         raise PlanError(
             f"the stage starts {tuple(starts)} must begin with 0, rise, and stay below the {num_sublayers} sublayers, "
-            f"so that no stage is empty: choose fewer stages or other boundaries."
+            f"so that no stage is empty: give other starts, or fewer of them."
         )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from attnres_fx.conversion.convert import convert
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.source_model import Model
-from attnres_fx.errors import AttnResError, PlanError, ScheduleError
+from attnres_fx.errors import ExampleError, PlanError, ScheduleError
 from attnres_fx.partition.plan.plan import Plan
 from attnres_fx.partition.plan.planned_model import fingerprint, name_of
 from attnres_fx.partition.split.chained_model import (
@@ -92,12 +92,10 @@ def _convert(
             f"the plan was made for another model, of {len(plan.costs.sublayers)} sublayers: {error} Plan again for "
             f"this model."
         ) from error
-    except AttnResError:
-        raise
-    except Exception as error:
+    except ExampleError as error:
         raise PlanError(
-            f"the model does not run on the planned example ({type(error).__name__}: {error}): plan again for this "
-            f"model, or give build_stages args and kwargs that it takes."
+            f"the model does not run on the planned example ({error}) Plan again for this model, or give build_stages "
+            f"args and kwargs that it takes."
         ) from error
 
 

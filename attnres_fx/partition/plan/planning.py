@@ -27,6 +27,7 @@ from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest
 from attnres_fx.partition.planner.search import find_partition
 from attnres_fx.partition.split.chained_model import ChainedGraph
 from attnres_fx.partition.split.split_chain import refuse_empty_stages, split_chain
+from attnres_fx.state_config import shown_config
 
 
 def plan(
@@ -172,7 +173,8 @@ def _config_of(model: Model, config: AttnResConfig | None) -> tuple[AttnResConfi
         own = model.report.config
         if config is not None and config != own:
             raise PlanError(
-                f"the model was converted with {own} and config={config}: leave config out, or plan for the original."
+                f"the model was converted with {shown_config(own)}, and config is {shown_config(config)}: leave config "
+                f"out, or plan for the original."
             )
         return own, True
     config = config or AttnResConfig()

@@ -153,7 +153,9 @@ def _check_sizes(request: PlanRequest) -> None:
 def _fewer_stages(request: PlanRequest) -> str:
     most = request.num_sublayers // request.virtual_stages
     if most >= 1:
-        return f"choose num_stages of at most {most}, or fewer virtual_stages"
+        return f"choose num_stages of at most {most}" + (
+            ", or fewer virtual_stages" if request.virtual_stages > 1 else ""
+        )
     return f"choose num_stages times virtual_stages of at most {request.num_sublayers}"
 
 

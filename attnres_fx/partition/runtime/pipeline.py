@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnres_fx.errors import PipelineError
+from attnres_fx.parameters import STATE_KEY
 from attnres_fx.partition import checkpoint
 from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.plan.plan import Plan
@@ -273,12 +274,15 @@ class Pipeline:
 
         Raises:
             PipelineError: The folder holds no complete checkpoint, or that of another model.
+            ConfigError: It is of a model with another config; the pipeline is as it was.
             SaveError: The checkpoint is damaged; the pipeline may hold some of its values.
         """
         checkpoint.load_modules(path, self._checkpoint_parts(), optimizer)
 
     def _checkpoint_parts(self) -> checkpoint.Parts:
+        stages = self.runner.model_stages
         return checkpoint.Parts(
             modules=tuple(self.modules.values()),
-            aliases=tuple(tuple(name for _, name in group) for group in self.runner.model_stages.tied),
+            aliases=tuple(tuple(name for _, name in group) for group in stages.tied),
+            made_for={} if stages.made_for is None else {STATE_KEY: stages.made_for},
         )

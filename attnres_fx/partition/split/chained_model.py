@@ -205,6 +205,7 @@ def stages_of(
         num_stages=num_stages,
         virtual_stages=virtual_stages,
         cache=cache,
+        made_for=converted.attnres.made_for,
         flatten=convention.flatten,
         unflatten=convention.unflatten,
     )

@@ -11,6 +11,7 @@ from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.partition.split.split_chain import Split
 from attnres_fx.partition.split.stage import Stage
 from attnres_fx.passes.graph.nodes import tensor_of
+from attnres_fx.state_config import MadeFor
 
 
 class Stages(Sequence[Stage]):
@@ -20,6 +21,7 @@ class Stages(Sequence[Stage]):
         num_stages: pipeline ranks P.
         virtual_stages: virtual stages per rank V; stage c runs on rank c mod P.
         cache: whether the stages of a rank share the values they have received or produced.
+        made_for: the config and the blocks that the model was converted with.
         tied: groups of (stage, parameter name) that are one and the same parameter.
     """
 
@@ -31,6 +33,7 @@ class Stages(Sequence[Stage]):
         num_stages: int,
         virtual_stages: int,
         cache: bool = True,
+        made_for: MadeFor,
         flatten: Callable[[Mode, tuple[Any, ...], Mapping[str, Any]], list[Any]],
         unflatten: Callable[[Mode, Any], Any],
     ) -> None:
@@ -39,6 +42,7 @@ class Stages(Sequence[Stage]):
         self.num_stages = num_stages
         self.virtual_stages = virtual_stages
         self.cache = cache
+        self.made_for = made_for
         self._flatten = flatten
         self._unflatten = unflatten
         self.tied = _tied(self._stages)

@@ -92,6 +92,11 @@ def propagate_values_(gm: GraphModule, args: Sequence[Any]) -> None:
         _Propagation(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args)
     except Exception as error:
         raise CaptureError(
-            f"the graph does not run on the example arguments ({type(error).__name__}: {error}). "
-            f"Pass to convert() the arguments the graph was traced for."
+            f"the graph does not run on the example arguments ({type(error).__name__}: {_said(error)}). "
+            f"Give the arguments that the graph was traced for."
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """What an error at a node says, without the interpreter's own paragraphs behind it."""
+    return str(error).partition("\n\n")[0].strip().rstrip(".!")

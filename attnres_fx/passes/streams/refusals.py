@@ -107,7 +107,10 @@ def refuse_recurrence(root: Node, sequence: Node) -> Refusal:
     return Refusal("recurrence", describe(root), why)
 
 
-_ADVICE = "Hyper-connections and gated carries cannot be converted; name other streams in the config, or leave it."
+_ADVICE = (
+    "Hyper-connections and gated carries cannot be converted: name the model's other streams in the config, or use the "
+    "model as it is."
+)
 
 
 def _widened(graph: Graph, sums: FormalSums) -> list[tuple[Node, Refusal]]:

@@ -60,4 +60,4 @@ def _no_stream_message(streams: StreamSet, why: str, name: str) -> str:
         said = f"has no residual stream that can be converted: {why}"
     else:
         said = "has no residual stream: no addition x + f(x) was found in which f does more than elementwise work on x"
-    return f"{name} {said}. See attnres_fx.inspect(model, args, kwargs)."
+    return f"{name} {said}."
