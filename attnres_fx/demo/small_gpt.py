@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a SmallGPT. tied: the head shares the token embedding's weight."""
+    """Sizes of a SmallGPT. tied: the head shares the token embedding's weight; hidden: the MLP's, else 4 width."""
 
     vocabulary: int = 256
     layers: int = 6
@@ -24,6 +24,7 @@ class GPTConfig:
     context: int = 128
     dropout: float = 0.0
     tied: bool = True
+    hidden: int | None = None
 
 
 class Attention(nn.Module):
@@ -48,8 +49,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.expand = nn.Linear(config.width, 4 * config.width)
-        self.project = nn.Linear(4 * config.width, config.width)
+        hidden = config.hidden or 4 * config.width
+        self.expand = nn.Linear(config.width, hidden)
+        self.project = nn.Linear(hidden, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
