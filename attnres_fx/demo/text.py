@@ -39,7 +39,7 @@ class Text:
         return _windows(self.train, self.batch, self.context, generator)
 
 
-def standard_library(batch: int, context: int, validation_batches: int = 16) -> Text:
+def standard_library(batch: int, context: int, validation_batches: int = 32) -> Text:
     """The sources of the running Python's standard library; every tenth file is kept for validation.
 
     Args:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from attnres_fx.demo.small_gpt import SmallGPT
+from attnres_fx.demo.small_gpt import SmallGPT, next_byte_loss
 from attnres_fx.demo.text import Text, standard_library
 from attnres_fx.demo.training import Objective, Point, Recipe, own_loss, train
 from studies.core.methods import with_method
@@ -30,8 +30,9 @@ class Run:
         lr: The highest learning rate.
         steps: Batches.
         query_rate: That of the queries over that of the rest.
-        objective: What is trained: "loss", or "original" for the logits of the model that it starts from.
-        start: The steps of residual training that its weights have behind them, at the same rate and seed.
+        objective: What is trained: "loss", or "loss and original" for half of that and half of the divergence from
+            what the model that it starts from predicts.
+        start: The steps of residual training that its weights have behind them, at the size's own rate.
         layers: Of the model, where not the size's.
         width: Of the model, where not the size's.
         hidden: Of its MLP, where not the size's.
@@ -106,35 +107,39 @@ def _made(run: Run, size: Size, text: Text) -> tuple[nn.Module, Objective]:
     """The model of a run before its first step, and what it is trained for."""
     changes = {n: getattr(run, n) for n in ("layers", "width", "hidden") if getattr(run, n) is not None}
     torch.manual_seed(run.seed)
-    model: nn.Module = SmallGPT(replace(size.model, **changes)).to(size.device)
+    model = SmallGPT(replace(size.model, **changes)).to(size.device)
     if run.start:
         model.load_state_dict(_trained(model, run, size, text))
     if run.objective == "loss":
         return with_method(model, run.method, text), own_loss
     original = SmallGPT(replace(size.model, **changes)).to(size.device).eval()
     original.load_state_dict(model.state_dict())
-    return with_method(model, run.method, text), _nearness_to(original)
+    return with_method(model, run.method, text), _beside(original)
 
 
-def _trained(model: nn.Module, run: Run, size: Size, text: Text) -> dict[str, Any]:
+def _trained(model: SmallGPT, run: Run, size: Size, text: Text) -> dict[str, Any]:
     """The weights after `run.start` steps of residual training; kept in a file that is not part of the results."""
-    where = f"residual, seed {run.seed}, lr {run.lr:g}, steps {run.start}, {size.model}, batch {size.batch}"
+    recipe = Recipe(steps=run.start, lr=size.rate, seed=run.seed, every=run.start)
+    where = f"{recipe}, {model.config}, batch {size.batch}"
     path = Path("build") / "studies" / f"{hashlib.sha256(where.encode()).hexdigest()[:16]}.pt"
     if not path.is_file():
         print(f"  first {run.start} steps of the residual model", flush=True)
-        train(model, text, Recipe(steps=run.start, lr=run.lr, seed=run.seed, every=size.every))
+        train(model, text, recipe)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
-    return torch.load(path, weights_only=True)
+    weights: dict[str, Any] = torch.load(path, weights_only=True)
+    return weights
 
 
-def _nearness_to(original: nn.Module) -> Objective:
-    """The divergence of a model's predictions from those of the original, in nats a byte."""
+def _beside(original: nn.Module) -> Objective:
+    """Half the loss, and half the divergence of a model's predictions from the original's, in nats a byte."""
 
-    def objective(model: nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def objective(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+        logits = model(ids)
         with torch.no_grad():
             wanted = original(ids).log_softmax(-1).flatten(0, 1)
-        found = model(ids).log_softmax(-1).flatten(0, 1)
-        return nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        found = logits.log_softmax(-1).flatten(0, 1)
+        divergence = nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+        return 0.5 * next_byte_loss(logits, targets) + 0.5 * divergence
 
     return objective

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from attnres_fx.demo.run import SIZES as DEMOS
 from attnres_fx.demo.small_gpt import GPTConfig
+
+DEMO = DEMOS["small"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +55,14 @@ SIZES = {
     ),
     # 0.6 million parameters. The demo trains the same.
     "cpu": Size(
-        model=GPTConfig(layers=12, heads=4, width=64, context=64),
-        batch=16,
-        steps=800,
+        model=DEMO.model,
+        batch=DEMO.batch,
+        steps=DEMO.steps,
         rates=(3e-3, 6e-3, 12e-3),
-        rate=6e-3,
+        rate=DEMO.lr,
         seeds=(0, 1, 2),
         every=100,
-        validation_batches=16,
+        validation_batches=32,
         depths=(6, 8, 12, 16, 24),
         widths=(32, 40, 48, 56, 64),
     ),
