@@ -1,5 +1,6 @@
 """Real text at hand on every machine: the sources of Python's standard library, as bytes."""
 
+import functools
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +51,19 @@ def standard_library(batch: int, context: int, validation_batches: int = 32) -> 
     Returns:
         At most 8 MiB to train on, and the validation batches, drawn from at most 1 MiB.
     """
+    train, held = _sources()
+    generator = torch.Generator().manual_seed(0)
+    validation = tuple(_windows(held, batch, context, generator) for _ in range(validation_batches))
+    return Text(train, validation, batch, context)
+
+
+@functools.cache
+def _sources() -> tuple[Tensor, Tensor]:
     folder = Path(sysconfig.get_path("stdlib"))
     files = [p for p in sorted(folder.rglob("*.py")) if not SKIPPED & set(p.relative_to(folder).parts)]
     train = b"".join(p.read_bytes() for i, p in enumerate(files) if i % 10)[: 8 << 20]
     held = b"".join(p.read_bytes() for i, p in enumerate(files) if i % 10 == 0)[: 1 << 20]
-    generator = torch.Generator().manual_seed(0)
-    source = torch.frombuffer(bytearray(held), dtype=torch.uint8)
-    validation = tuple(_windows(source, batch, context, generator) for _ in range(validation_batches))
-    return Text(torch.frombuffer(bytearray(train), dtype=torch.uint8), validation, batch, context)
+    return torch.frombuffer(bytearray(train), dtype=torch.uint8), torch.frombuffer(bytearray(held), dtype=torch.uint8)
 
 
 def _windows(source: Tensor, batch: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
