@@ -2,12 +2,11 @@
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-import attnres_fx as ax
-from attnres_fx.demo.small_gpt import next_byte_loss
+from attnres_fx.demo.by_depth import by_depth, growth, unevenness
 from attnres_fx.demo.text import Text
 from attnres_fx.shown import table
 from studies.core.command import Study, main
@@ -28,41 +27,15 @@ def plan(size: Size, results: Results) -> Iterator[Run]:
         yield from (Run(method=m, seed=seed, lr=size.rate, steps=size.steps) for m in METHODS)
 
 
-def by_depth(model: nn.Module, text: Text) -> dict[str, Any]:
-    """Magnitudes and gradients of one validation batch.
-
-    Args:
-        model: Trained so far.
-        text: Whose first validation batch is looked at.
-
-    Returns:
-        Lists over depth: `writes` of the sublayers, `states` that the reads behind them get, `gradients` of what the
-        sublayers write.
-    """
-    device = next(model.parameters()).device
-    ids, targets = (t.to(device) for t in text.validation[0])
-    stream = ax.profile_depth(model, (ids,), loss=lambda logits: next_byte_loss(logits, targets)).streams[0]
-    reads = [stream.read_after(s.index) for s in stream.sublayers]
-    return {
-        "writes": [s.magnitude for s in stream.sublayers],
-        "states": [None if r is None else r.magnitude for r in reads],
-        "gradients": [s.gradient for s in stream.sublayers],
-    }
-
-
-def unevenness(values: list[float]) -> float:
-    """The largest over the smallest: 1 where all are alike."""
-    return max(values) / min(values)
-
-
-def growth(states: list[float]) -> float:
-    """The mean of the last quarter of the depth over that of the first: how far the state grows."""
-    quarter = max(1, len(states) // 4)
-    return sum(states[-quarter:]) / sum(states[:quarter])
+def look(model: nn.Module, text: Text) -> dict[str, list[float]]:
+    """Magnitudes and gradients over depth, four digits of them."""
+    found = by_depth(model, text)
+    lists = {"writes": found.writes, "states": found.states, "gradients": found.gradients}
+    return {name: [float(f"{v:.4g}") for v in values] for name, values in lists.items()}
 
 
 def tables(results: Results) -> str:
-    """A row a run: growth of the state and unevenness of gradients, in the middle and at the end of training."""
+    """Two rows a run, in the middle and at the end: how much the last quarter of the depth has over the first."""
     rows = []
     for record in results.runs.values():
         points = record["points"]
@@ -74,9 +47,10 @@ def tables(results: Results) -> str:
                     "seed": record["run"]["seed"],
                     "step": point["step"],
                     "loss": f"{record['loss']:.4f}" if point is points[-1] else "",
-                    "state, last quarter / first": f"{growth(seen['states']):.2f}",
-                    "state, largest / smallest": f"{unevenness(seen['states']):.2f}",
-                    "gradient, largest / smallest": f"{unevenness(seen['gradients']):.2f}",
+                    "writes grow": f"{growth(seen['writes']):.2f}",
+                    "state grows": f"{growth(seen['states']):.2f}",
+                    "gradient grows": f"{growth(seen['gradients']):.2f}",
+                    "gradient, largest / smallest": f"{unevenness(seen['gradients']):.1f}",
                 }
             )
     return table(rows)
@@ -96,7 +70,7 @@ def draw(results: Results) -> "Figure":
     return figure
 
 
-STUDY = Study(name="dynamics", question=__doc__, plan=plan, tables=tables, draw=draw, at_points=by_depth)
+STUDY = Study(name="dynamics", question=__doc__, plan=plan, tables=tables, draw=draw, at_points=look)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

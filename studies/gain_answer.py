@@ -132,8 +132,10 @@ def draw(results: Results) -> "Figure":
     curves.legend(fontsize=7, frameon=False)
     last.set_xticks(range(len(found)), list(found), fontsize=7)
     last.margins(x=0.2)
-    for steps, losses in residual_lengths(results).items():
+    by_length = residual_lengths(results)
+    for steps, losses in by_length.items():
         lengths.plot([steps] * len(losses), list(losses.values()), "o", color=COLOURS["residual"], ms=4)
     lengths.set_xscale("log", base=2)
+    lengths.set_xticks(list(by_length), list(map(str, by_length)), fontsize=7)
     lengths.set_xlabel("steps; lines: other methods' means", fontsize=8)
     return figure

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnres_fx.analysis.depth_profile import DepthProfile, profile_depth
 from attnres_fx.analysis.depth_weights import DepthWeights, depth_weights
 from attnres_fx.config import AttnResConfig, Variant
 from attnres_fx.conversion.convert import convert
+from attnres_fx.demo.by_depth import by_depth, growth
 from attnres_fx.demo.lengths import steps_for_loss
 from attnres_fx.demo.side_by_side import Beside, Curves, Plan, residual_beside, train_block
-from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT, next_byte_loss
+from attnres_fx.demo.small_gpt import GPTConfig, SmallGPT
 from attnres_fx.demo.text import Text
 from attnres_fx.demo.training import validation_loss
 from attnres_fx.errors import MissingPackageError
@@ -128,35 +128,29 @@ def _steepest(weights: DepthWeights) -> str:
 
 
 def _show_depth(models: dict[str, nn.Module], text: Text, output: Path) -> None:
-    """Magnitude of the state and of the gradient by depth, a row a sublayer."""
-    ids, targets = text.validation[0]
-    profiles = {
-        name: profile_depth(model, (ids,), loss=lambda logits: next_byte_loss(logits, targets))
-        for name, model in models.items()
+    """Magnitudes and gradients by depth, a row a sublayer."""
+    found = {name: by_depth(model, text) for name, model in models.items()}
+    columns = {
+        "writes": {name: d.writes for name, d in found.items()},
+        "state": {name: d.states for name, d in found.items()},
+        "gradient": {name: [1000 * g for g in d.gradients] for name, d in found.items()},
     }
-    states = {name: _states(p) for name, p in profiles.items()}
-    gradients = {name: [float(s.gradient or 0.0) for s in p.streams[0].sublayers] for name, p in profiles.items()}
-    sublayers = profiles["residual"].streams[0].sublayers
     rows = [
-        {"sublayer": s.name}
-        | {f"state, {n}": f"{values[i]:.2f}" for n, values in states.items()}
-        | {f"gradient, {n}": f"{1000 * values[i]:.2f}" for n, values in gradients.items()}
-        for i, s in enumerate(sublayers)
+        {"sublayer": sublayer.name.removesuffix(".project")}
+        | {f"{name} {what}": f"{v[i]:.2f}" for what, values in columns.items() for name, v in values.items()}
+        for i, sublayer in enumerate(found["residual"].profile.streams[0].sublayers)
     ]
-    print("\nBy depth: the state that the next read gets (root mean square), and the gradient's norm, times 1000:\n")
+    print(
+        "\nBy depth: root mean square of what a sublayer writes and of the state that the next read gets (of block the "
+        "mean\nof its sources), and the norm of the loss's gradient at what it writes, times 1000:\n"
+    )
     print(table(rows, right=tuple(rows[0])[1:]))
-    for what, found in (("state", states), ("gradient", gradients)):
-        ratios = (f"{max(values) / min(values):.1f} times ({n})" for n, values in found.items())
-        print(f"The largest {what} is {' and '.join(ratios)} the smallest.", flush=True)
-    for name, profile in profiles.items():
+    for what, values in columns.items():
+        ratios = (f"{growth(v):.2f} ({name})" for name, v in values.items())
+        print(f"{what}, mean of the last quarter over that of the first: {', '.join(ratios)}", flush=True)
+    for name, depth in found.items():
         with contextlib.suppress(MissingPackageError):
-            profile.plot(output / f"depth_{name}.png")
-
-
-def _states(profile: DepthProfile) -> list[float]:
-    stream = profile.streams[0]
-    reads = [stream.read_after(s.index) for s in stream.sublayers]
-    return [float("nan") if r is None else r.magnitude for r in reads]
+            depth.profile.plot(output / f"depth_{name}.png")
 
 
 def _print_agreement(residual: nn.Module, text: Text) -> bool:

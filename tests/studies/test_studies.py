@@ -142,8 +142,8 @@ def test_the_learning_rate_of_each_method_is_its_own_best(tmp_path, monkeypatch)
     monkeypatch.setattr(command, "do_run", do_run)
     runs = command.do_study(gain.STUDY, "cpu", tmp_path).runs.values()
     assert {(r["run"]["method"], r["run"]["lr"]) for r in runs if r["run"]["seed"] == 2} == set(best.items())
-    assert {r["run"]["steps"] for r in runs if r["run"]["method"] == "residual"} == {400, 800, 1600}
-    assert len(runs) == 4 * 5 + 2 * 3
+    assert {r["run"]["steps"] for r in runs if r["run"]["method"] == "residual"} == {800, 1200}
+    assert len(runs) == 4 * 5 + 3
 
 
 def test_kinds_of_tokens_are_a_partition():
