@@ -25,10 +25,8 @@ def plan(size: Size, results: Results) -> Iterator[Run]:
         yield from (Run(method=method, seed=first, lr=rate, steps=size.steps) for rate in size.rates)
         best = best_rate(results, method, seed=first, steps=size.steps, rates=size.rates)
         yield from (Run(method=method, seed=s, lr=best, steps=size.steps) for s in size.seeds[1:])
-        if method == "block":
-            best = best_rate(results, "residual", seed=first, steps=size.steps, rates=size.rates)
-            steps = round(LONGER * size.steps)
-            yield from (Run(method="residual", seed=s, lr=best, steps=steps) for s in size.seeds)
+    best = best_rate(results, "residual", seed=size.seeds[0], steps=size.steps, rates=size.rates)
+    yield from (Run(method="residual", seed=s, lr=best, steps=round(LONGER * size.steps)) for s in size.seeds)
 
 
 STUDY = Study(name="gain", question=__doc__, plan=plan, tables=tables, draw=draw)

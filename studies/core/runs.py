@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class Run:
     @property
     def key(self) -> str:
         """A name of the run, unlike that of any other."""
-        named = [f"{f.name} {getattr(self, f.name):g}" for f in fields(self)[1:4]]
-        more = [f for f in fields(self)[4:] if getattr(self, f.name) != f.default]
-        return ", ".join([self.method, *named, *(f"{f.name} {getattr(self, f.name)}" for f in more)])
+        more = [f.name for f in fields(self) if f.default is not MISSING and getattr(self, f.name) != f.default]
+        head = f"{self.method}, seed {self.seed}, lr {self.lr:g}, steps {self.steps}"
+        return ", ".join([head, *(f"{name} {getattr(self, name)}" for name in more)])
 
 
 def do_run(run: Run, size: Size, *, at_points: Look | None = None, at_end: Look | None = None) -> dict[str, Any]:
