@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(plan)
     plan.set_defaults(run=_plan)
 
-    demo = commands.add_parser("demo", help="train a small GPT, convert it three ways, train on")
+    demo = commands.add_parser(
+        "demo", help="train a small GPT twice from scratch, residual and block, and compare them"
+    )
     _add_demo(demo)
     demo.set_defaults(run=_demo)
     return parser
@@ -172,8 +174,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps before the conversion")
-    parser.add_argument("--more-steps", type=int, metavar="N", help="training steps after it, for each model")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps of both models")
+    parser.add_argument(
+        "--more-steps",
+        type=int,
+        metavar="N",
+        help="how many more the residual model gets, trained again from the start",
+    )
     parser.add_argument(
         "--size", default="small", choices=("tiny", "small", "medium"), help="of model and steps (default: small)"
     )
@@ -183,7 +190,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("demo-output"),
         metavar="FOLDER",
-        help="for losses, picture and saved model (default: demo-output)",
+        help="for losses, pictures and models (default: demo-output)",
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a SmallGPT. tied: the head shares the token embedding's weight."""
+    """Sizes of a SmallGPT. tied: the head shares the token embedding's weight; hidden: the MLP's, else 4 width."""
 
     vocabulary: int = 256
     layers: int = 6
@@ -24,6 +24,7 @@ class GPTConfig:
     context: int = 128
     dropout: float = 0.0
     tied: bool = True
+    hidden: int | None = None
 
 
 class Attention(nn.Module):
@@ -48,8 +49,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.expand = nn.Linear(config.width, 4 * config.width)
-        self.project = nn.Linear(4 * config.width, config.width)
+        hidden = config.hidden or 4 * config.width
+        self.expand = nn.Linear(config.width, hidden)
+        self.project = nn.Linear(hidden, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class SmallGPT(nn.Module):
         self.apply(_initialize)
         for name, parameter in self.named_parameters():
             if name.endswith(".project.weight"):  # what is added to the stream
-                nn.init.normal_(parameter, std=0.02 / (2 * config.layers) ** 0.5)
+                nn.init.normal_(parameter, std=(parameter.shape[1] * 2 * config.layers) ** -0.5)
         if config.tied:
             self.head.weight = self.token.weight
 
@@ -97,8 +99,9 @@ class SmallGPT(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
+    """Outputs about as large as inputs; 0.02, the custom for wide models, trains narrow ones far more slowly."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 

@@ -1,5 +1,6 @@
 """Every example and a short demo run from the command line."""
 
+import json
 import runpy
 import sys
 
@@ -44,8 +45,17 @@ def test_an_example_runs(name, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_demo_agrees_and_writes_its_files(tmp_path, capsys):
     assert main(["demo", "--size", "tiny", "--steps", "3", "--more-steps", "2", "--output", str(tmp_path)]) == 0
-    assert "They agree to 1e-05 relative." in capsys.readouterr().out
-    assert {p.name for p in tmp_path.iterdir()} >= {"losses.json", "block.pt", "depth_weights.png"}
+    told = capsys.readouterr().out
+    assert "They agree to 1e-05 relative." in told
+    assert {p.name for p in tmp_path.iterdir()} >= {"losses.json", "block.pt", "depth_weights.png", "depth_block.png"}
+    curves = json.loads((tmp_path / "losses.json").read_text())["curves"]
+    assert {name: curve[-1]["step"] for name, curve in curves.items()} == {
+        "residual, 3 steps": 3,
+        "residual, 5 steps": 5,
+        "block, 3 steps": 3,
+    }
+    residual, block = (curves[name][-1]["validation"] for name in ("residual, 3 steps", "block, 3 steps"))
+    assert f"block is {abs(residual - block):.4f} nats a byte" in told
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Does attention over depth pay? One file a question, on one core: `python -m studies.gain --size cpu`."""

@@ -1,0 +1,1 @@
+"""What every study shares: sizes, methods, runs, results and the command."""

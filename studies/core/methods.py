@@ -1,0 +1,35 @@
+"""What is compared: a name, and the config that a fresh residual model is converted with. A new method is a line."""
+
+from torch import nn
+
+import attnres_fx as ax
+from attnres_fx.demo.text import Text
+
+RESIDUAL = "residual"
+
+#: None: the model as it is. By default a block has an eighth of the sublayers.
+METHODS: dict[str, ax.AttnResConfig | None] = {
+    RESIDUAL: None,
+    "block": ax.AttnResConfig(variant="block"),
+    "full": ax.AttnResConfig(variant="full"),
+    "local": ax.AttnResConfig(variant="local"),
+    **{f"block of {n}": ax.AttnResConfig(variant="block", block_size=n) for n in (1, 2, 4, 6, 8, 12, 24)},
+}
+
+
+def with_method(model: nn.Module, method: str, text: Text) -> nn.Module:
+    """A model that reads its depth as a method says, with the same weights.
+
+    Args:
+        model: The residual model.
+        method: A name of the table.
+        text: Whose batches are the example.
+
+    Returns:
+        The model itself for "residual", else a conversion of it; compared with it before it is trained.
+    """
+    config = METHODS[method]
+    if config is None:
+        return model
+    example = text.validation[0][0].to(next(model.parameters()).device)
+    return ax.convert(model, (example,), config=config, check="outputs", dynamic_shapes={})
