@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/attnres-fx demo --output $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=40
 
 # Each test with its first parameter set, without the slow ones.
 test-quick: $(STAMP)

@@ -61,7 +61,7 @@ def test_the_demo_agrees_and_writes_its_files(tmp_path, capsys):
 @pytest.mark.slow
 def test_an_error_is_one_paragraph_and_exit_code_two(capsys):
     assert main(["inspect", "no_such_module"]) == 2
-    assert "module.path:factory" in capsys.readouterr().err
+    assert "module.path:function" in capsys.readouterr().err
     assert main(["convert", "examples.small_gpt:example", "--num-blocks", "99"]) == 2
     error = capsys.readouterr().err
     assert "num_blocks=99" in error.replace("\n", " ")
