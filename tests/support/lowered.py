@@ -62,8 +62,13 @@ def transformers_model(name, **options):
 
 
 def fresh_gpt(layers):
+    """With small weights, as those of `transformers_model`."""
     torch.manual_seed(0)
-    return SmallGPT(GPTConfig(vocabulary=96, layers=layers, heads=2, width=32, context=16)).eval()
+    model = SmallGPT(GPTConfig(vocabulary=96, layers=layers, heads=2, width=32, context=16)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 MODELS = {

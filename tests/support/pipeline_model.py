@@ -142,6 +142,9 @@ class HandStages:
         for stage in self.stages:
             stage.train(mode)
 
+    def shared(self, args, kwargs):
+        return set()
+
     def flatten(self, args, kwargs):
         return [args[0], kwargs.get("scale", 1.0)]
 

@@ -16,6 +16,7 @@ from torch._dynamo.exc import InvalidBackend
 from attnres_fx.errors import PipelineError
 from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.plan.plan import Plan
+from attnres_fx.partition.runtime.agreement import check_same, facts_of
 from attnres_fx.partition.runtime.gradients import TiedGradients, TiedGroup
 from attnres_fx.partition.runtime.microbatches import MeanLoss
 from attnres_fx.partition.runtime.pipeline import Pipeline
@@ -81,12 +82,16 @@ def build_pipeline(
         The pipeline of this rank.
 
     Raises:
-        PipelineError: torch is too old, the process groups are not the plan's, or options exclude each other.
+        PipelineError: torch is too old, the process groups are not the plan's, options exclude each other, or the
+            ranks were given different plans, configs or options.
     """
     check_torch()
     groups = select_process_groups(plan, mesh, group, data_parallel)
     modules = select_stages(stages, plan, groups)
     schedule = check_options(modules, plan, data_parallel, compile)
+    facts = facts_of(stages, plan, data_parallel=data_parallel, compile=compile, ignore_index=ignore_index)
+    advice = "Give every rank the same plan, stages built from it, and options."
+    check_same(facts, (groups.pipeline, groups.replicas), advice)
     target_device = select_device(device, groups.pipeline)
     for module in modules.values():
         module.to(target_device)

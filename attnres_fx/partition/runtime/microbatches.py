@@ -1,6 +1,6 @@
 """One batch as microbatches, and a mean loss as the sum of theirs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,19 @@ class Microbatches:
 
 
 def split_batch(
-    args: Sequence[Any], kwargs: Mapping[str, Any], target: Any, number: int, *, ignore_index: int, device: torch.device
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    target: Any,
+    number: int,
+    *,
+    ignore_index: int,
+    device: torch.device,
+    shared: Collection[int] = (),
 ) -> Microbatches:
     """A batch in `number` equal parts along dimension 0 of every tensor.
 
-    Tensors with one row or no dimension, and arguments that are no tensors, go whole to every part. The batch is as
-    long as the first tensor that has more than one row.
+    Tensors with one row or no dimension, those that all rows share, and arguments that are no tensors go whole to every
+    part. The batch is as long as the first of the others.
 
     Args:
         args: Positional arguments of the model for the whole batch.
@@ -44,13 +51,15 @@ def split_batch(
         number: Of microbatches.
         ignore_index: Elements of an integer target that do not count.
         device: Where all tensors go.
+        shared: The ids of tensors that all rows share, however long they are.
 
     Raises:
         PipelineError: The batch cannot be divided, or another tensor has another number of rows.
     """
-    leaves, tree = pytree.tree_flatten((tuple(args), dict(kwargs), target))
-    leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    lengths = [len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    paths, tree = pytree.tree_flatten_with_path((tuple(args), dict(kwargs), target))
+    whole = [id(leaf) in shared for _, leaf in paths]
+    leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for _, leaf in paths]
+    lengths = [len(x) for x, w in zip(leaves, whole, strict=True) if isinstance(x, Tensor) and x.ndim and not w]
     rows = next((n for n in lengths if n > 1), 1)
     if rows % number:
         raise PipelineError(
@@ -58,23 +67,32 @@ def split_batch(
             f"rows, or plan with another num_microbatches."
         )
 
-    def part(leaf: Any, index: int) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or (len(leaf) == 1 and number > 1):
+    def part(place: int, index: int) -> Any:
+        leaf = leaves[place]
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or whole[place] or (len(leaf) == 1 and number > 1):
             return leaf
         if len(leaf) != rows:
             raise PipelineError(
-                f"a tensor of shape {tuple(leaf.shape)} was given in a batch of {rows} rows: the first dimension of "
-                f"every argument and of the target must be the batch's, or 1 for what every row shares."
+                f"{_place(paths[place][0])} of shape {tuple(leaf.shape)} was given in a batch of {rows} rows: the "
+                f"first dimension of every argument and of the target must be the batch's, or 1 for what every row "
+                f"shares."
             )
         size = rows // number
         return leaf[index * size : (index + 1) * size]
 
-    parts = [pytree.tree_unflatten([part(leaf, i) for leaf in leaves], tree) for i in range(number)]
+    parts = [pytree.tree_unflatten([part(p, i) for p in range(len(leaves))], tree) for i in range(number)]
     return Microbatches(
         arguments=tuple((a, k) for a, k, _ in parts),
         targets=None if target is None else tuple(t for _, _, t in parts),
         counts=torch.stack([_num_targets(t, ignore_index, device) for _, _, t in parts]),
     )
+
+
+def _place(path: tuple[Any, ...]) -> str:
+    """What a tensor of (args, kwargs, target) is, in words."""
+    kind = ("argument", "argument", "target")[path[0].idx]
+    named = [str(getattr(path[1], "key", getattr(path[1], "idx", "")))] if kind == "argument" else []
+    return " ".join(["the", kind, *named]) + pytree.keystr(path[1 + len(named) :])
 
 
 def _num_targets(target: Any, ignore_index: int, device: torch.device) -> Tensor:

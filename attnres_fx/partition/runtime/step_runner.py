@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attnres_fx.errors import PipelineError
+from attnres_fx.partition.runtime.agreement import check_same
 from attnres_fx.partition.runtime.microbatches import MeanLoss, Microbatches, join_outputs, split_batch
 from attnres_fx.partition.runtime.process_groups import ProcessGroups
 from attnres_fx.partition.runtime.stage_spec import Shapes, StageSpec, shape_of
@@ -56,6 +57,7 @@ class StepRunner:
         self.log = stages[0].log
         self.shapes: dict[Any, Shapes] = {}
         self._broken: str | None = None
+        self._compared = False
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, training: bool) -> Microbatches:
         """Split a batch and set the stages up for it.
@@ -66,9 +68,17 @@ class StepRunner:
         if self._broken is not None:
             raise PipelineError(f"this pipeline cannot go on: {self._broken}")
         batches = split_batch(
-            args, kwargs, target, self.num_microbatches, ignore_index=self.ignore_index, device=self.device
+            args,
+            kwargs,
+            target,
+            self.num_microbatches,
+            ignore_index=self.ignore_index,
+            device=self.device,
+            shared=self.model_stages.shared(args, kwargs),
         )
         flat = [tuple(self.model_stages.flatten(a, k)) for a, k in batches.arguments]
+        if not self._compared:
+            self._compare(flat[0], training)
         self.clear()
         self.log.actions.clear()
         self.log.sent.clear()
@@ -80,6 +90,14 @@ class StepRunner:
                     dist.all_reduce(total, group=self.groups.replicas)
             self.loss.start(batches, total)
         return batches
+
+    def _compare(self, flat: Sequence[Any], training: bool) -> None:
+        """Compare the first call with those of the other ranks."""
+        shapes = [shape_of(x) if isinstance(x, Tensor) else repr(x) for x in flat]
+        facts = {"mode": "train" if training else "eval", "arguments of a microbatch": str(shapes)}
+        with self.communication():
+            check_same(facts, (self.groups.pipeline,), "Every rank calls the same method with the same whole batch.")
+        self._compared = True
 
     def _set_specs(self, flat: Sequence[Sequence[Any]], training: bool) -> None:
         """Routes and shapes of the current mode; one cache for all stages of the rank if they share."""

@@ -206,6 +206,7 @@ def stages_of(
         virtual_stages=virtual_stages,
         cache=cache,
         made_for=converted.attnres.made_for,
+        leaves=convention.leaves,
         flatten=convention.flatten,
         unflatten=convention.unflatten,
     )
@@ -227,9 +228,13 @@ class CallConvention:
     programs: Mapping[Mode, CapturedProgram]
     out_specs: Mapping[Mode, Any]
 
+    def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The flat inputs, whether they fit or not."""
+        return pytree.tree_leaves(self.signature.bind(args, dict(kwargs)))
+
     def flatten(self, mode: Mode, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         if self.in_spec is None:
-            return pytree.tree_leaves(self.signature.bind(args, dict(kwargs)))
+            return self.leaves(args, kwargs)
         return flat_arguments(self.programs[mode], args, kwargs)
 
     def unflatten(self, mode: Mode, outputs: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, Self, overload
 import torch
 
 from attnres_fx.capture.isolated_run import Mode
+from attnres_fx.partition.split.batch_rows import inputs_with_rows
 from attnres_fx.partition.split.input_sizes import concrete_shape, sizes_for
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.partition.split.split_chain import Split
@@ -34,6 +35,7 @@ class Stages(Sequence[Stage]):
         virtual_stages: int,
         cache: bool = True,
         made_for: MadeFor,
+        leaves: Callable[[tuple[Any, ...], Mapping[str, Any]], list[Any]],
         flatten: Callable[[Mode, tuple[Any, ...], Mapping[str, Any]], list[Any]],
         unflatten: Callable[[Mode, Any], Any],
     ) -> None:
@@ -43,6 +45,7 @@ class Stages(Sequence[Stage]):
         self.virtual_stages = virtual_stages
         self.cache = cache
         self.made_for = made_for
+        self._leaves = leaves
         self._flatten = flatten
         self._unflatten = unflatten
         self.tied = _tied(self._stages)
@@ -103,6 +106,23 @@ class Stages(Sequence[Stage]):
             ArgumentError: They do not fit what was captured.
         """
         return self._flatten(self.mode, args, kwargs)
+
+    def shared(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]:
+        """The tensors among the arguments of a whole batch that all its rows share, by the sizes of the graph.
+
+        Args:
+            args: by position.
+            kwargs: by keyword.
+
+        Returns:
+            Their ids; empty where the graph has no free size that tells.
+        """
+        inputs = self._leaves(args, kwargs)
+        with_rows = inputs_with_rows(self._splits[self.mode].chain.graph)
+        if len(inputs) != len(with_rows):
+            return set()
+        held = {id(x) for x, has in zip(inputs, with_rows, strict=True) if has}
+        return {id(x) for x in inputs if isinstance(x, torch.Tensor)} - held
 
     def unflatten(self, outputs: Any) -> Any:
         """The last stage's outputs as the model returns them.

@@ -1,0 +1,61 @@
+"""What all ranks of a pipeline must have alike, compared before it matters."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from attnres_fx._version import __version__
+from attnres_fx.errors import PipelineError
+from attnres_fx.partition.plan.plan import Plan
+from attnres_fx.partition.split.stages import Stages
+
+
+def facts_of(stages: Stages, plan: Plan, **options: Any) -> dict[str, str]:
+    """What a pipeline was built from, in words.
+
+    Args:
+        stages: Of this rank.
+        plan: This rank's.
+        **options: Of `build_pipeline`.
+
+    Returns:
+        By name: versions, the conversion, the plan as far as it decides what travels, and the options.
+    """
+    facts: dict[str, Any] = {"attnres_fx": __version__, "torch": torch.__version__}
+    if (made_for := stages.made_for) is not None:
+        facts |= dataclasses.asdict(made_for.config) | {"blocks": [(b.stream, b.starts) for b in made_for.blocks]}
+    facts |= {"schedule": str(plan.schedule), "num_microbatches": plan.num_microbatches}
+    facts |= {"values that travel": ", ".join(f"{v.name} from {v.produced} to {v.used}" for v in stages.values)}
+    return {name: str(value) for name, value in (facts | options).items()}
+
+
+def check_same(facts: Mapping[str, str], groups: tuple[dist.ProcessGroup | None, ...], advice: str) -> None:
+    """Compare facts with those of all ranks; every rank calls it.
+
+    Args:
+        facts: This rank's, in words by name.
+        groups: Whose ranks are compared; None is left out.
+        advice: What to do where they differ.
+
+    Raises:
+        PipelineError: On every rank of a group in which some differ.
+    """
+    for group in groups:
+        if group is None:
+            continue
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, dict(facts), group=group)
+        names = dict.fromkeys(name for each in gathered for name in each)
+        differ = [n for n in names if len({each.get(n, "") for each in gathered}) > 1]
+        if differ:
+            raise PipelineError(f"the ranks differ in {'; '.join(_said(n, gathered) for n in differ[:3])}. {advice}")
+
+
+def _said(name: str, gathered: list[dict[str, str]]) -> str:
+    """A difference: rank 0 and the first rank that has another value."""
+    first = gathered[0].get(name, "nothing")
+    rank = next(i for i, each in enumerate(gathered) if each.get(name, "nothing") != first)
+    return f"{name} (rank 0: {first:.80}, rank {rank}: {gathered[rank].get(name, 'nothing'):.80})"
