@@ -57,10 +57,10 @@ def _module_name(node: Node) -> str:
 def called_module(node: Node) -> torch.nn.Module | None:
     """The module that a `call_module` node calls; None where its graph has no module there."""
     root = node.graph.owning_module
-    try:
-        return root.get_submodule(str(node.target)) if isinstance(root, GraphModule) else None
-    except AttributeError:
-        return None
+    module: torch.nn.Module | None = root if isinstance(root, GraphModule) else None
+    for part in str(node.target).split("."):  # get_submodule looks at attributes first: asked of every node, that tells
+        module = module._modules.get(part) if module is not None else None
+    return module
 
 
 def hooked(module: torch.nn.Module) -> bool:
