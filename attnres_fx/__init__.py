@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from attnres_fx.conversion.loading import load
     from attnres_fx.conversion.verify import verify
     from attnres_fx.errors import AttnResError
-    from attnres_fx.parameters import convert_state, parameter_groups
+    from attnres_fx.optimizer_groups import parameter_groups
+    from attnres_fx.parameters import convert_state
     from attnres_fx.partition.plan.build_stages import build_stages
     from attnres_fx.partition.plan.load_plan import load_plan
     from attnres_fx.partition.plan.planning import plan
@@ -59,7 +60,7 @@ _HOMES = {
     "load_adapter": "attnres_fx.conversion.adapter",
     "load_plan": "attnres_fx.partition.plan.load_plan",
     "log_depth_weights": "attnres_fx.analysis.weight_log",
-    "parameter_groups": "attnres_fx.parameters",
+    "parameter_groups": "attnres_fx.optimizer_groups",
     "plain": "attnres_fx.backend.attach",
     "plan": "attnres_fx.partition.plan.planning",
     "profile_depth": "attnres_fx.analysis.depth_profile",

@@ -1,6 +1,5 @@
 """The model that a command line names, and the example arguments for it."""
 
-import argparse
 import importlib
 import inspect
 import re
@@ -115,16 +114,6 @@ def named_object(place: str, what: str) -> Any:
             f"{what} {place!r}: the module {module} has no {name!r}; it has {', '.join(own) or 'no functions'}."
         )
     return getattr(found, name)
-
-
-def new_file(text: str) -> Path:
-    """The type of an option that names a file to write; before the work, not after it, the place is found missing."""
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder: name a file in it")
-    return path
 
 
 def _made(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

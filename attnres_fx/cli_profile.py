@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from attnres_fx.cli_inputs import load, named_object, new_file
+from attnres_fx.cli_inputs import load, named_object
+from attnres_fx.cli_options import new_file
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnres_fx.demo.small_gpt import next_byte_loss
 from attnres_fx.demo.text import Text
-from attnres_fx.parameters import parameter_groups
+from attnres_fx.optimizer_groups import parameter_groups
 
 #: From model, ids and targets to the loss that is trained.
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
