@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Mapping
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from attnres_fx.passes.graph.module_paths import module_at
+
 #: By the path of a module, the tensors taken from it by name: the sizes of buffers and attributes. A parameter only has
 #: to be there.
 TakenTensors = Mapping[str, Mapping[str, tuple[int, ...] | None]]
@@ -20,7 +22,8 @@ def taken_tensors(gm: GraphModule, own: Collection[str]) -> TakenTensors:
     found: dict[str, dict[str, tuple[int, ...] | None]] = {}
     for node in gm.graph.nodes:
         path, _, name = str(node.target).rpartition(".")
-        held = _held(gm.get_submodule(path), name) if node.op == "get_attr" and _is_module(gm, path) else None
+        module = module_at(gm, path) if node.op == "get_attr" else None
+        held = _held(module, name) if module is not None else None
         if isinstance(held, Tensor) and str(node.target) not in own:
             found.setdefault(path, {})[name] = None if isinstance(held, nn.Parameter) else tuple(held.shape)
     return found
@@ -53,14 +56,6 @@ def first_other_tensor(taken: TakenTensors, root: nn.Module, submodule: Callable
 def _held(module: nn.Module, name: str) -> Tensor | None:
     stores: tuple[Mapping[str, Tensor | None], ...] = (module._parameters, module._buffers, module.__dict__)
     return next((store[name] for store in stores if name in store), None)
-
-
-def _is_module(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _place(path: str, name: str) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from attnres_fx.capture.guard_places import TREE, Guarded, places_of
 from attnres_fx.capture.held_values import UNKNOWN, Library, held, same, walked
 from attnres_fx.errors import AttnResError
+from attnres_fx.passes.graph.module_paths import module_at
 
 _NUMPY_ARGUMENT = re.compile(r"___from_numpy\(L\['(args|kwargs)'\]")
 _NUMPY = re.compile(r"___from_numpy\(L\['module'\](.*)\)$")
@@ -91,7 +92,11 @@ class WatchedValue:
         now = self.now(module, kind)
         if isinstance(now, Library):
             return True
-        return _is_submodule(root, self.value, now) if self.aspect == "submodule" else same(now, self.value)
+        return (
+            (now is not None and module_at(root, self.value) is now)
+            if self.aspect == "submodule"
+            else same(now, self.value)
+        )
 
 
 def watched_values(root: nn.Module, guards: Iterable[Guarded]) -> tuple[WatchedValue, ...]:
@@ -195,10 +200,3 @@ def _attribute(owner: Any, name: str, kind: type, aspect: str) -> Any:
         return held(found)
     stores = [own.get(s) or () for s in ("_parameters", "_buffers", "_modules")]
     return found is not UNKNOWN or any(name in store for store in stores)
-
-
-def _is_submodule(root: nn.Module, path: str, module: Any) -> bool:
-    try:
-        return root.get_submodule(path) is module
-    except AttributeError:
-        return False

@@ -150,9 +150,7 @@ def run_program(program: CapturedProgram, root: nn.Module, inputs: list[Any]) ->
 
 def _store(module: nn.Module, write: TensorWrite, value: torch.Tensor) -> None:
     if write.buffer and write.name not in module._buffers:  # a call of the original registers it
-        module._buffers[write.name] = value
-        if not write.persistent:
-            module._non_persistent_buffers_set.add(write.name)
+        module.register_buffer(write.name, value, persistent=write.persistent)
     else:
         setattr(module, write.name, value)
 

@@ -19,7 +19,7 @@ from attnres_fx.passes import (
     insert_depth_attention_pass,
     run_pass,
 )
-from attnres_fx.passes.graph.module_paths import module_path
+from attnres_fx.passes.graph.module_paths import module_at, module_path
 from attnres_fx.passes.graph.nodes import fake_parameter, insert_attribute, tensor_of
 from attnres_fx.passes.rewrite.outline_regions import outline_recomputed_pass
 
@@ -63,15 +63,7 @@ def modules_that_add(root: nn.Module, gm: GraphModule, plan: ReadPlan) -> tuple[
         for term in stream.stream.terms[1:]:
             parts = module_path(nodes[term.written_by]).split(".") if term.written_by in nodes else []
             paths |= {".".join(parts[: i + 1]): None for i in range(len(parts)) if parts[0]}
-    return tuple(p for p in paths if _is_submodule(root, p))
-
-
-def _is_submodule(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+    return tuple(p for p in paths if module_at(root, p) is not None)
 
 
 def rewrite_(

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from attnres_fx.config import AttnResConfig
 from attnres_fx.ops import depth_attention
 from attnres_fx.partition.split.routes import StageValue, route_values
+from attnres_fx.state_config import MadeFor
 
 WIDTH, TOKENS, VOCABULARY = 8, 5, 11
 
@@ -120,7 +122,7 @@ class HandStages:
         ]
         # The eval graph has other names, in another order.
         self.by_mode = {True: values, False: [replace(v, name=v.name + "!") for v in reversed(values)]}
-        self.num_stages, self.virtual_stages, self.made_for = num_stages, virtual_stages, None
+        self.num_stages, self.virtual_stages, self.made_for = num_stages, virtual_stages, MadeFor(AttnResConfig())
         routes = {
             mode: route_values(values, num_stages=num_stages, virtual_stages=virtual_stages, cache=cache)
             for mode, values in self.by_mode.items()

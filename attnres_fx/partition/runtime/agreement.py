@@ -24,9 +24,9 @@ def facts_of(stages: Stages, plan: Plan, **options: Any) -> dict[str, str]:
     Returns:
         By name: versions, the conversion, the plan as far as it decides what travels, and the options.
     """
+    made_for = stages.made_for
     facts: dict[str, Any] = {"attnres_fx": __version__, "torch": torch.__version__}
-    if (made_for := stages.made_for) is not None:
-        facts |= dataclasses.asdict(made_for.config) | {"blocks": [(b.stream, b.starts) for b in made_for.blocks]}
+    facts |= dataclasses.asdict(made_for.config) | {"blocks": [(b.stream, b.starts) for b in made_for.blocks]}
     facts |= {"schedule": str(plan.schedule), "num_microbatches": plan.num_microbatches}
     facts |= {"values that travel": ", ".join(f"{v.name} from {v.produced} to {v.used}" for v in stages.values)}
     return {name: str(value) for name, value in (facts | options).items()}

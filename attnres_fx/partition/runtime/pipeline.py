@@ -284,5 +284,5 @@ class Pipeline:
         return checkpoint.Parts(
             modules=tuple(self.modules.values()),
             aliases=tuple(tuple(name for _, name in group) for group in stages.tied),
-            made_for={} if stages.made_for is None else {STATE_KEY: stages.made_for},
+            made_for={STATE_KEY: stages.made_for},
         )

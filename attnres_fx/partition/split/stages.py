@@ -41,6 +41,7 @@ class Stages(Sequence[Stage]):
     ) -> None:
         self._stages = tuple(stages)
         self._splits = dict(splits)
+        self._with_rows = {mode: inputs_with_rows(split.chain.graph) for mode, split in splits.items()}
         self.num_stages = num_stages
         self.virtual_stages = virtual_stages
         self.cache = cache
@@ -118,7 +119,7 @@ class Stages(Sequence[Stage]):
             Their ids; empty where the graph has no free size that tells.
         """
         inputs = self._leaves(args, kwargs)
-        with_rows = inputs_with_rows(self._splits[self.mode].chain.graph)
+        with_rows = self._with_rows[self.mode]
         if len(inputs) != len(with_rows):
             return set()
         held = {id(x) for x, has in zip(inputs, with_rows, strict=True) if has}

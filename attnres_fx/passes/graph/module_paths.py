@@ -28,6 +28,14 @@ def module_path(node: Node) -> str:
     return ".".join(path_steps(source)[2 if source.startswith(_VARIABLE) else 0 :])
 
 
+def module_at(root: nn.Module, path: str) -> nn.Module | None:
+    """The module of a tree at a dotted path; None where there is none."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def common_calls(nodes: Sequence[Node]) -> list[str]:
     """Paths of the modules of which one call runs all of some nodes, the outermost first.
 

@@ -1,10 +1,26 @@
 """Which values of a graph depend on which, and whether through more than elementwise work."""
 
+from collections.abc import Callable, Iterable
+
 from torch.fx import Graph, Node
 
 from attnres_fx.passes.graph.aliasing import mutated_arguments, storage_of
 from attnres_fx.passes.graph.mutation_order import first_of_each_attribute
 from attnres_fx.passes.graph.operations import asks_only_metadata, is_light
+
+
+def reaches_results(nodes: Iterable[Node], bars: Callable[[Node], bool]) -> bool:
+    """Whether the results of a graph take in some nodes by another way than through those that bar it."""
+    stack = [n for n in nodes if not bars(n)]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.op == "output":
+            return True
+        fresh = [u for u in node.users if u not in seen and not bars(u)]
+        seen.update(fresh)
+        stack += fresh
+    return False
 
 
 class Dependence:

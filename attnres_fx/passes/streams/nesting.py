@@ -10,6 +10,7 @@ from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import describe
 from attnres_fx.passes.graph.operations import asks_only_metadata
 from attnres_fx.passes.streams.chain import StreamChain
+from attnres_fx.passes.streams.dependence import reaches_results
 from attnres_fx.passes.streams.formal_sum import Extended
 from attnres_fx.passes.streams.post_norm import continuation
 from attnres_fx.passes.streams.refusals import Refusal, carried_on
@@ -93,19 +94,7 @@ def _first_term_with(outer: StreamChain, terms: Collection[Node], root: Node) ->
 
 def _goes_past(inner: StreamChain, terms: Collection[Node]) -> bool:
     """Whether a stream reaches the results of a graph by another way than through these terms."""
-    return _reach_results([n for p in inner.parts for n in p.nodes], terms)
-
-
-def _reach_results(nodes: Collection[Node], terms: Collection[Node]) -> bool:
-    seen, stack = set(terms), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node.op == "output":
-            return True
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.users)
-    return False
+    return reaches_results((n for p in inner.parts for n in p.nodes), set(terms).__contains__)
 
 
 def injected_into(stream: RootStates, others: list[RootStates]) -> RootStates | None:
@@ -140,7 +129,7 @@ def _takes_all_sums(outer: RootStates, inner: RootStates) -> bool:
         return False
     if not all(depends.at_all(s.addend, outer.root) for s in added):
         return False
-    return not _reach_results([s.node for s in added], outer.terms)
+    return not reaches_results((s.node for s in added), set(outer.terms).__contains__)
 
 
 def _only_added_to(stream: RootStates) -> list[Node]:

@@ -7,6 +7,7 @@ from torch.fx import Node
 from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.nodes import shape_of
 from attnres_fx.passes.graph.operations import asks_only_metadata, is_norm_step, may_be_in_norm
+from attnres_fx.passes.streams.dependence import reaches_results
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Merged, Root
 
 
@@ -71,20 +72,8 @@ class RootStates:
         most = max(map(len, terms.values()), default=0)
         longest = [n for n in sums if len(terms[n]) == most]
         if len({terms[n] for n in longest}) > 1:
-            longest = [n for n in longest if self._reaches_results(n)] or longest
+            longest = [n for n in longest if reaches_results([n], self._is_sum_of_another)] or longest
         return terms[longest[-1]] if longest else (self.root,)
-
-    def _reaches_results(self, state: Node) -> bool:
-        """Whether a state reaches the results of the graph by another way than through another stream's sums."""
-        seen, stack = {state}, [state]
-        while stack:
-            node = stack.pop()
-            if node.op == "output":
-                return True
-            fresh = [u for u in node.users if u not in seen and not self._is_sum_of_another(u)]
-            seen.update(fresh)
-            stack.extend(fresh)
-        return False
 
     def _is_sum_of_another(self, node: Node) -> bool:
         return isinstance(self.sums.states.get(node), Extended) and self.sums.root[node] is not self.root
