@@ -15,12 +15,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.support.pipeline_cases import checkpoints, data_parallel, failures, lost_processes, steps, training
+from tests.support.pipeline_cases import (
+    checkpoints,
+    data_parallel,
+    disagreements,
+    failures,
+    lost_processes,
+    steps,
+    training,
+)
 from tests.support.pipeline_cases.tools import CASES as REGISTERED
 from tests.support.pipeline_worlds import in_processes
 
 #: In this order: after a process is lost nothing can follow.
-MODULES = (steps, training, failures, data_parallel, checkpoints, lost_processes)
+MODULES = (steps, training, failures, disagreements, data_parallel, checkpoints, lost_processes)
 _PLACES = {module.__name__: i for i, module in enumerate(MODULES)}
 CASES = {
     suite: dict(sorted(cases.items(), key=lambda entry: _PLACES[entry[1][0].__module__]))

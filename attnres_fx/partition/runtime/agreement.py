@@ -1,7 +1,7 @@
 """What all ranks of a pipeline must have alike, compared before it matters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,29 +32,35 @@ def facts_of(stages: Stages, plan: Plan, **options: Any) -> dict[str, str]:
     return {name: str(value) for name, value in (facts | options).items()}
 
 
-def check_same(facts: Mapping[str, str], groups: tuple[dist.ProcessGroup | None, ...], advice: str) -> None:
-    """Compare facts with those of all ranks; every rank calls it.
+def facts_of_ranks(facts: Mapping[str, str], group: dist.ProcessGroup) -> list[Mapping[str, str]]:
+    """The facts of all ranks of a group, in the order of the ranks; every one of them calls it.
 
     Args:
         facts: This rank's, in words by name.
-        groups: Whose ranks are compared; None is left out.
+        group: The ranks.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, dict(facts), group=group)
+    return gathered
+
+
+def require_same(gathered: Sequence[Mapping[str, str]], advice: str) -> None:
+    """Refuse, on every rank alike, ranks that differ.
+
+    Args:
+        gathered: The facts of each.
         advice: What to do where they differ.
 
     Raises:
-        PipelineError: On every rank of a group in which some differ.
+        PipelineError: Some of the facts differ; it names up to three of them.
     """
-    for group in groups:
-        if group is None:
-            continue
-        gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, dict(facts), group=group)
-        names = dict.fromkeys(name for each in gathered for name in each)
-        differ = [n for n in names if len({each.get(n, "") for each in gathered}) > 1]
-        if differ:
-            raise PipelineError(f"the ranks differ in {'; '.join(_said(n, gathered) for n in differ[:3])}. {advice}")
+    names = dict.fromkeys(name for facts in gathered for name in facts)
+    differ = [n for n in names if len({facts.get(n, "") for facts in gathered}) > 1]
+    if differ:
+        raise PipelineError(f"the ranks differ in {'; '.join(_said(n, gathered) for n in differ[:3])}. {advice}")
 
 
-def _said(name: str, gathered: list[dict[str, str]]) -> str:
+def _said(name: str, gathered: Sequence[Mapping[str, str]]) -> str:
     """A difference: rank 0 and the first rank that has another value."""
     first = gathered[0].get(name, "nothing")
     rank = next(i for i, each in enumerate(gathered) if each.get(name, "nothing") != first)

@@ -16,7 +16,7 @@ from torch._dynamo.exc import InvalidBackend
 from attnres_fx.errors import PipelineError
 from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.plan.plan import Plan
-from attnres_fx.partition.runtime.agreement import check_same, facts_of
+from attnres_fx.partition.runtime.agreement import facts_of, facts_of_ranks, require_same
 from attnres_fx.partition.runtime.gradients import TiedGradients, TiedGroup
 from attnres_fx.partition.runtime.microbatches import MeanLoss
 from attnres_fx.partition.runtime.pipeline import Pipeline
@@ -91,7 +91,9 @@ def build_pipeline(
     schedule = check_options(modules, plan, data_parallel, compile)
     facts = facts_of(stages, plan, data_parallel=data_parallel, compile=compile, ignore_index=ignore_index)
     advice = "Give every rank the same plan, stages built from it, and options."
-    check_same(facts, (groups.pipeline, groups.replicas), advice)
+    for ranks in (groups.pipeline, groups.replicas):
+        if ranks is not None:
+            require_same(facts_of_ranks(facts, ranks), advice)
     target_device = select_device(device, groups.pipeline)
     for module in modules.values():
         module.to(target_device)

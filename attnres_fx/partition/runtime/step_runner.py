@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attnres_fx.errors import PipelineError
-from attnres_fx.partition.runtime.agreement import check_same
+from attnres_fx.partition.runtime.agreement import facts_of_ranks, require_same
 from attnres_fx.partition.runtime.microbatches import MeanLoss, Microbatches, join_outputs, split_batch
 from attnres_fx.partition.runtime.process_groups import ProcessGroups
 from attnres_fx.partition.runtime.stage_spec import Shapes, StageSpec, shape_of
@@ -95,8 +95,9 @@ class StepRunner:
         """Compare the first call with those of the other ranks."""
         shapes = [shape_of(x) if isinstance(x, Tensor) else repr(x) for x in flat]
         facts = {"mode": "train" if training else "eval", "arguments of a microbatch": str(shapes)}
-        with self.communication():
-            check_same(facts, (self.groups.pipeline,), "Every rank calls the same method with the same whole batch.")
+        with self.communication():  # what differs is no lost neighbour
+            gathered = facts_of_ranks(facts, self.groups.pipeline)
+        require_same(gathered, "Every rank calls the same method with the same whole batch.")
         self._compared = True
 
     def _set_specs(self, flat: Sequence[Sequence[Any]], training: bool) -> None:

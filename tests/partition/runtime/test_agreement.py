@@ -4,12 +4,11 @@ import re
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import attnres_fx as ax
 from attnres_fx.errors import PipelineError
-from attnres_fx.partition.runtime.agreement import check_same, facts_of
+from attnres_fx.partition.runtime.agreement import facts_of, require_same
 from attnres_fx.partition.runtime.microbatches import split_batch
 
 CONFIG = {"variant": "block", "block_size": 2}
@@ -60,25 +59,12 @@ def test_rows_that_are_not_the_batch_s_are_refused_by_the_name_of_their_argument
             split_batch(args, kwargs, target, 2, ignore_index=-100, device=device)
 
 
-def gathered(monkeypatch, *ranks):
-    """Lets a gathering find what each rank would give."""
-
-    def gather(found, mine, group):
-        assert mine == ranks[0]
-        found[:] = ranks
-
-    monkeypatch.setattr(dist, "get_world_size", lambda group: len(ranks))
-    monkeypatch.setattr(dist, "all_gather_object", gather)
-    return ranks[0]
-
-
-def test_ranks_that_differ_are_told_in_what(monkeypatch, planned):
+def test_ranks_that_differ_are_told_in_what(planned):
     plan, stages = planned
     facts = facts_of(stages, plan, compile=None)
     assert (facts["output"], facts["num_microbatches"], facts["compile"]) == ("sum", "4", "None")
-    check_same(gathered(monkeypatch, facts, facts), (None, "group"), "")
-    other = {**facts, "output": "mean"}
+    require_same([facts, dict(facts)], "")
     with pytest.raises(PipelineError, match=r"differ in output \(rank 0: sum, rank 2: mean\)\. Give every rank"):
-        check_same(gathered(monkeypatch, facts, facts, other), ("group",), "Give every rank the same plan.")
+        require_same([facts, facts, {**facts, "output": "mean"}], "Give every rank the same plan.")
     with pytest.raises(PipelineError, match=r"differ in compile \(rank 0: None, rank 1: nothing\)"):
-        check_same(gathered(monkeypatch, facts, {n: v for n, v in facts.items() if n != "compile"}), ("group",), "")
+        require_same([facts, {n: v for n, v in facts.items() if n != "compile"}], "")

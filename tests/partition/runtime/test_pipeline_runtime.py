@@ -167,6 +167,22 @@ def test_a_refused_batch_leaves_the_pipeline_as_it_was(worlds):
         assert_equal_to_one_process(result["after"])
 
 
+DIFFERS = {
+    "config": "differ in output (rank 0: sum, rank 1: mean)",
+    "plan": "differ in num_microbatches (rank 0: 4, rank 1: 8)",
+    "options": "differ in ignore_index (rank 0: -100, rank 1: -1)",
+    "rows": "differ in arguments of a microbatch (rank 0: [(",
+    "mode": "differ in mode (rank 0: train, rank 1: eval)",
+}
+
+
+def test_ranks_that_were_not_given_the_same_are_told_in_what_before_anything_runs(worlds):
+    for result in results(worlds, ("two", "ranks_that_differ")):
+        for what, said in DIFFERS.items():
+            assert result[what].startswith("PipelineError: the ranks ") and said in result[what], result[what]
+        assert_equal_to_one_process(result["after"])
+
+
 def test_a_value_that_is_not_as_planned_is_named(worlds):
     for result in results(worlds, ("two", "values_of_another_dtype")):
         assert "value 'v0'" in result["error"] and "autocast" in result["error"]
