@@ -49,27 +49,13 @@ def capture(
         ArgumentError: `args` is no sequence, or `kwargs` no dict.
         CaptureError: no mode could be traced.
     """
-    if isinstance(args, Tensor) or not isinstance(args, Sequence):
-        raise ArgumentError(
-            f"args must be a tuple of example arguments; it is a {type(args).__name__}. Write (x,) for a single one."
-        )
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise ArgumentError(f"kwargs must be a dict of example arguments by name; it is a {type(kwargs).__name__}.")
+    _require_example(args, kwargs)
+    _require_model(model)
     args, kwargs = tuple(args), dict(kwargs or {})
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("a TorchScript module cannot be captured: pass the nn.Module it was made from.")
     if isinstance(model, ExportedProgram):
         return capture_program(model, args, kwargs)
     if isinstance(model, GraphModule):
         return capture_graph_module(model, args, kwargs)
-    if not isinstance(model, nn.Module):
-        if isinstance(model, type):
-            raise CaptureError(
-                f"cannot capture the class {model.__name__}: pass an object of it, {model.__name__}(...)."
-            )
-        raise CaptureError(
-            f"cannot capture a {type(model).__name__}: pass an nn.Module, a torch.fx.GraphModule or an ExportedProgram."
-        )
     return capture_module(
         model,
         args,
@@ -81,3 +67,23 @@ def capture(
         hooks=hooks,
         python_runs=python_runs,
     )
+
+
+def _require_example(args: Any, kwargs: Any) -> None:
+    if isinstance(args, Tensor) or not isinstance(args, Sequence):
+        raise ArgumentError(
+            f"args must be a tuple of example arguments; it is a {type(args).__name__}. Write (x,) for a single one."
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ArgumentError(f"kwargs must be a dict of example arguments by name; it is a {type(kwargs).__name__}.")
+
+
+def _require_model(model: Any) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a TorchScript module cannot be captured: pass the nn.Module it was made from.")
+    if isinstance(model, type):
+        raise CaptureError(f"cannot capture the class {model.__name__}: pass an object of it, {model.__name__}(...).")
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}: pass an nn.Module, a torch.fx.GraphModule or an ExportedProgram."
+        )
