@@ -86,8 +86,7 @@ def train(options: argparse.Namespace, device: str) -> None:
     saved = sorted(options.checkpoint.glob("step-*")) if options.checkpoint and options.resume else []
     complete = [folder for folder in saved if (folder / ".metadata").exists()]
     if complete:
-        pipeline.load(complete[-1], optimizer)
-        first = int(complete[-1].name.removeprefix("step-"))
+        first = pipeline.load(complete[-1], optimizer, random=True).step or 0
     data = batches(ROWS * plan.num_microbatches * replicas)
     mine = dist.get_rank() // plan.num_stages if mesh is not None else 0
     for step in range(first, options.steps):
@@ -99,7 +98,7 @@ def train(options: argparse.Namespace, device: str) -> None:
         if dist.get_rank() == 0:
             print(f"step {step + 1}: loss {loss.item():.6f}", flush=True)
         if options.checkpoint and (step + 1) % options.every == 0:
-            pipeline.save(options.checkpoint / f"step-{step + 1:06d}", optimizer)
+            pipeline.save(options.checkpoint / f"step-{step + 1:06d}", optimizer, step=step + 1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from attnres_fx.errors import ConfigError, PipelineError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.partition.checkpoint_folder import FolderReader, FolderWriter, PlainLoadPlanner, in_words
+from attnres_fx.partition.optimizer_state import restore_optimizer, room_for
+from attnres_fx.partition.run_state import Loaded, Stateful, restore_run, room_for_run, run_state
 from attnres_fx.state_config import MadeFor, shown_config
 
 Optimizer = torch.optim.Optimizer
@@ -63,35 +65,56 @@ def merged_state(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
     return {name: value for module in modules for name, value in module.state_dict().items()}
 
 
-def save_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    step: int | None = None,
+    others: Mapping[str, Stateful] | None = None,
+) -> None:
     """Write a checkpoint of an unsplit model, which pipelines of any width can load.
 
     Args:
         path: A folder.
         model: The model.
         optimizer: Whose state is written too.
+        step: Of the run, for `load_checkpoint` to return.
+        others: Objects with a `state_dict` of plain data, by name: a scheduler, a gradient scaler.
 
     Raises:
-        PipelineError: The optimizer has parameters that are not the model's.
+        PipelineError: The optimizer has parameters that are not the model's, or an object has no state.
         SaveError: The folder cannot be written; what it held before is as it was.
     """
-    save_modules(path, whole(model), optimizer)
+    write_state(path, state_of(whole(model), optimizer) | run_state(step, others))
 
 
-def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+def load_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    others: Mapping[str, Stateful] | None = None,
+    random: bool = False,
+) -> Loaded:
     """Read a checkpoint into an unsplit model, in place, whether it was saved from a pipeline or from a model.
 
     Args:
         path: The folder.
         model: The model, which gets the values.
         optimizer: Whose state is read too.
+        others: Objects whose state is read too, by the names that they were saved under.
+        random: Whether to set torch's random states (CPU and current accelerator) to what they were at the save.
+
+    Returns:
+        The step, and whether the random states were set.
 
     Raises:
         PipelineError: The folder holds no complete checkpoint, or that of another model.
         ConfigError: It is of a model with another config; the model is as it was.
-        SaveError: The checkpoint is damaged; the model may hold some of its values.
+        SaveError: The checkpoint is damaged; the model is as it was.
     """
-    load_modules(path, whole(model), optimizer)
+    return load_modules(path, whole(model), optimizer, others=others, random=random)
 
 
 def whole(model: nn.Module) -> Parts:
@@ -103,12 +126,11 @@ def whole(model: nn.Module) -> Parts:
     return Parts((model,), tuple(tuple(group) for group in names.values() if len(group) > 1), made_for)
 
 
-def save_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
-    """Write the parts of every rank; all ranks call it. The checkpoint that was there stays until all are written.
+def state_of(parts: Parts, optimizer: Optimizer | None) -> dict[str, Any]:
+    """What a rank writes of its modules and their optimizer, by the keys of the checkpoint.
 
     Raises:
         PipelineError: The optimizer has parameters that are not this rank's.
-        SaveError: A rank could not write its part.
     """
     made_for = {name: made_for.to_tensor() for name, made_for in parts.made_for.items()}
     values = merged_state(parts.modules) | made_for
@@ -117,19 +139,40 @@ def save_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
         entries = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         state |= {_STATE.format(names[0]) + key: value for key, value in entries.items()}
         state |= {_OPTIONS.format(names[0]) + key: value for key, value in group.items() if key != "params"}
+    return state
+
+
+def write_state(path: str | Path, state: dict[str, Any], *, group: dist.ProcessGroup | None = None) -> None:
+    """Write what every rank has; all ranks call it. The checkpoint that was there stays until all of it is written.
+
+    Args:
+        path: The folder.
+        state: Of this rank, by the keys of the checkpoint.
+        group: Of the ranks; the default group where None.
+
+    Raises:
+        SaveError: A rank could not write its part.
+    """
     with in_words(path, "could not be written; what the folder held before is as it was"), _one_process_is_meant():
-        save(state, storage_writer=FolderWriter(path), no_dist=not dist.is_initialized())
+        save(state, storage_writer=FolderWriter(path), no_dist=not dist.is_initialized(), process_group=group)
 
 
-def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) -> None:
-    """Read the parts of every rank, in place; all ranks call it.
+def load_modules(
+    path: str | Path,
+    parts: Parts,
+    optimizer: Optimizer | None,
+    *,
+    others: Mapping[str, Stateful] | None = None,
+    random: bool = False,
+) -> Loaded:
+    """Read the parts of every rank, in place; all ranks call it. See `load_checkpoint`.
 
     A tied parameter is read under whichever of its names the checkpoint has.
 
     Raises:
         PipelineError: A name is missing, or the folder holds no complete checkpoint.
         ConfigError: It is of a model with another config; nothing was changed.
-        SaveError: The checkpoint is damaged.
+        SaveError: The checkpoint is damaged; nothing was changed.
     """
     written = _read_names(path)
     _require_config(path, parts.made_for, written)
@@ -149,14 +192,16 @@ def load_modules(path: str | Path, parts: Parts, optimizer: Optimizer | None) ->
     optimized = parts.optimized(optimizer)
     prefixes = [_first(written, _OPTIONS, names) for _, _, names in optimized]
     for (parameter, _, _), prefix in zip(optimized, prefixes, strict=True):
-        state |= _room_for(parameter, (prefix, prefix.replace("param_groups", "state", 1)), written)
+        state |= room_for(parameter, (prefix, prefix.replace("param_groups", "state", 1)), written)
+    state |= room_for_run(written, others, random=random)
     _read_into(state, path)
     _give_tied(values, keys, state)
     for part in (part for module in parts.modules for part in module.modules()):
         if isinstance(part, AttnResParameters):
             part.set_extra_state(part.made_for.to_tensor())  # whatever was written into its place before
     if optimizer is not None:
-        _restore(optimizer, prefixes, state)
+        restore_optimizer(optimizer, prefixes, state)
+    return restore_run(state, others, random=random)
 
 
 @torch.no_grad()
@@ -221,37 +266,3 @@ def _first(written: dict[str, Any], pattern: str, names: Sequence[str]) -> str:
     """The key, or the beginning of keys, of the first name that the checkpoint knows."""
     keys = [pattern.format(name) for name in names]
     return next((key for key in keys if key in written or key + "lr" in written), keys[0])
-
-
-def _room_for(parameter: Tensor, prefixes: tuple[str, ...], written: dict[str, Any]) -> dict[str, Any]:
-    """Where to read a parameter's optimizer state into: sharded as the parameter is, where it has its shape."""
-    room: dict[str, Any] = {}
-    for key, what in written.items():
-        if key.startswith(prefixes):
-            if not isinstance(what, TensorStorageMetadata):
-                room[key] = None
-            elif what.size == parameter.shape:
-                room[key] = torch.zeros_like(parameter, dtype=what.properties.dtype, requires_grad=False)
-            else:
-                room[key] = torch.zeros(what.size, dtype=what.properties.dtype)
-    return room
-
-
-def _restore(optimizer: Optimizer, prefixes: Sequence[str], state: dict[str, Any]) -> None:
-    """Put what was read where the optimizer keeps it; parameters the checkpoint knows nothing of start afresh."""
-    whole = optimizer.state_dict()
-    ordered = iter(prefixes)
-
-    def read(prefix: str) -> dict[str, Any]:
-        """Copies: data parallelism gives tied parameters of one rank each their own state."""
-        entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in entries.items()}
-
-    for group in whole["param_groups"]:
-        for place, (index, prefix) in enumerate(zip(group["params"], ordered, strict=False)):
-            entries = read(prefix.replace("param_groups", "state", 1))
-            if entries:
-                whole["state"][index] = entries
-            if place == 0:
-                group |= read(prefix)
-    optimizer.load_state_dict(whole)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem, SavePlan
 
 from attnres_fx.conversion.stored.whole_file import flush_folder, flush_to_disk
 from attnres_fx.errors import AttnResError, SaveError
@@ -132,13 +132,17 @@ class FolderReader(FileSystemReader):
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
-        """Read a rank's part, after a look at what each piece would take when it is unpacked."""
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Read through every piece of a rank's part, before any rank puts one into its place.
+
+        What a piece would take unpacked is looked at first, then its checksum. The pieces are read twice, so that a
+        damaged checkpoint changes nothing on any rank.
+        """
         for item in plan.items:
             info = self.storage_data[item.storage_index]
             with (Path(self.path) / info.relative_path).open("rb") as file:
                 _check_piece(_Window(file, info.offset, info.length), info.length, item)
-        return super().read_data(plan, planner)
+        return super().prepare_local_plan(plan)
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
@@ -189,8 +193,10 @@ def _check_piece(window: io.RawIOBase, length: int, item: ReadItem) -> None:
         raise SaveError(f"{item.storage_index.fqn!r}, an option, takes {length} bytes")
     with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
         entries = archive.infolist()
-    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > length:
-        raise SaveError(f"{item.storage_index.fqn!r} is larger unpacked than it is stored")
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > length:
+            raise SaveError(f"{item.storage_index.fqn!r} is larger unpacked than it is stored")
+        if archive.testzip() is not None:
+            raise SaveError(f"the checksum of {item.storage_index.fqn!r} does not fit what is stored of it")
 
 
 class _Window(io.RawIOBase):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from attnres_fx.parameters import STATE_KEY
 from attnres_fx.partition import checkpoint
 from attnres_fx.partition.pipeline_schedule import PipelineSchedule
 from attnres_fx.partition.plan.plan import Plan
+from attnres_fx.partition.runtime.checkpointed import Checkpointed
 from attnres_fx.partition.runtime.gradients import TiedGradients, scale_gradients, total_norm
 from attnres_fx.partition.runtime.step_log import HopBytes
 from attnres_fx.partition.runtime.step_runner import StepRunner
@@ -35,7 +35,7 @@ class Evaluation:
     outputs: Any
 
 
-class Pipeline:
+class Pipeline(Checkpointed):
     """This rank's part of a pipeline, from `build_pipeline`. Every rank calls every method, in the same order.
 
     Attributes:
@@ -58,6 +58,7 @@ class Pipeline:
         from attnres_fx.partition.runtime.torch_schedule import build_schedule
 
         self.plan, self.runner = plan, runner
+        super().__init__()
         self._tied = tied
         number = runner.num_microbatches
         self.schedule = build_schedule(schedule, runner.stages, number, runner.loss_of)
@@ -251,33 +252,6 @@ class Pipeline:
             The tensors by name; they share memory with the stages.
         """
         return checkpoint.merged_state(list(self.modules.values()))
-
-    def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Write a checkpoint that any number of stages, or the unsplit model (`load_checkpoint`), can load.
-
-        Args:
-            path: A folder, the same on every rank.
-            optimizer: This rank's, whose state is written too.
-
-        Raises:
-            PipelineError: The optimizer has parameters that are not this rank's.
-            SaveError: A rank could not write its part; the checkpoint that was there is as it was.
-        """
-        checkpoint.save_modules(path, self._checkpoint_parts(), optimizer)
-
-    def load(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Read a checkpoint in place, whether it was saved with any number of stages or from the unsplit model.
-
-        Args:
-            path: The folder.
-            optimizer: This rank's, whose state is read too.
-
-        Raises:
-            PipelineError: The folder holds no complete checkpoint, or that of another model.
-            ConfigError: It is of a model with another config; the pipeline is as it was.
-            SaveError: The checkpoint is damaged; the pipeline may hold some of its values.
-        """
-        checkpoint.load_modules(path, self._checkpoint_parts(), optimizer)
 
     def _checkpoint_parts(self) -> checkpoint.Parts:
         stages = self.runner.model_stages

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import random
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from attnres_fx.errors import AttnResError, SaveError
 from attnres_fx.partition import checkpoint_folder
 from attnres_fx.partition.checkpoint import load_checkpoint, save_checkpoint
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -73,6 +75,49 @@ def test_a_save_that_fails_leaves_the_old_one(folder, monkeypatch, where):
     assert same(state_of(model, optimizer), state_of(*trained(0)))
 
 
+def test_step_scheduler_and_random_state_come_back(tmp_path):
+    model, optimizer = trained(0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=9)
+    optimizer.step()
+    scheduler.step()
+    save_checkpoint(tmp_path, model, optimizer, step=7, others={"scheduler": scheduler})
+    drawn = torch.rand(4)
+    again = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+    loaded = load_checkpoint(tmp_path, model, optimizer, others={"scheduler": again}, random=True)
+    assert (loaded.step, loaded.random) == (7, True)
+    assert again.state_dict() == scheduler.state_dict() and torch.equal(torch.rand(4), drawn)
+    before = torch.get_rng_state()
+    assert load_checkpoint(tmp_path, model).step == 7 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_has_no_plain_state_is_refused_before_anything_is_written(tmp_path):
+    class Odd:
+        def state_dict(self):
+            return {"function": trained}
+
+        def load_state_dict(self, state):
+            pass
+
+    with pytest.raises(SaveError, match="the state of 'odd' holds more than numbers"):
+        save_checkpoint(tmp_path / "c", trained(0)[0], others={"odd": Odd()})
+    with pytest.raises(AttnResError, match=r"others\['seven'\] is a int, which has no state_dict"):
+        save_checkpoint(tmp_path / "c", trained(0)[0], others={"seven": 7})
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_flipped_bit_is_found_before_anything_is_changed(folder):
+    (file,) = folder.glob("*.distcp")
+    data = bytearray(file.read_bytes())
+    moment = trained(0)[1].state_dict()["state"][0]["exp_avg"].numpy().tobytes()
+    data[data.index(moment) + 2] ^= 1
+    file.write_bytes(data)
+    model, optimizer = trained(2)
+    before = [value.clone() for value in state_of(model, optimizer)]
+    with pytest.raises(SaveError, match=r"checksum of 'optimizer\.state\.0\.weight\.exp_avg'"):
+        load_checkpoint(folder, model, optimizer)
+    assert same(before, state_of(model, optimizer))
+
+
 KILLED = """
 import sys, torch
 from torch import nn
@@ -105,6 +150,19 @@ def test_a_killed_save_leaves_a_whole_checkpoint(tmp_path):
         assert len({float(v) for p in model.parameters() for v in p.detach().flatten()}) == 1
     process.kill()
     process.wait()
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_goes_on_with_the_losses_of_one_that_is_not(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.support.killed_job", str(tmp_path / "jobs"), "--kills", "2"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    result = json.loads(found.stdout.splitlines()[-1])
+    assert result["kills"] == 2 and result["differ"] == [] and result["computed"] >= result["steps"]
 
 
 class Runs:

@@ -246,6 +246,17 @@ def test_checkpoints_move_between_any_number_of_stages_and_none(worlds):
         assert result["back"] == pytest.approx(result["wanted"][5:6], rel=ROUNDED)
 
 
+def test_a_run_goes_on_with_its_step_scheduler_and_random_states(worlds):
+    for result in results(worlds, ("four", "run_state_of_four_stages")):
+        assert result["step"] == 3 and result["random"] and result["same"]
+        went_on = result["losses"]
+    for result in results(worlds, ("two", "run_state_into_two_stages")):
+        assert result["step"] == 3 and not result["random"]
+        assert result["losses"] == pytest.approx(result["wanted"], rel=1e-6)
+        assert went_on == pytest.approx(result["wanted"], rel=1e-6)
+        assert "no state of 'scaler' (it has scheduler)" in result["refused"]
+
+
 def test_a_checkpoint_that_is_missing_or_of_another_model_is_refused(worlds):
     for result in results(worlds, ("two", "checkpoint_into_two_stages")):
         assert "no whole checkpoint" in result["missing"]

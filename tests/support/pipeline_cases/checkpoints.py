@@ -85,3 +85,51 @@ def checkpoint_into_two_stages():
     stranger = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     found["stranger"] = refusal(lambda: back.load(FOLDER / "one", stranger))
     return found
+
+
+def scheduled(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
+
+
+def scheduled_losses(model, optimizer, scheduler, steps, run):
+    losses = []
+    for step in steps:
+        losses += trained(model, optimizer, [step], run)
+        scheduler.step()
+    return losses
+
+
+@case("four")
+def run_state_of_four_stages():
+    pipeline = build(whole(), virtual=1, schedule="1F1B")
+    optimizer = torch.optim.AdamW(list(pipeline.parameters()), lr=1e-2)
+    scheduler = scheduled(optimizer)
+    scheduled_losses(pipeline, optimizer, scheduler, range(3), pipeline_run(pipeline))
+    torch.manual_seed(7 + torch.distributed.get_rank())
+    saved = pipeline.async_save(FOLDER / "run", optimizer, step=3, others={"scheduler": scheduler})
+    drawn = torch.rand(3)
+    for parameter in pipeline.parameters():  # what is written was copied before
+        torch.nn.init.zeros_(parameter)
+    saved.wait()
+    assert saved.done()
+    again = scheduled(optimizer)
+    loaded = pipeline.load(FOLDER / "run", optimizer, others={"scheduler": again}, random=True)
+    same = bool((torch.rand(3) == drawn).all()) and again.state_dict() == scheduler.state_dict()
+    found = scheduled_losses(pipeline, optimizer, again, range(3, 5), pipeline_run(pipeline))
+    return {"losses": found, "step": loaded.step, "random": loaded.random, "same": same}
+
+
+@case("two")
+def run_state_into_two_stages():
+    pipeline = build(whole())
+    for parameter in pipeline.parameters():
+        torch.nn.init.zeros_(parameter)
+    optimizer = torch.optim.AdamW(list(pipeline.parameters()), lr=1e-2)
+    scheduler = scheduled(optimizer)
+    loaded = pipeline.load(FOLDER / "run", optimizer, others={"scheduler": scheduler}, random=True)
+    found = scheduled_losses(pipeline, optimizer, scheduler, range(3, 5), pipeline_run(pipeline))
+    one = whole()
+    optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+    wanted = scheduled_losses(one, optimizer, scheduled(optimizer), range(5), lambda *b: reference_step(one, b))[3:]
+    refused = refusal(lambda: pipeline.load(FOLDER / "run", others={"scaler": scheduler}))
+    return {"losses": found, "wanted": wanted, "step": loaded.step, "random": loaded.random, "refused": refused}
