@@ -14,11 +14,13 @@ from attnres_fx.passes.streams.interpretation import find_formal_sums
 from attnres_fx.passes.streams.interruptions import Interruption, find_interruptions, refuse_prelude
 from attnres_fx.passes.streams.names import name_streams
 from attnres_fx.passes.streams.nesting import (
+    find_nesting,
     injected_into,
     nest_streams,
     refuse_injected,
     without_those_inside,
 )
+from attnres_fx.passes.streams.own_rows import sums_of_own_rows
 from attnres_fx.passes.streams.post_norm import link_post_norm
 from attnres_fx.passes.streams.recurrences import Slices
 from attnres_fx.passes.streams.refusals import Refusal, find_refusals, refuse_depth_readers, refuse_recurrence
@@ -56,8 +58,10 @@ def find_streams(graph: Graph) -> StreamSet:
 
 
 def _named(chains: list[StreamChain]) -> tuple[list[Stream], list[Interruption]]:
-    streams = name_streams([c.to_stream() for c in chains], [c.branch_paths() for c in chains])
-    streams = nest_streams(streams, chains)
+    streams = [c.to_stream() for c in chains]
+    nesting = find_nesting(streams, chains)
+    order = sorted(range(len(chains)), key=lambda i: not nesting.is_main(i))
+    streams = nest_streams(name_streams(streams, [c.branch_paths() for c in chains], order), nesting)
     return streams, find_interruptions(streams, chains)
 
 
@@ -75,11 +79,11 @@ def _preludes(interruptions: list[Interruption], chains: list[StreamChain]) -> l
 
 
 def _sums_of(graph: Graph) -> FormalSums:
-    """The formal sums of a graph, without those beside a stream."""
+    """The formal sums of a graph, without those beside a stream and those that only prepare its root."""
     beside: set[tuple[Node, Node]] = set()
     while True:
         sums = find_formal_sums(graph, beside)
-        found = sums_beside(sums) - beside
+        found = (sums_beside(sums) | sums_of_own_rows(sums)) - beside
         if not found:
             return sums
         beside |= found

@@ -1,7 +1,7 @@
 """Which stream is computed inside another's sublayer, or added into it."""
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch.fx import Node
@@ -18,18 +18,35 @@ from attnres_fx.passes.streams.root_states import RootStates
 from attnres_fx.passes.streams.stream import Stream
 
 
-def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Stream]:
-    """Say of each stream which other one computes it inside a sublayer, or which streams it goes around.
+@dataclass(frozen=True)
+class Nesting:
+    """Which streams of a graph stand inside others, by their index.
+
+    Attributes:
+        nested_in: By stream that is computed inside a sublayer, the stream of that sublayer.
+        around: By stream that does less than what stands inside its sublayer, the largest of what stands there.
+    """
+
+    nested_in: Mapping[int, int]
+    around: Mapping[int, int]
+
+    def is_main(self, index: int) -> bool:
+        """Whether a stream is inside no other, and goes around none that does more."""
+        return index not in self.nested_in and index not in self.around
+
+
+def find_nesting(streams: Sequence[Stream], chains: Sequence[StreamChain]) -> Nesting:
+    """Find which stream computes which other one inside a sublayer, and which one goes around a larger one.
 
     Where one stands inside another, the one with the computation is the main one, if it is no shallower: a skip from
     end to end around a stack of layers does less by itself than what it goes around.
 
     Args:
-        streams: Streams with names.
+        streams: The streams of a graph; their names do not matter.
         chains: The nodes of each.
 
     Returns:
-        The streams with `nested_in` and `around`, in their order.
+        Where each stands.
     """
     numbers = range(len(chains))
     inside = {(o, i): how for i in numbers for o in numbers if (how := _inside(chains[o], chains[i], streams[i]))}
@@ -38,17 +55,22 @@ def nest_streams(streams: list[Stream], chains: list[StreamChain]) -> list[Strea
     for outer, inner in inside:
         if outer not in around:
             nested.setdefault(inner, outer)
+    return Nesting(nested, around)
+
+
+def nest_streams(streams: Sequence[Stream], nesting: Nesting) -> list[Stream]:
+    """Say of each stream, by name, which other one computes it inside a sublayer, or which one it goes around."""
     return [
         replace(
             stream,
-            nested_in=streams[nested[i]].name if i in nested else None,
-            around=streams[around[i]].name if i in around else None,
+            nested_in=streams[nesting.nested_in[i]].name if i in nesting.nested_in else None,
+            around=streams[nesting.around[i]].name if i in nesting.around else None,
         )
         for i, stream in enumerate(streams)
     ]
 
 
-def _skips_around(chains: list[StreamChain], inside: list[tuple[int, int]]) -> dict[int, int]:
+def _skips_around(chains: Sequence[StreamChain], inside: list[tuple[int, int]]) -> dict[int, int]:
     """The streams that do less than those in their sublayers, and are no deeper, each with the largest of them."""
     work = {i: chains[i].work() for pair in inside for i in pair}
     found: dict[int, int] = {}

@@ -51,6 +51,31 @@ def test_a_residual_inside_a_sublayer_is_a_nested_stream():
         assert [s.num_sublayers for s in nested] == [1, 1]
 
 
+def test_a_nested_stream_that_begins_first_in_the_graph_leaves_the_plain_name_to_the_main_one():
+    def program(m, x):
+        latents = m.carry.expand(2, 5, -1)
+        h = m.embed(x)
+        latents = latents + m.attn_3(m.norm_3(latents) * m.attn_4(h))
+        latents = latents + m.mlp_3(m.norm_4(latents))
+        h = h + m.attn_1(m.norm_1(latents))
+        h = h + m.mlp_1(m.norm_2(h))
+        return m.head(m.norm_f(h))
+
+    expected = """
+        stream stream#2 from expand, nested in stream
+          1: attn_3
+          2: mlp_3
+          norm_4 reads 1
+          norm_1 reads 2
+        stream stream from embed
+          1: attn_1
+          2: mlp_1
+          norm_2 reads 1
+          norm_f reads 2
+    """
+    check_trap(program, (tokens(),), expected)
+
+
 @pytest.mark.parametrize("source", ["symbolic", "module"])
 @pytest.mark.slow
 def test_streams_are_chosen_by_main_all_or_name(source):
