@@ -1,6 +1,5 @@
 """From the formal sums of a graph to its residual streams."""
 
-from functools import partial
 from itertools import pairwise
 
 from torch.fx import Graph, Node
@@ -8,6 +7,7 @@ from torch.fx import Graph, Node
 from attnres_fx.passes.graph.nodes import describe, shape_of
 from attnres_fx.passes.streams.beside import sums_beside
 from attnres_fx.passes.streams.chain import StreamChain
+from attnres_fx.passes.streams.data import find_data
 from attnres_fx.passes.streams.feature_dimensions import LAST
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Root
 from attnres_fx.passes.streams.interpretation import find_formal_sums
@@ -38,7 +38,7 @@ def find_streams(graph: Graph) -> StreamSet:
         The streams in graph order, what looks like one and is refused, and the sums they were found in.
     """
     sums = _sums_of(graph)
-    roots = [s for s in map(partial(RootStates, sums), _roots(sums)) if s.terms]
+    roots = _roots_of_data(sums)
     convertible, injected, refusals = _without_refused(roots)
     chains = [StreamChain(tuple(chain)) for chain in link_post_norm(convertible)]
     chains, over_time = _without_recurrences(chains, sums)
@@ -160,5 +160,11 @@ def _refuse_width(stream: RootStates) -> Refusal:
     return Refusal("width", describe(stream.root), why)
 
 
-def _roots(sums: FormalSums) -> list[Node]:
-    return [n for n, s in sums.states.items() if isinstance(s, Root)]
+def _roots_of_data(sums: FormalSums) -> list[RootStates]:
+    """The roots that something is added to, without tables: positions resized, say, made of parameters alone.
+
+    A graph without inputs makes all it has of parameters.
+    """
+    data = find_data(sums.nodes)
+    roots = [s for n, state in sums.states.items() if isinstance(state, Root) and (s := RootStates(sums, n)).terms]
+    return [s for s in roots if not data or s.root in data or any(sums.addend(t) in data for t in s.terms)]

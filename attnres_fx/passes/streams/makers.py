@@ -9,8 +9,8 @@ from torch.fx import Node
 from attnres_fx.passes.graph.module_paths import module_path
 from attnres_fx.passes.graph.nodes import value_of
 from attnres_fx.passes.graph.operations import asks_only_metadata, is_dropout, may_be_in_norm, op_name
+from attnres_fx.passes.streams.data import is_weight
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums
-from attnres_fx.passes.streams.recurrences import is_parameter
 
 _SHOWN = 3
 #: What Dynamo calls an argument `x`.
@@ -35,7 +35,7 @@ def made_by(root: Node, sums: FormalSums, inside: Collection[str]) -> str:
         if part and not any(p == part or p.startswith(f"{part}.") for p in inside):
             return part
     if not modules:
-        modules = [_name_of_parameter(n) for n in makers if is_parameter(n)] or [module_path(root) or _called(root)]
+        modules = [_name_of_parameter(n) for n in makers if is_weight(n)] or [module_path(root) or _called(root)]
     more = [f"{len(modules) - _SHOWN} more"] if len(modules) > _SHOWN else []
     return " + ".join([*modules[:_SHOWN], *more])
 
@@ -48,7 +48,7 @@ def part_of(addend: Node, root: Node, sums: FormalSums) -> str:
         root: The root of its stream.
         sums: The states of the graph.
     """
-    makers = [n for n in _makers(addend, sums) if not is_parameter(n) and n not in sums.states]
+    makers = [n for n in _makers(addend, sums) if not is_weight(n) and n not in sums.states]
     makers = [n for n in makers if sums.dependence.at_all(n, root)] or makers  # not what a gate comes from
     paths = [p.split(".") for n in makers if (p := module_path(n)) and n.op != "placeholder"]
     return _common(paths) or module_path(addend)
@@ -56,7 +56,7 @@ def part_of(addend: Node, root: Node, sums: FormalSums) -> str:
 
 def _named(node: Node) -> str:
     """The module whose code a maker is, or the name of an input; nothing of a parameter."""
-    if is_parameter(node):
+    if is_weight(node):
         return ""
     return _LOCAL.sub(r"\1", str(node.target)) if node.op == "placeholder" else module_path(node)
 
@@ -79,7 +79,7 @@ def _makers(root: Node, sums: FormalSums) -> list[Node]:
         node = stack.pop()
         before = [n for n in node.all_input_nodes if not asks_only_metadata(node, n)]
         before = [n for n in before if _holds_floats(n)]
-        before = [n for n in before if not is_parameter(n)] or before
+        before = [n for n in before if not is_weight(n)] or before
         through = may_be_in_norm(node) or is_dropout(node)
         carried = isinstance(sums.states.get(node), Extended)
         if node.op in ("placeholder", "get_attr") or carried or not through or not before:

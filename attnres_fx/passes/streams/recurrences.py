@@ -12,14 +12,14 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from torch import nn
 from torch.fx import Node
 
 from attnres_fx.passes.graph.additions import match_addition
 from attnres_fx.passes.graph.kept_dimensions import kept_dimensions
-from attnres_fx.passes.graph.nodes import argument_of, is_floating, shape_of, tensor_of
+from attnres_fx.passes.graph.nodes import argument_of, is_floating, shape_of
 from attnres_fx.passes.graph.operation_table import Trait
 from attnres_fx.passes.graph.operations import asks_only_metadata, called_module, has_trait, moves_data, op_name
+from attnres_fx.passes.streams.data import find_data, is_weight
 from attnres_fx.passes.streams.feature_dimensions import FeatureDimensions
 
 
@@ -42,12 +42,10 @@ class Slices:
 
     def __init__(self, nodes: Iterable[Node], features: FeatureDimensions) -> None:
         self._nodes = tuple(nodes)
-        data: set[Node] = set()
+        data = find_data(self._nodes)
         places: dict[Node, set[tuple[Any, ...]]] = defaultdict(set)
         self._slice: dict[Node, _Slice] = {}
         for node in self._nodes:
-            if (node.op == "placeholder" and not is_parameter(node)) or not data.isdisjoint(_inputs(node)):
-                data.add(node)
             found = _slice_of(node, features)
             if found is not None and found.sequence in data:
                 self._slice[node] = found
@@ -143,11 +141,6 @@ class _Bits:
         return bit
 
 
-def is_parameter(node: Node) -> bool:
-    """Whether a node holds a parameter, however its tracer hands it to the graph."""
-    return node.op == "get_attr" or (node.op == "placeholder" and isinstance(tensor_of(node), nn.Parameter))
-
-
 def _inputs(node: Node) -> list[Node]:
     return [n for n in node.all_input_nodes if not asks_only_metadata(node, n)]
 
@@ -157,7 +150,7 @@ def _weight_of(node: Node) -> str:
     module = called_module(node) if node.op == "call_module" else None
     return (
         str(node.target)
-        if is_parameter(node) or (module is not None and next(module.parameters(), None) is not None)
+        if is_weight(node) or (module is not None and next(module.parameters(), None) is not None)
         else ""
     )
 

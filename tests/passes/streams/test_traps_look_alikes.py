@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import attnres_fx as ax
-from tests.support.stream_text import TWO_LAYERS, check_trap, rows, tokens, toy
+from tests.support.stream_text import TWO_LAYERS, Toy, check_trap, rows, tokens, toy
 
 
 def gelu_written_out(x):
@@ -150,3 +151,36 @@ def test_a_mask_that_all_layers_share_is_no_stream(sizes):
     report = ax.inspect(model, args, dynamic_shapes=shapes)
     assert [len(s.depth_reads) for s in report.streams] == [3]
     assert "refused (injected): y" in str(report) and "the sublayers of 'stream'" in str(report)
+
+
+def test_a_table_made_of_parameters_alone_is_no_stream():
+    def program(m, x):
+        table = m.positions.weight
+        grid = F.interpolate(table[1:].t()[None], size=4, mode="linear")[0].t()
+        h = m.embed(x) + torch.cat([table[:1], grid])
+        h = h + m.attn_1(m.norm_1(h))
+        h = h + m.mlp_1(m.norm_2(h))
+        return m.head(m.norm_f(h))
+
+    check_trap(program, (tokens(),), TWO_LAYERS.replace("embed", "add"))
+
+
+def test_learned_latents_that_read_an_input_are_a_stream():
+    def program(m, x):
+        h = m.carry.expand(2, 5, -1)
+        h = h + m.attn_1(m.norm_1(h) * m.embed(x))
+        h = h + m.mlp_1(m.norm_2(h))
+        return m.head(m.norm_f(h))
+
+    check_trap(program, (tokens(),), TWO_LAYERS.replace("embed", "expand"))
+
+
+def test_a_model_without_inputs_has_streams():
+    def program(m):
+        h = m.positions.weight
+        h = h + m.attn_1(m.norm_1(h))
+        h = h + m.mlp_1(m.norm_2(h))
+        return m.head(m.norm_f(h))
+
+    (stream,) = ax.inspect(Toy(program), ()).streams
+    assert [r.name for r in stream.depth_reads] == ["norm_2", "norm_f"]
