@@ -252,6 +252,7 @@ OPERATIONS = (
     # Norms and reductions
     Operation("layer_norm", Trait.NORM, also=("native_layer_norm",), modules=(nn.LayerNorm,)),
     Operation("rms_norm", Trait.NORM, also=("_fused_rms_norm",), modules=(nn.RMSNorm,)),
+    Operation("normalize", Trait.NORM),
     Operation("group_norm", NORM, modules=(nn.GroupNorm,)),
     Operation("batch_norm", NORM, modules=(*(getattr(nn, f"BatchNorm{n}d") for n in (1, 2, 3)), nn.SyncBatchNorm)),
     Operation("instance_norm", NORM, modules=tuple(getattr(nn, f"InstanceNorm{n}d") for n in (1, 2, 3))),

@@ -42,7 +42,7 @@ def evidence_of(node: Node, learned: Iterable[Node]) -> Iterator[Vote]:
         learned: The parameters, and what is made of nothing else.
     """
     name = op_name(node)
-    if has_trait(node, Trait.NORM) or name == "normalize":
+    if has_trait(node, Trait.NORM):
         yield from _of_norm(node, name)
     elif has_trait(node, Trait.CHANNELS_FIRST):
         yield from _of_window(node, name)

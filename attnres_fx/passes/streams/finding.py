@@ -38,9 +38,9 @@ def find_streams(graph: Graph) -> StreamSet:
         The streams in graph order, what looks like one and is refused, and the sums they were found in.
     """
     sums = _sums_of(graph)
-    roots = _roots_of_data(sums)
+    roots = [s for s in (RootStates(sums, n) for n in _roots(sums)) if s.terms]
     convertible, injected, refusals = _without_refused(roots)
-    chains = [StreamChain(tuple(chain)) for chain in link_post_norm(convertible)]
+    chains = _without_tables([StreamChain(tuple(chain)) for chain in link_post_norm(convertible)], sums)
     chains, over_time = _without_recurrences(chains, sums)
     refusals += over_time
     streams, interruptions = _named(chains)
@@ -52,7 +52,7 @@ def find_streams(graph: Graph) -> StreamSet:
         refusals += [refuse_prelude(first, streams[chains.index(after)].name) for first, after in begun]
     refusals = _injected(injected, streams, chains) + refusals
     refusals += without_those_inside(find_refusals(graph, sums), chains)
-    refusals += [i.refusal for i in interruptions]
+    refusals += dict.fromkeys(i.refusal for i in interruptions)
     refusals = [*refuse_depth_readers(sums.nodes), *refusals]
     return StreamSet(tuple(streams), tuple(refusals), sums)
 
@@ -160,11 +160,15 @@ def _refuse_width(stream: RootStates) -> Refusal:
     return Refusal("width", describe(stream.root), why)
 
 
-def _roots_of_data(sums: FormalSums) -> list[RootStates]:
-    """The roots that something is added to, without tables: positions resized, say, made of parameters alone.
+def _without_tables(chains: list[StreamChain], sums: FormalSums) -> list[StreamChain]:
+    """The streams that an input comes into; others are tables, made of parameters alone: positions resized, say.
 
     A graph without inputs makes all it has of parameters.
     """
     data = find_data(sums.nodes)
-    roots = [s for n, state in sums.states.items() if isinstance(state, Root) and (s := RootStates(sums, n)).terms]
-    return [s for s in roots if not data or s.root in data or any(sums.addend(t) in data for t in s.terms)]
+    values = [[v for p in c.parts for v in (p.root, *map(sums.addend, p.terms))] for c in chains]
+    return [c for c, written in zip(chains, values, strict=True) if not data or not data.isdisjoint(written)]
+
+
+def _roots(sums: FormalSums) -> list[Node]:
+    return [n for n, s in sums.states.items() if isinstance(s, Root)]

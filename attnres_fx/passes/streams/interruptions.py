@@ -79,7 +79,7 @@ def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain])
         chains: The nodes of each.
 
     Returns:
-        One for each stream that begins where another ends.
+        One for each stream that ends where another begins; several that are joined there share what is said of them.
     """
     if len(chains) < 2:
         return []
@@ -89,10 +89,11 @@ def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain])
         root = chain.parts[0].root
         found = (w for w in ways.get(root, ()) if w.stream != i and not w.begins_anew(root))
         beside = (w for w in found if streams[w.stream].nested_in == streams[i].nested_in)
-        way = next((w for w in beside if not _encloses(chains[w.stream], chain)), None)
-        if way is not None:
-            refusal = _refusal(way, streams[way.stream], streams[i])
-            interruptions.append(Interruption(way.stream, i, refusal, way.normed, way.first))
+        ended = sorted((w for w in beside if not _encloses(chains[w.stream], chain)), key=lambda w: w.stream)
+        for first in dict.fromkeys(w.first for w in ended):
+            joined = [w for w in ended if w.first is first]
+            refusal = _refusal(first, [streams[w.stream] for w in joined], streams[i])
+            interruptions += [Interruption(w.stream, i, refusal, w.normed, first) for w in joined]
     return interruptions
 
 
@@ -172,12 +173,13 @@ def _encloses(outer: StreamChain, inner: StreamChain) -> bool:
     return any(a is root or depends.at_all(a, root) for a in addends)
 
 
-def _refusal(way: _Way, before: Stream, after: Stream) -> Refusal:
+def _refusal(first: Node, before: Sequence[Stream], after: Stream) -> Refusal:
+    names = " and ".join(repr(s.name) for s in before)
     why = (
-        f"{before.name!r} ends here and {after.name!r} begins, because {_called(way.first)!r} is no sum, factor or "
-        f"view of rows: reads after it do not reach what was written before"
+        f"{names} {'end' if len(before) > 1 else 'ends'} here and {after.name!r} begins, because {_called(first)!r} is "
+        f"no sum, factor or view of rows: reads after it do not reach what was written before"
     )
-    return Refusal("interrupted", describe(way.first), why)
+    return Refusal("interrupted", describe(first), why)
 
 
 def refuse_prelude(first: Node, after: str) -> Refusal:

@@ -50,7 +50,7 @@ def find_nesting(streams: Sequence[Stream], chains: Sequence[StreamChain]) -> Ne
     """
     numbers = range(len(chains))
     inside = {(o, i): how for i in numbers for o in numbers if (how := _inside(chains[o], chains[i], streams[i]))}
-    around = _skips_around(chains, [pair for pair, how in inside.items() if how == "one sublayer"])
+    around = _skips_around(chains, streams, [pair for pair, how in inside.items() if how == "one sublayer"])
     nested: dict[int, int] = {}
     for outer, inner in inside:
         if outer not in around:
@@ -70,7 +70,9 @@ def nest_streams(streams: Sequence[Stream], nesting: Nesting) -> list[Stream]:
     ]
 
 
-def _skips_around(chains: Sequence[StreamChain], inside: list[tuple[int, int]]) -> dict[int, int]:
+def _skips_around(
+    chains: Sequence[StreamChain], streams: Sequence[Stream], inside: list[tuple[int, int]]
+) -> dict[int, int]:
     """The streams that do less than those in their sublayers, and are no deeper, each with the largest of them."""
     work = {i: chains[i].work() for pair in inside for i in pair}
     found: dict[int, int] = {}
@@ -78,7 +80,7 @@ def _skips_around(chains: Sequence[StreamChain], inside: list[tuple[int, int]]) 
         inner = [i for o, i in inside if o == outer]
         within = {node: count for i in inner for node, count in work[i].items()}
         own = sum(count for node, count in work[outer].items() if node not in within)
-        deep = [i for i in inner if chains[i].num_sublayers >= chains[outer].num_sublayers]
+        deep = [i for i in inner if streams[i].num_sublayers >= streams[outer].num_sublayers]
         if deep and own < sum(within.values()):
             found[outer] = max(deep, key=lambda i: sum(work[i].values()))
     return found

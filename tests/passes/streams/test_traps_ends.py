@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import attnres_fx as ax
 from attnres_fx.passes import analyze_
 from tests.support.stream_text import captured, tokens, toy
 
@@ -130,3 +131,22 @@ def test_a_stream_inside_a_sublayer_of_the_next_is_not_what_goes_on():
         return m.head(m.norm_f(d))
 
     assert interruptions(toy(program), (tokens(),), "export") == []
+
+
+def test_two_streams_that_are_joined_both_end_in_the_report():
+    """Text and image tokens in layers of their own, then layers over both: the single blocks behind double ones."""
+
+    def program(m, x):
+        a, b = m.embed(x), m.positions(x)
+        a = a + m.attn_1(m.norm_1(a))
+        b = b + m.attn_2(m.norm_2(b))
+        h = torch.cat([a, b], 1)
+        h = h + m.attn_3(m.norm_3(h))
+        h = h + m.mlp_3(m.norm_4(h))
+        return m.head(m.norm_f(h))
+
+    report = ax.inspect(toy(program), (tokens(),))
+    (refusal,) = report.refusals
+    assert refusal.kind == "interrupted"
+    first, second, joined = (s.name for s in report.streams)
+    assert f"{first!r} and {second!r} end here and {joined!r} begins, because 'cat'" in refusal.reason

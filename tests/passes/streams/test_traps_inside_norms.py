@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from attnres_fx.passes import analyze_
-from tests.support.stream_text import TWO_LAYERS, captured, check_trap, tokens, toy
+from tests.support.stream_text import SPELLINGS, TWO_LAYERS, captured, check_trap, tokens, toy
 
 
 def gain_first(x, gain, bias):
@@ -92,3 +93,26 @@ def test_a_factor_that_a_branch_reads_as_well_is_a_read_of_its_own():
           norm_f reads 2
     """
     check_trap(program, (tokens(),), expected)
+
+
+UNIT_LENGTH = {
+    "functional": lambda x: F.normalize(x, dim=-1),
+    "divided by its norm": lambda x: x / x.norm(dim=-1, keepdim=True),
+    "divided by a norm of linalg": lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12),
+}
+
+
+@pytest.mark.parametrize("norm", UNIT_LENGTH.values(), ids=UNIT_LENGTH.keys())
+def test_a_stream_that_is_brought_to_length_one_after_every_sum_is_one_post_norm_stream(norm):
+    """As nGPT has it: a step from the state towards what a layer makes of it, and back to the sphere."""
+
+    def program(m, x):
+        h = m.embed(x)
+        for layer in (m.attn_1, m.mlp_1, m.attn_2):
+            h = norm(h + m.carry * (norm(layer(h)) - h))
+        return m.head(h)
+
+    for spelling in SPELLINGS:
+        (stream,) = analyze_(captured(toy(program), (tokens(),), spelling)).streams
+        assert stream.post_norm, spelling
+        assert [r.position for r in stream.depth_reads] == [1, 2, 3], spelling

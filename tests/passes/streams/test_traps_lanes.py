@@ -95,6 +95,24 @@ def test_what_stands_inside_the_sublayers_is_not_main(program):
     assert {s.nested_in for s in streams.streams if s is not main} == {main.name}
 
 
+def test_a_sum_of_all_sublayers_that_is_read_once_does_not_hide_the_post_norm_stream_beside_it():
+    """ResiDual: what a layer writes is added to the normed stream, and to a sum that only the last norm reads."""
+
+    def program(m, x):
+        h = both = m.embed(x)
+        for i in range(LAYERS):
+            written = m.mixes[i](h)
+            h, both = m.norms[i](h + written), both + written
+        return m.head(h + m.norms[-1](both))
+
+    for spelling in ("symbolic", "export", "dynamo"):
+        streams = analyze_(captured(Net(program).eval(), (torch.randn(2, 5, 4),), spelling))
+        (main,) = streams.select("main")
+        assert main.post_norm, spelling
+        assert [r.name for r in main.depth_reads] == ["norms.1", "norms.2"], spelling
+        assert [s.around for s in streams.streams] == [main.name, None], spelling
+
+
 def reversible(m, x):
     left, right = m.embed(x), m.embed(x.flip(-1))
     for i in range(LAYERS):
