@@ -9,6 +9,7 @@ from attnres_fx.passes import analyze_
 from tests.support.stream_text import (
     TWO_LAYERS,
     VARIANTS,
+    captured,
     check_trap,
     dynamo_graph,
     found_text,
@@ -132,3 +133,18 @@ def test_a_region_that_cannot_be_inlined_is_named_in_the_report():
         return m.head(m.norm_f(h))
 
     assert "cond" in str(ax.inspect(toy(program), (tokens(),)))
+
+
+def test_a_cast_that_changes_nothing_inside_an_exported_vmap_is_followed():
+    """As masks are made: a function of two positions, over all of them."""
+
+    def program(m, x):
+        at = torch.arange(x.shape[1])
+        visible = torch.vmap(lambda i: (i >= 0).to(i.device) & (at <= i).to(i.device))(at)
+        h = m.embed(x)
+        h += visible.float() @ m.attn_1(m.norm_1(h))  # what is written to is looked for in the whole graph
+        h = h + m.mlp_1(m.norm_2(h))
+        return m.head(m.norm_f(h))
+
+    (stream,) = analyze_(captured(toy(program), (tokens(),), "export")).streams
+    assert [r.position for r in stream.depth_reads] == [1, 2]
