@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from attnres_fx.passes.graph.nodes import tensor_of
 from attnres_fx.passes.graph.operations import asks_only_metadata
+from attnres_fx.passes.graph.row_maps import match_row_maps
 
 
 def is_weight(node: Node) -> bool:
@@ -15,6 +16,13 @@ def is_weight(node: Node) -> bool:
     A tracer that hands them in as inputs shows parameters alone.
     """
     return node.op == "get_attr" or (node.op == "placeholder" and isinstance(tensor_of(node), nn.Parameter))
+
+
+def is_form_of_weight(node: Node) -> bool:
+    """Whether a node is a parameter or a buffer, a cast or view of one, or one times a number."""
+    while len(node.all_input_nodes) == 1 and (maps := match_row_maps(node)):
+        node = maps[0].state
+    return is_weight(node)
 
 
 def find_data(nodes: Iterable[Node]) -> set[Node]:

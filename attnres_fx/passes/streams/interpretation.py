@@ -15,6 +15,7 @@ from attnres_fx.passes.graph.operations import asks_only_metadata
 from attnres_fx.passes.graph.row_maps import RowMap, adds_rows, match_row_maps
 from attnres_fx.passes.normalize.dead_code import find_live
 from attnres_fx.passes.streams.centring import centres
+from attnres_fx.passes.streams.data import is_form_of_weight
 from attnres_fx.passes.streams.dependence import Dependence
 from attnres_fx.passes.streams.feature_dimensions import FeatureDimensions
 from attnres_fx.passes.streams.formal_sum import Extended, FormalSums, Mapped, Merged, Root
@@ -243,9 +244,13 @@ class _Interpreter:
             return False
         if (node, a.right) in self.beside:
             return False
-        path = [a.left]
+        path, shifts = [a.left], []
         while not self.depends.is_branch(a.right, path[-1]):
+            shift = self._shift_of(path[-1])
             below = [m.state for m in self._maps_of(path[-1]) if self._may_start_below(m)]
+            if shift is not None:
+                shifts.append((path[-1], shift))
+                below = [shift.left]
             if not below:
                 return False
             path.append(below[0])
@@ -254,10 +259,21 @@ class _Interpreter:
             return False
         self.sums.states.setdefault(root, Root(root))
         self.sums.root.setdefault(root, root)
+        for shifted, shift in reversed(shifts):
+            if self._state_of(shift.left) is not None:
+                self._extend(shifted, shift, root)
         if self._state_of(a.left) is None:
             return False
         self._extend(node, a, self.sums.root[root])
         return True
+
+    def _shift_of(self, node: Node) -> Addition | None:
+        """An addition of a parameter to a value, as a carry that is scaled and shifted has it: `(x + b) * s + f(x)`."""
+        addition = self.additions.get(node)
+        if addition is None or node in self.sums.states:
+            return None
+        ways = (addition, addition.swapped)
+        return next((w for w in ways if is_form_of_weight(w.right) and same_shape(w.left, node)), None)
 
     def _may_start_below(self, row_map: RowMap) -> bool:
         return not any(self.depends.at_all(o, row_map.state) or o is row_map.state for o in row_map.others)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import attnres_fx as ax
-from tests.support.stream_text import TWO_LAYERS, check_trap, found_text, tokens, toy
+from tests.support.stream_text import TWO_LAYERS, check_preserved, check_trap, found_text, tokens, toy
 
 # --- factors, casts, views and slices ----------------------------------------------------------------
 FACTORS = {
@@ -268,3 +268,26 @@ def test_a_gather_that_takes_each_feature_from_another_row_is_a_read():
 
     texts = found_text(toy(program), (tokens(),), "symbolic").splitlines()
     assert [t.split(" from ")[1] for t in texts if t.startswith("stream")] == ["embed", "gather"]
+
+
+# --- scaled and shifted ------------------------------------------------------------------------------
+SHIFTED = {
+    "shifted, then scaled": lambda m, h: (h + m.norm_3.bias) * m.carry,
+    "in double": lambda m, h: ((h.double() + m.norm_3.bias.double()) * m.carry).to(h.dtype),
+    "scaled, then shifted": lambda m, h: m.carry * h + m.norm_3.bias,
+    "shifted on the left": lambda m, h: m.norm_3.bias + h,
+}
+
+
+@pytest.mark.parametrize("carried", SHIFTED.values(), ids=SHIFTED.keys())
+def test_a_carry_that_is_scaled_and_shifted_by_parameters_begins_a_stream(carried):
+    def program(m, x):
+        h = m.embed(x)
+        h = m.attn_1(m.norm_1(h)) + carried(m, h)
+        h = m.mlp_1(m.norm_2(h)) + carried(m, h)
+        return m.head(m.norm_f(h))
+
+    (stream,) = ax.inspect(toy(program), (tokens(),)).streams
+    assert [(r.name, r.position) for r in stream.depth_reads] == [("norm_2", 1), ("norm_f", 2)]
+    model = toy(program)
+    check_preserved(model, ax.convert(model, (tokens(),), config=ax.AttnResConfig(variant="full")), (tokens(),))
