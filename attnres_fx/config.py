@@ -1,10 +1,11 @@
-"""`AttnResConfig`: what a conversion does, as one frozen value."""
+"""What a conversion does, as one frozen value: `AttnResConfig`, and what every such value says of itself."""
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from attnres_fx.errors import ConfigError
 
@@ -12,9 +13,79 @@ Variant = Literal["full", "block", "local"]
 Output = Literal["sum", "mean"]
 
 
+#: Under what files and states name the class of a config.
+CONFIG_CLASS = "topology"
+
+
+class RewriteConfig:
+    """What residual streams become: the base of `AttnResConfig` and of the configs of other topologies.
+
+    A subclass is a frozen dataclass. It is known by its name, in files and in states.
+
+    Attributes:
+        streams: Which streams are rewritten.
+        of_function: The names of the options that decide what the same parameters compute, blocks and streams aside.
+        always_shown: The names of the options that are shown also where they are the defaults.
+    """
+
+    streams: str | Sequence[str]
+    of_function: ClassVar[tuple[str, ...]] = ()
+    always_shown: ClassVar[tuple[str, ...]] = ()
+    #: How the parameters are that a conversion starts with.
+    at_start: ClassVar[str] = "as converted"
+    _kinds: ClassVar[dict[str, type["RewriteConfig"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        RewriteConfig._kinds[cls.__name__] = cls
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether a fresh conversion computes what the original computed."""
+        return True
+
+    @property
+    def does(self) -> str:
+        """What becomes of the streams, after "2 streams"."""
+        return f"rewritten with {type(self).__name__}"
+
+    @property
+    def summary(self) -> str:
+        """The options that matter most, in a few words."""
+        return ", ".join(f"{name} {getattr(self, name)}" for name in self.always_shown)
+
+    def to_data(self) -> dict[str, Any]:
+        """The options by name, and the class where it is not `AttnResConfig`."""
+        assert dataclasses.is_dataclass(self)
+        kind = {} if type(self) is AttnResConfig else {CONFIG_CLASS: type(self).__name__}
+        return {**kind, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def class_in(data: Mapping[str, Any]) -> type["RewriteConfig"]:
+        """The class of what `to_data` returned.
+
+        Args:
+            data: The options, and others perhaps.
+
+        Raises:
+            ConfigError: It is not known here.
+        """
+        kind = data.get(CONFIG_CLASS, "AttnResConfig")
+        if kind not in RewriteConfig._kinds:
+            raise ConfigError(
+                f"the config is a {kind!r:.80}, and this process knows {', '.join(sorted(RewriteConfig._kinds))}: "
+                f"import the topology that it belongs to first."
+            )
+        return RewriteConfig._kinds[kind]
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """A config of this class from what `to_data` returned, a list in place of a tuple where JSON made one."""
+        return cls(**{name: value for name, value in data.items() if name != CONFIG_CLASS})
+
+
 @dataclass(frozen=True, kw_only=True)
-class AttnResConfig:
-    """How residual streams are rewritten, as one frozen value.
+class AttnResConfig(RewriteConfig):
+    """How residual streams are read by attention over depth, as one frozen value.
 
     Args:
         variant: which sources a read sees. `"full"`: the root and every sublayer output; `"block"`: the root, the sums
@@ -43,6 +114,20 @@ class AttnResConfig:
     eps: float = 1e-6
     streams: str | Sequence[str] = "main"
 
+    of_function: ClassVar[tuple[str, ...]] = ("variant", "output", "eps")
+    always_shown: ClassVar[tuple[str, ...]] = ("variant", "output")
+    at_start: ClassVar[str] = "at zero queries"
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether a fresh conversion computes what the original computed: with output `"sum"`."""
+        return self.output == "sum"
+
+    @property
+    def does(self) -> str:
+        """What becomes of the streams, after "2 streams"."""
+        return "read by attention over depth"
+
     def __post_init__(self) -> None:
         _require_one_of("variant", self.variant, get_args(Variant))
         _require_one_of("output", self.output, get_args(Output))
@@ -63,7 +148,7 @@ class AttnResConfig:
         if not isinstance(self.eps, int | float) or isinstance(self.eps, bool) or not 0 <= self.eps < math.inf:
             raise ConfigError(f"AttnResConfig.eps must be a finite number that is not negative; it is {self.eps!r}.")
         object.__setattr__(self, "eps", float(self.eps))
-        object.__setattr__(self, "streams", _checked_streams(self.streams))
+        object.__setattr__(self, "streams", checked_streams("AttnResConfig", self.streams))
 
 
 def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -78,14 +163,23 @@ def _require_positive_int(name: str, value: object) -> None:
         raise ConfigError(f"AttnResConfig.{name} must be a whole number of at least 1; it is {value!r}.")
 
 
-def _checked_streams(streams: object) -> str | tuple[str, ...]:
+def checked_streams(kind: str, streams: object) -> str | tuple[str, ...]:
+    """The option `streams` of a config, names in a tuple.
+
+    Args:
+        kind: The class of the config, for the error.
+        streams: What was given.
+
+    Raises:
+        ConfigError: It is neither a text nor a list of names.
+    """
     if isinstance(streams, str):
         return streams
     if isinstance(streams, set | frozenset):  # the order of a set is not the same in every process
         streams = sorted(streams, key=str)
     names = tuple(streams) if isinstance(streams, list | tuple) else ()
     if not names or not all(isinstance(n, str) for n in names):
-        raise ConfigError(f"AttnResConfig.streams must be 'main', 'all' or stream names; it is {streams!r}.")
+        raise ConfigError(f"{kind}.streams must be 'main', 'all' or stream names; it is {streams!r}.")
     return names
 
 

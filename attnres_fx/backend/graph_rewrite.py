@@ -13,7 +13,7 @@ from attnres_fx.backend.matching import MatchedReads, match_reads
 from attnres_fx.backend.mismatch import no_marker_message
 from attnres_fx.errors import BackendError
 from attnres_fx.ops.marker import PARAMETERS
-from attnres_fx.passes import Lowering, find_streams, insert_depth_attention_pass, lower_, normalize_, run_pass
+from attnres_fx.passes import Lowering, find_streams, lower_, normalize_, run_pass, topology_of
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.module_paths import name_modules_
 from attnres_fx.passes.graph.nodes import nodes_with_bodies, tensor_of
@@ -54,12 +54,12 @@ def rewrite_graph(gm: GraphModule, inner: str, lowering: Lowering) -> GraphModul
     matched = match_reads(copied, streams, handed)
     _check_placement(copied, matched)
     result = run_pass(
-        insert_depth_attention_pass,
+        topology_of(handed.config).insert,
         copied,
         streams=streams,
         plan=matched.plan,
-        eps=handed.config.eps,
-        fetch=lambda read, like: matched.weights[read.read],
+        config=handed.config,
+        fetch=lambda read, like, name: matched.weights[read.read].get(name),
     )
     lowered = lower_(copied, lowering, training=torch.is_grad_enabled())
     copied.recompile()
@@ -94,7 +94,7 @@ def _check_placement(gm: GraphModule, matched: MatchedReads) -> None:
     """Queries must be where the sources are, in their dtype or in float32."""
     nodes = {n.name: n for n in gm.graph.nodes}
     for read in matched.plan.reads:
-        source, query = tensor_of(nodes[read.site]), tensor_of(matched.weights[read.read].query)
+        source, query = tensor_of(nodes[read.site]), tensor_of(next(iter(matched.weights[read.read].values())))
         assert source is not None and query is not None
         if source.device != query.device:
             raise BackendError(

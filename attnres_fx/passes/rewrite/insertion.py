@@ -56,14 +56,26 @@ def insert_read(
     mixed = node
     if read.dimension != LAST:
         mixed = turn_rows(site.graph, node, -1, read.dimension, like=site)
-        turned = tensor_of(mixed)
-        assert turned is not None
-        out = turned
+    return moved_by_gate(read, site, mixed, parameters.gate), node
+
+
+def moved_by_gate(read: DepthReadPlan, site: Node, mixed: Node, gate: Node | None) -> Node:
+    """What takes the place of a state on a post-norm stream: `r + g * (mixed - r)`, exactly r while the gate is zero.
+
+    Args:
+        read: What was planned; without a gate the result is `mixed`.
+        site: The node whose value is r.
+        mixed: What was read.
+        gate: The node of the gate, [].
+
+    Raises:
+        RewriteError: The read is gated and has no gate.
+    """
     if not read.gated:
-        return mixed, node
-    if parameters.gate is None:
+        return mixed
+    if gate is None:
         raise RewriteError(f"the read {read.read!r} is on a post-norm stream and needs a gate.")
-    # r + g * (read - r): exactly r while the gate is zero.
+    out = tensor_of(mixed)
     difference = emit(site.graph, "sub", (mixed, site), like=site, value=out)
-    scaled = emit(site.graph, "mul", (difference, parameters.gate), like=site, value=out)
-    return emit(site.graph, "add", (site, scaled), like=site, value=out), node
+    scaled = emit(site.graph, "mul", (difference, gate), like=site, value=out)
+    return emit(site.graph, "add", (site, scaled), like=site, value=out)

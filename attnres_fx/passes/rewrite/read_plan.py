@@ -38,10 +38,13 @@ class DepthReadPlan:
         gain: What the mixture is multiplied by: S for output `"sum"`, 1 for `"mean"` (arXiv 2603.15031, section 3).
         gated: Whether it moves a post-norm state through a gate. Where its sources add up to the state it needs none:
             there neither gate nor query would get a gradient from a fresh start.
-        width: D, the elements of its query and of its key gain.
+        width: D, the size of the dimension that holds the features.
+        num_parameters: Elements of all that is added for it.
         summary: What the next block receives, where the read stands at the end of a block of `local`.
         makes_summary: Whether the next block receives this read; of several at one end, only the first makes it.
         dimension: Which dimension of the site holds the features; -1 for the last.
+        writes: Whether what is added for it also writes the output of the sublayer before it, as the first read behind
+            each sublayer does with hyper-connections.
     """
 
     stream: str
@@ -56,9 +59,11 @@ class DepthReadPlan:
     gain: float
     gated: bool
     width: int
+    num_parameters: int
     summary: Source | None = None
     makes_summary: bool = False
     dimension: int = -1
+    writes: bool = False
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -74,11 +79,6 @@ class DepthReadPlan:
     def extra_groups(self) -> tuple[str, ...]:
         """The labels of the sources outside the chain."""
         return tuple(map(_extra_label, self.extras))
-
-    @property
-    def num_parameters(self) -> int:
-        """Elements of query, key gain and gate."""
-        return 2 * self.width + self.gated
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class StreamPlan:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all queries, key gains and gates of the stream."""
+        """Elements of all that is added for the stream."""
         return sum(read.num_parameters for read in self.reads)
 
 
@@ -194,6 +194,17 @@ def _plan(
         )
         for s in selected
     )
+    return in_execution_order(streams, selected, plans)
+
+
+def in_execution_order(streams: StreamSet, selected: Sequence[Stream], plans: tuple[StreamPlan, ...]) -> ReadPlan:
+    """The plan of a graph from those of its streams.
+
+    Args:
+        streams: All streams of the graph.
+        selected: Those that are rewritten.
+        plans: One for each of them, with a read for each of its depth reads.
+    """
     order = {node.name: i for i, node in enumerate(streams.sums.nodes)}
     # By the site that analysis gives: a read at a block's end stands at its state, and counts where it stood before.
     sites = [(order[read.site], plan) for s, p in zip(selected, plans, strict=True) for read, plan in _paired(s, p)]
@@ -211,7 +222,7 @@ def _plan_stream(stream: Stream, schedule: DepthSchedule, output: Output, sums: 
     makers = _summary_makers(stream, reads, sums)
     reads = [replace(read, makes_summary=i in makers) for i, read in enumerate(reads)]
     return StreamPlan(
-        stream, schedule, tuple(reads), _plan_terms(stream, schedule), _unread_ends(stream, schedule, reads)
+        stream, schedule, tuple(reads), plan_terms(stream, schedule), _unread_ends(stream, schedule, reads)
     )
 
 
@@ -235,6 +246,7 @@ def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Outp
         gain=float(len(seen) + len(read.extras)) if summed and not gated else 1.0,
         gated=gated,
         width=stream.width,
+        num_parameters=2 * stream.width + gated,
         summary=summary,
     )
 
@@ -273,7 +285,7 @@ def _summary_makers(stream: Stream, reads: Sequence[DepthReadPlan], sums: Formal
     return makers
 
 
-def _plan_terms(stream: Stream, schedule: DepthSchedule) -> tuple[TermPlan, ...]:
+def plan_terms(stream: Stream, schedule: DepthSchedule) -> tuple[TermPlan, ...]:
     terms = [
         TermPlan(t.written_by, None if t.sublayer is None else schedule.group_of(t.sublayer)) for t in stream.terms
     ]

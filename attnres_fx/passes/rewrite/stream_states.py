@@ -90,6 +90,10 @@ class StreamStates:
             return nodes
         return [self.builder.apply(RowsLast(read.dimension, site), node) for node in nodes]
 
+    def behind(self, site: Node) -> Node:
+        """The node before which what is read at a state is inserted."""
+        return site.next
+
     def consumed(self, read: DepthReadPlan) -> list[tuple[Node, Node]]:
         """The consumers of a read, each with what it takes of the state: the state itself, or a row map of it."""
         state, sums = self._by_name[read.state], self._sums
