@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from attnres_fx.config import RewriteConfig
+from attnres_fx.config import AttnResConfig, RewriteConfig
 from attnres_fx.errors import ConfigError
 from attnres_fx.shown import brief
 from attnres_fx.state_config import MadeFor, StreamBlocks, shown_config
@@ -70,19 +70,23 @@ class DepthRead(StreamRead):
 
     Args:
         name: Of the read.
-        width: D, the elements of the query and of the key gain.
+        width: D, the elements of the stream's rows.
         gated: Whether the read has a gate.
-        dtype: Of all three; by default torch's default dtype.
+        config: Which parameters it has; None for a query and a key gain.
+        num_sources: S, of a read with a bias.
+        dtype: Of all of them; by default torch's default dtype.
         device: Where they are; by default torch's default device.
 
     Attributes:
         name: Of the read.
-        query: [D], zero at first.
-        key_weight: [D], one at first.
+        width: D.
+        query: [D], of `query="input"` [D, D], zero at first; None with static weights.
+        key_weight: [D], one at first; None with static weights.
         gate: A scalar, zero at first, on reads of a post-norm stream in mode `"sum"`; None on others.
+        bias: [S], zero at first, with `source_bias` or static weights; None on others.
     """
 
-    tensor_names = ("query", "key_weight", "gate")
+    tensor_names = ("query", "key_weight", "gate", "bias")
 
     def __init__(
         self,
@@ -90,22 +94,36 @@ class DepthRead(StreamRead):
         width: int,
         *,
         gated: bool = False,
+        config: AttnResConfig | None = None,
+        num_sources: int = 0,
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
         super().__init__(name, width)
-        self.query = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
-        self.key_weight = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
-        self.gate = nn.Parameter(torch.empty((), dtype=dtype, device=device)) if gated else None
+        config = config or AttnResConfig()
+
+        def held(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+        query = (width, width) if config.query == "input" else (width,)
+        self.query = held(*query) if config.has_queries else None
+        self.key_weight = held(width) if config.has_queries else None
+        self.gate = held() if gated else None
+        self.bias = held(num_sources) if config.has_biases else None
         self.start_()
 
     def initial(self, name: str) -> torch.Tensor:
-        """Zero for the query and the gate, one for the key gain: see `StreamRead.initial`."""
+        """One for the key gain, zero for all else: see `StreamRead.initial`."""
         held: torch.Tensor = getattr(self, name)
         return torch.ones_like(held) if name == "key_weight" else torch.zeros_like(held)
 
+    def described(self) -> list[Any]:
+        """See `StreamRead.described`; of a read with a bias, how many sources it is for follows."""
+        return [*super().described(), *([] if self.bias is None else [len(self.bias)])]
+
     def extra_repr(self) -> str:
-        return f"{self.name!r}, width={self.width}" + (", gated" if self.gate is not None else "")
+        kinds = [", gated" if self.gate is not None else "", ", biased" if self.bias is not None else ""]
+        return f"{self.name!r}, width={self.width}" + "".join(kinds)
 
 
 class DepthReads(nn.Module):
@@ -245,7 +263,8 @@ class AttnResParameters(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self.config, name)!r}" for name in self.config.always_shown)
+        shown = (*self.config.always_shown, *self.config.form)
+        return ", ".join(f"{name}={getattr(self.config, name)!r}" for name in shown)
 
 
 def _version(tensor: torch.Tensor) -> tuple[int, int]:

@@ -59,7 +59,7 @@ class MadeFor:
         """
         if type(self.config) is not type(other.config):
             return ["the class of the config"]
-        differ = [n for n in self.config.of_function if getattr(self.config, n) != getattr(other.config, n)]
+        differ = differing_options(self.config, other.config)
         asked = [n for n in _OF_BLOCKS if getattr(self.config, n, None) != getattr(other.config, n, None)]
         pairs = self._pairs(other)
         if not pairs:
@@ -73,7 +73,7 @@ class MadeFor:
         mine, theirs = self.config, other.config
         if not isinstance(mine, AttnResConfig) or not isinstance(theirs, AttnResConfig):
             return not self.differences(other)
-        if mine.output != theirs.output or mine.eps != theirs.eps:
+        if any(n != "variant" for n in differing_options(mine, theirs)):
             return False
         names = {b.stream for b in self.blocks}
         if not names or names != {b.stream for b in other.blocks}:
@@ -136,6 +136,11 @@ def attention_config(config: RewriteConfig, what: str) -> AttnResConfig:
             f"{what} is there for attention over depth, and this is {shown_config(config)}: give an AttnResConfig."
         )
     return config
+
+
+def differing_options(config: RewriteConfig, other: RewriteConfig) -> list[str]:
+    """The options, but for those of blocks and streams, in which two configs of one class differ."""
+    return [n for n in config.of_function if getattr(config, n) != getattr(other, n)]
 
 
 def shown_config(config: RewriteConfig) -> str:

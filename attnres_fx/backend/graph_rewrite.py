@@ -91,11 +91,18 @@ def _copied(gm: GraphModule) -> GraphModule:
 
 
 def _check_placement(gm: GraphModule, matched: MatchedReads) -> None:
-    """Queries must be where the sources are, in their dtype or in float32."""
+    """Queries must be where the sources are, in their dtype or in float32, and a bias has a number for each source."""
     nodes = {n.name: n for n in gm.graph.nodes}
     for read in matched.plan.reads:
-        source, query = tensor_of(nodes[read.site]), tensor_of(next(iter(matched.weights[read.read].values())))
+        weights = matched.weights[read.read]
+        source, query = tensor_of(nodes[read.site]), tensor_of(next(iter(weights.values())))
+        bias = tensor_of(weights["bias"]) if "bias" in weights else None
         assert source is not None and query is not None
+        if bias is not None and bias.shape != (read.num_sources,):
+            raise BackendError(
+                f"the read {read.read} of {read.stream} has {read.num_sources} sources here and a bias for "
+                f"{bias.numel()}: attach the part of the model that runs by itself, or leave source_bias out."
+            )
         if source.device != query.device:
             raise BackendError(
                 f"the read {read.read} of {read.stream} is on {source.device} and its query on {query.device}: move "

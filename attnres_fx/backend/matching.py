@@ -63,7 +63,8 @@ def _plan(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> ReadPlan:
     except ScheduleError:  # a part of the model has fewer sublayers; what its reads are does not depend on blocks
         if not isinstance(handed.config, AttnResConfig):
             raise
-        return plan(streams, selected, AttnResConfig(variant="full", output=handed.config.output))
+        plain = replace(handed.config, variant="full", num_blocks=None, block_size=None, boundaries=None)
+        return plan(streams, selected, plain)
 
 
 def _under_attached_streams(actual: dict[ReadKey, str], attached: Sequence[ReadKey]) -> dict[ReadKey, str]:

@@ -210,8 +210,9 @@ def _parsed(described: dict[str, Any]) -> tuple[RewriteConfig, _Folder]:
         raise SaveError(f"it has format {described.get('format')!r:.40}; this version reads {FORMAT}")
     kind = RewriteConfig.class_in(described)
     assert dataclasses.is_dataclass(kind)
-    options = {*(f.name for f in dataclasses.fields(kind)), *({CONFIG_CLASS} & set(described))}
-    config = from_plain(RewriteConfig, {n: described.get(n) for n in options}, CONFIG_FILE, error=SaveError)
+    options = {*(f.name for f in dataclasses.fields(kind)), CONFIG_CLASS}
+    given = {n: v for n, v in described.items() if n in options}  # what older folders lack has its default
+    config = from_plain(RewriteConfig, given, CONFIG_FILE, error=SaveError)
     rest = {n: v for n, v in described.items() if n not in options}
     return config, from_plain(_Folder, rest, CONFIG_FILE, error=SaveError)
 

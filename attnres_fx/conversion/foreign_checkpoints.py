@@ -41,7 +41,7 @@ def load_foreign_(
     Raises:
         SaveError: It does not fit the model, or is damaged.
     """
-    attention_config(attnres.config, f"style {style.name!r}")
+    _require_plain_form(attention_config(attnres.config, f"style {style.name!r}"), style)
     config = style.config(settings, attnres.config.streams)
     reads = list(attnres.reads)
 
@@ -59,8 +59,18 @@ def load_foreign_(
         reconfigure_(owner, attnres, config)
     with torch.no_grad():
         for read, (query, gain) in zip(reads, pairs, strict=True):
-            read.query.copy_(query)
-            read.key_weight.copy_(gain)
+            for own, loaded in ((read.query, query), (read.key_weight, gain)):
+                assert own is not None
+                own.copy_(loaded)
+
+
+def _require_plain_form(config: AttnResConfig, style: CheckpointStyle) -> None:
+    """Raise SaveError for reads in a form that the checkpoints of a style do not have."""
+    if config.form:
+        raise SaveError(
+            f"the reads of style {style.name!r} are plain ones, and the model has {shown_config(config)}: convert or "
+            f"attach the original without {config.form[0]}"
+        )
 
 
 def _require_plain_read(read: DepthRead, place: int, count: int) -> None:
@@ -98,6 +108,7 @@ def export_foreign(owner: nn.Module, attnres: AttnResParameters, folder: Path, s
             f"{style.name!r} are means. Their norms have an eps, so the same tensors would compute another function: "
             f"convert or attach with output='mean', and train that."
         )
+    _require_plain_form(config, style)
     if config.variant == "local":
         raise SaveError(f"style {style.name!r} has no {shown_config(config)}: it knows blocks whose sums stay sources.")
     if len(reads) % 2 or not reads:

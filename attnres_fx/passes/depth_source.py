@@ -43,6 +43,28 @@ class Source:
 ROOT = Source("root")
 
 
+@dataclass(frozen=True)
+class Window:
+    """The newest sources, beyond which a read does not look.
+
+    Args:
+        size: How many.
+        keeps_root: Whether the root is seen beside them.
+    """
+
+    size: int
+    keeps_root: bool = True
+
+    def seen(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        """What is left of sources that stand oldest first, the root before all others."""
+        newest = sources[-self.size :]
+        return (ROOT, *newest) if self.keeps_root and ROOT not in newest else newest
+
+    def count(self, num_sources: int) -> int:
+        """`len(seen(sources))` of so many sources."""
+        return min(num_sources, self.size + self.keeps_root)
+
+
 class SourceSpan(NamedTuple):
     """A source that crosses the cuts before the sublayers `maker` + 1 to `last`, and no others.
 

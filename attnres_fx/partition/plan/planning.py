@@ -27,6 +27,7 @@ from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest
 from attnres_fx.partition.planner.search import find_partition
 from attnres_fx.partition.split.chained_model import ChainedGraph
 from attnres_fx.partition.split.split_chain import refuse_empty_stages, split_chain
+from attnres_fx.passes.schedule import window_of
 from attnres_fx.state_config import attention_config, shown_config
 
 
@@ -111,6 +112,7 @@ def plan(
         pipeline_schedule=options.schedule,
         device=device,
         variant=config.variant,
+        window=window_of(config),
         block_layouts=None if free else {s.name: layouts[s.name] for s in costs.streams},
         num_blocks=_counts(num_blocks, config) if free else None,
         starts=pinned_starts,

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import RewriteError
-from attnres_fx.ops.operator import DEPTH_ATTENTION
+from attnres_fx.ops.general import READ_OPERATORS
 from attnres_fx.parameters import DepthRead
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.rewrite.execution import Replacement, execute_plan
@@ -39,8 +39,8 @@ def insert_depth_attention_pass(
         gm: The graph.
         streams: The streams of this graph.
         plan: What becomes of them, planned on this graph.
-        config: Its `eps` is added to the mean square of a source.
-        fetch: Inserts a parameter of a read: `"query"`, `"key_weight"` or `"gate"`.
+        config: eps, and the form of the reads.
+        fetch: Inserts a parameter of a read: `"query"`, `"key_weight"`, `"gate"` or `"bias"`.
 
     Returns:
         A `Replacement` for each read, and the names of the nodes that were removed.
@@ -50,23 +50,25 @@ def insert_depth_attention_pass(
     """
 
     def put(read: DepthReadPlan, site: Node, sources: list[Node]) -> tuple[Node, Node]:
-        query, key_weight = fetch(read, site, "query"), fetch(read, site, "key_weight")
-        if query is None or key_weight is None:
+        query, key_weight = (fetch(read, site, n) if config.has_queries else None for n in ("query", "key_weight"))
+        gate, bias = fetch(read, site, "gate"), fetch(read, site, "bias") if config.has_biases else None
+        if config.has_queries and (query is None or key_weight is None):
             raise RewriteError(f"the read {read.read!r} of {read.stream!r} has no query, or no key gain.")
-        return insert_read(
-            read, site, sources, ReadParameters(query, key_weight, fetch(read, site, "gate")), config.eps
-        )
+        if config.has_biases and bias is None:
+            raise RewriteError(f"the read {read.read!r} of {read.stream!r} has no bias.")
+        return insert_read(read, site, sources, ReadParameters(query, key_weight, gate, bias), config)
 
     return execute_plan(gm, streams, plan, put=put)
 
 
 def _make_read(read: DepthReadPlan, config: AttnResConfig, **where: Any) -> DepthRead:
-    return DepthRead(read.read, read.width, gated=read.gated, **where)
+    return DepthRead(read.read, read.width, gated=read.gated, config=config, num_sources=read.num_sources, **where)
 
 
 def _described_read(described: Any, config: AttnResConfig) -> DepthRead:
-    name, width, gated = checked_entries(described, str, int, bool)
-    return DepthRead(name, width, gated=gated, device="meta")
+    kinds = (str, int, bool, int) if config.has_biases else (str, int, bool)
+    name, width, gated, *sources = checked_entries(described, *kinds)
+    return DepthRead(name, width, gated=gated, config=config, num_sources=sum(sources), device="meta")
 
 
 register_topology(
@@ -76,7 +78,7 @@ register_topology(
         make_read=_make_read,
         described_read=_described_read,
         insert=insert_depth_attention_pass,
-        operators=frozenset({DEPTH_ATTENTION}),
+        operators=frozenset(READ_OPERATORS),
     )
 )
 

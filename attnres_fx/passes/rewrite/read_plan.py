@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
-from attnres_fx.config import AttnResConfig, Output
+from attnres_fx.config import AttnResConfig
+from attnres_fx.errors import ConfigError
 from attnres_fx.passes.depth_source import ROOT, Source
 from attnres_fx.passes.graph.result import defects_named
 from attnres_fx.passes.schedule import DepthSchedule, plan_schedule
@@ -35,7 +36,8 @@ class DepthReadPlan:
         seen: Its sources in the chain, oldest first.
         extras: Terms outside the chain that it sees as well, by the addition that writes each.
         block: Index of the block it belongs to.
-        gain: What the mixture is multiplied by: S for output `"sum"`, 1 for `"mean"` (arXiv 2603.15031, section 3).
+        gain: What the mixture is multiplied by. For output `"sum"` S, and 2 where a source's weight is a sigmoid, which
+            starts at a half; 1 for `"mean"` (arXiv 2603.15031, section 3).
         gated: Whether it moves a post-norm state through a gate. Where its sources add up to the state it needs none:
             there neither gate nor query would get a gradient from a fresh start.
         width: D, the size of the dimension that holds the features.
@@ -64,6 +66,11 @@ class DepthReadPlan:
     makes_summary: bool = False
     dimension: int = -1
     writes: bool = False
+
+    @property
+    def num_sources(self) -> int:
+        """S."""
+        return len(self.seen) + len(self.extras)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -189,9 +196,7 @@ def _plan(
     streams: StreamSet, selected: tuple[Stream, ...], config: AttnResConfig, block_layouts: Mapping[str, DepthSchedule]
 ) -> ReadPlan:
     plans = tuple(
-        _plan_stream(
-            s, block_layouts.get(s.name) or plan_schedule(s.num_sublayers, config), config.output, streams.sums
-        )
+        _plan_stream(s, block_layouts.get(s.name) or plan_schedule(s.num_sublayers, config), config, streams.sums)
         for s in selected
     )
     return in_execution_order(streams, selected, plans)
@@ -215,8 +220,13 @@ def _paired(stream: Stream, plan: StreamPlan) -> list[tuple[Read, DepthReadPlan]
     return list(zip(stream.depth_reads, plan.reads, strict=True))
 
 
-def _plan_stream(stream: Stream, schedule: DepthSchedule, output: Output, sums: FormalSums) -> StreamPlan:
-    reads = [_plan_read(stream, read, schedule, output) for read in stream.depth_reads]
+def _plan_stream(stream: Stream, schedule: DepthSchedule, config: AttnResConfig, sums: FormalSums) -> StreamPlan:
+    if stream.depth_reads and stream.width % config.heads:
+        raise ConfigError(
+            f"heads={config.heads} does not divide the width {stream.width} of the stream {stream.name!r}: choose a "
+            f"number of heads that does."
+        )
+    reads = [_plan_read(stream, read, schedule, config) for read in stream.depth_reads]
     by_name = {node.name: node for node in sums.nodes}
     reads = [replace(r, dimension=sums.features.dimension(by_name[r.site])) for r in reads]
     makers = _summary_makers(stream, reads, sums)
@@ -226,11 +236,13 @@ def _plan_stream(stream: Stream, schedule: DepthSchedule, output: Output, sums: 
     )
 
 
-def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Output) -> DepthReadPlan:
+def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, config: AttnResConfig) -> DepthReadPlan:
     seen = schedule.sources(read.position)
     # A read that sees more than the chain goes on with cannot stand for the chain.
     summary = None if read.extras else schedule.summary_at(read.position)
-    summed = output == "sum"
+    summed = config.output == "sum"
+    num_sources = len(seen) + len(read.extras)
+    even = 2.0 if config.weights == "sigmoid" else float(num_sources)  # one over a weight at the start
     gated = summed and stream.post_norm and (bool(read.extras) or not schedule.sees_whole_state(read.position))
     return DepthReadPlan(
         stream=stream.name,
@@ -243,12 +255,18 @@ def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Outp
         seen=seen,
         extras=read.extras,
         block=schedule.block_of_read(read.position),
-        gain=float(len(seen) + len(read.extras)) if summed and not gated else 1.0,
+        gain=even if summed and not gated else 1.0,
         gated=gated,
         width=stream.width,
-        num_parameters=2 * stream.width + gated,
+        num_parameters=_num_parameters(stream.width, gated, num_sources, config),
         summary=summary,
     )
+
+
+def _num_parameters(width: int, gated: bool, num_sources: int, config: AttnResConfig) -> int:
+    """Elements of query, key gain, gate and bias."""
+    query = width**2 if config.query == "input" else width
+    return config.has_queries * (query + width) + gated + config.has_biases * num_sources
 
 
 def _carried_on(stream: Stream, sums: FormalSums) -> set[str]:
