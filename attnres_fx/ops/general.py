@@ -56,10 +56,12 @@ def depth_attention_general(
         [D, D] query, which is in the promoted dtype.
 
     Raises:
-        OperatorError: as `depth_attention` does; heads do not divide D; or there is no query, and no bias alone.
+        OperatorError: as `depth_attention` does; heads do not divide D; there is no query, and no bias alone.
 
     Source: arXiv 2603.15031, the ablations.
     """
+    if isinstance(sources, Tensor):
+        raise OperatorError("depth_attention_general: sources is one tensor; it must be a list of them, one a source.")
     sources, style, form = list(sources), ReadStyle(bias, scale, value_norm), ReadForm(key_norm, heads, sigmoid)
     if not any(isinstance(t, Proxy) for t in (*sources, query, key_weight, bias)):
         _check(sources, GeneralRead(query, key_weight, eps, style, form))

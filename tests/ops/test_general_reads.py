@@ -215,6 +215,7 @@ WRONG = {
     "a query elsewhere": ({"query": torch.ones(12, device="meta")}, "query is on meta"),
     "a bias of another length": ({"bias": torch.ones(3)}, "bias is torch.float32 \\(3,\\)"),
     "sources of two shapes": ({"sources": [torch.ones(2, 12), torch.ones(12)]}, "source 1 has shape"),
+    "one tensor": ({"sources": torch.ones(3, 12)}, "sources is one tensor"),
     "no sources": ({"sources": []}, "empty list of sources"),
     "a negative eps": ({"eps": -1.0}, "eps is -1.0"),
 }
