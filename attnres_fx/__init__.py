@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from attnres_fx.partition.plan.load_plan import load_plan
     from attnres_fx.partition.plan.planning import plan
     from attnres_fx.passes.lowering.lower import Lowering
+    from attnres_fx.passes.rewrite.hyper_connections.config import HyperConnectionsConfig
 
 _HOMES = {
     "AttnResConfig": "attnres_fx.config",
@@ -44,6 +45,7 @@ _HOMES = {
     "DepthWeights": "attnres_fx.analysis.depth_weights",
     "DepthWeightsCallback": "attnres_fx.analysis.callbacks",
     "LightningDepthWeightsCallback": "attnres_fx.analysis.callbacks",
+    "HyperConnectionsConfig": "attnres_fx.passes.rewrite.hyper_connections.config",
     "Lowering": "attnres_fx.passes.lowering.lower",
     "attach": "attnres_fx.backend.attach",
     "build_stages": "attnres_fx.partition.plan.build_stages",
@@ -75,6 +77,7 @@ __all__ = [
     "DepthProfile",
     "DepthWeights",
     "DepthWeightsCallback",
+    "HyperConnectionsConfig",
     "LightningDepthWeightsCallback",
     "Lowering",
     "__version__",

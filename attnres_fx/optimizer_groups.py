@@ -10,12 +10,12 @@ from attnres_fx.errors import ArgumentError
 def parameter_groups(
     model: nn.Module, *, lr: float | None = None, query_lr: float | None = None, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Two optimizer groups: the model's own parameters, and its queries, gains and gates without weight decay.
+    """Two optimizer groups: the model's own parameters, and what a conversion adds, without weight decay.
 
     Args:
         model: A module with `attnres` parameters, or an original, whose second group is empty.
         lr: Learning rate of the model's own parameters; by default the optimizer's.
-        query_lr: That of queries, gains and gates; by default the same as `lr`.
+        query_lr: That of what a conversion adds: queries, gains, gates and biases; by default the same as `lr`.
         weight_decay: Of the model's own parameters; by default the optimizer's.
 
     Returns:

@@ -1,13 +1,13 @@
-"""The modules that hold queries and key gains."""
+"""The modules that hold what a conversion adds: queries, key gains and gates, or what another topology has."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import AttnResConfig, RewriteConfig
 from attnres_fx.errors import ConfigError
 from attnres_fx.shown import brief
 from attnres_fx.state_config import MadeFor, StreamBlocks, shown_config
@@ -16,22 +16,77 @@ from attnres_fx.state_config import MadeFor, StreamBlocks, shown_config
 STATE_KEY = "attnres._extra_state"
 
 
-class DepthRead(nn.Module):
+class StreamRead(nn.Module):
+    """Parameters of one place where a stream is read: the base of `DepthRead` and of other topologies' modules.
+
+    Args:
+        name: Of the read.
+        width: D, the elements of the stream's last dimension.
+
+    Attributes:
+        name: Of the read.
+        width: D.
+        gate: A scalar, on reads that move a post-norm state; None on others.
+        tensor_names: The attributes that may hold a parameter, in the order in which a graph is given them.
+    """
+
+    tensor_names: ClassVar[tuple[str, ...]] = ()
+    gate: nn.Parameter | None
+
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.name = name
+        self.width = width
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the read has of `tensor_names`, in that order."""
+        held = {name: getattr(self, name) for name in self.tensor_names}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def initial(self, name: str) -> torch.Tensor:
+        """What a parameter is when a conversion made it.
+
+        Args:
+            name: One of `tensors()`.
+
+        Returns:
+            A new tensor of its shape.
+        """
+        raise NotImplementedError
+
+    def start_(self) -> None:
+        """Set every parameter to what a conversion starts with, in place."""
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(self.initial(name))
+
+    def described(self) -> list[Any]:
+        """What makes the same module again, as plain data: the name, D, whether there is a gate, and what follows."""
+        return [self.name, self.width, self.gate is not None]
+
+
+class DepthRead(StreamRead):
     """Parameters of one read.
 
     Args:
         name: Of the read.
-        width: D, the elements of the query and of the key gain.
+        width: D, the elements of the stream's rows.
         gated: Whether the read has a gate.
-        dtype: Of all three; by default torch's default dtype.
+        config: Which parameters it has; None for a query and a key gain.
+        num_sources: S, of a read with a bias.
+        dtype: Of all of them; by default torch's default dtype.
         device: Where they are; by default torch's default device.
 
     Attributes:
         name: Of the read.
-        query: [D], zero at first.
-        key_weight: [D], one at first.
+        width: D.
+        query: [D], of `query="input"` [D, D], zero at first; None with static weights.
+        key_weight: [D], one at first; None with static weights.
         gate: A scalar, zero at first, on reads of a post-norm stream in mode `"sum"`; None on others.
+        bias: [S], zero at first, with `source_bias` or static weights; None on others.
     """
+
+    tensor_names = ("query", "key_weight", "gate", "bias")
 
     def __init__(
         self,
@@ -39,27 +94,46 @@ class DepthRead(nn.Module):
         width: int,
         *,
         gated: bool = False,
+        config: AttnResConfig | None = None,
+        num_sources: int = 0,
         dtype: torch.dtype | None = None,
         device: Any = None,
     ) -> None:
-        super().__init__()
-        self.name = name
-        self.query = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
-        self.key_weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
-        self.gate = nn.Parameter(torch.zeros((), dtype=dtype, device=device)) if gated else None
+        super().__init__(name, width)
+        config = config or AttnResConfig()
+
+        def held(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+        query = (width, width) if config.query == "input" else (width,)
+        self.query = held(*query) if config.has_queries else None
+        self.key_weight = held(width) if config.has_queries else None
+        self.gate = held() if gated else None
+        self.bias = held(num_sources) if config.has_biases else None
+        self.start_()
+
+    def initial(self, name: str) -> torch.Tensor:
+        """One for the key gain, zero for all else: see `StreamRead.initial`."""
+        held: torch.Tensor = getattr(self, name)
+        return torch.ones_like(held) if name == "key_weight" else torch.zeros_like(held)
+
+    def described(self) -> list[Any]:
+        """See `StreamRead.described`; of a read with a bias, how many sources it is for follows."""
+        return [*super().described(), *([] if self.bias is None else [len(self.bias)])]
 
     def extra_repr(self) -> str:
-        return f"{self.name!r}, width={self.query.shape[0]}" + (", gated" if self.gate is not None else "")
+        kinds = [", gated" if self.gate is not None else "", ", biased" if self.bias is not None else ""]
+        return f"{self.name!r}, width={self.width}" + "".join(kinds)
 
 
 class DepthReads(nn.Module):
-    """DepthRead modules in execution order; indexed by position or by read name.
+    """The modules of all reads in execution order; indexed by position or by read name.
 
     Args:
         reads: In execution order, with distinct names.
     """
 
-    def __init__(self, reads: list[DepthRead]) -> None:
+    def __init__(self, reads: Sequence[StreamRead]) -> None:
         super().__init__()
         for read in reads:
             self.add_module(attribute_name(read.name), read)
@@ -70,8 +144,8 @@ class DepthReads(nn.Module):
     def __len__(self) -> int:
         return len(self._modules)
 
-    def __iter__(self) -> Iterator[DepthRead]:
-        return iter(self._modules.values())  # type: ignore[arg-type]
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._modules.values())
 
     def __getitem__(self, key: int | slice | str) -> Any:
         if isinstance(key, str):
@@ -90,11 +164,11 @@ class DepthReads(nn.Module):
         """The same as `names`, as a dict has it."""
         return self.names
 
-    def values(self) -> tuple[DepthRead, ...]:
+    def values(self) -> tuple[Any, ...]:
         """The reads, in execution order."""
         return tuple(self)
 
-    def items(self) -> tuple[tuple[str, DepthRead], ...]:
+    def items(self) -> tuple[tuple[str, Any], ...]:
         """Name and read, in execution order."""
         return tuple((read.name, read) for read in self)
 
@@ -113,7 +187,9 @@ class AttnResParameters(nn.Module):
         made_for: The same, with the blocks of each stream.
     """
 
-    def __init__(self, reads: list[DepthRead], config: AttnResConfig, blocks: tuple[StreamBlocks, ...] = ()) -> None:
+    def __init__(
+        self, reads: Sequence[StreamRead], config: RewriteConfig, blocks: tuple[StreamBlocks, ...] = ()
+    ) -> None:
         super().__init__()
         self.config = config
         self.made_for = MadeFor(config, blocks)
@@ -187,7 +263,8 @@ class AttnResParameters(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"variant={self.config.variant!r}, output={self.config.output!r}"
+        shown = (*self.config.always_shown, *self.config.form)
+        return ", ".join(f"{name}={getattr(self.config, name)!r}" for name in shown)
 
 
 def _version(tensor: torch.Tensor) -> tuple[int, int]:

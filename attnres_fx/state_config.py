@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import AttnResConfig, RewriteConfig
 from attnres_fx.errors import ConfigError
 
 #: The options that decide the blocks; different ones can give the same.
@@ -48,7 +48,7 @@ class MadeFor:
         blocks: What they gave for each stream; empty where nobody said.
     """
 
-    config: AttnResConfig
+    config: RewriteConfig
     blocks: tuple[StreamBlocks, ...] = ()
 
     def differences(self, other: "MadeFor") -> list[str]:
@@ -57,8 +57,10 @@ class MadeFor:
         Blocks are compared as they are, however they were asked for. Streams are not compared: their names are in the
         names of reads.
         """
-        differ = [n for n in ("variant", "output", "eps") if getattr(self.config, n) != getattr(other.config, n)]
-        asked = [n for n in _OF_BLOCKS if getattr(self.config, n) != getattr(other.config, n)]
+        if type(self.config) is not type(other.config):
+            return ["the class of the config"]
+        differ = differing_options(self.config, other.config)
+        asked = [n for n in _OF_BLOCKS if getattr(self.config, n, None) != getattr(other.config, n, None)]
         pairs = self._pairs(other)
         if not pairs:
             return differ + asked
@@ -68,7 +70,10 @@ class MadeFor:
 
     def means_the_same(self, other: "MadeFor") -> bool:
         """Whether the same parameters compute the same function, also under another variant."""
-        if self.config.output != other.config.output or self.config.eps != other.config.eps:
+        mine, theirs = self.config, other.config
+        if not isinstance(mine, AttnResConfig) or not isinstance(theirs, AttnResConfig):
+            return not self.differences(other)
+        if any(n != "variant" for n in differing_options(mine, theirs)):
             return False
         names = {b.stream for b in self.blocks}
         if not names or names != {b.stream for b in other.blocks}:
@@ -77,7 +82,7 @@ class MadeFor:
 
     def to_tensor(self) -> Tensor:
         """As JSON with a checksum, in bytes: [1024 or a multiple of it] uint8, filled up with spaces."""
-        about = dataclasses.asdict(self.config) | {"blocks": [dataclasses.astuple(b) for b in self.blocks]}
+        about = self.config.to_data() | {"blocks": [dataclasses.astuple(b) for b in self.blocks]}
         text = json.dumps(about | {_CHECKSUM: _checksum(about)}).encode()
         with torch.inference_mode(False):
             return torch.frombuffer(bytearray(text + b" " * (-len(text) % _UNIT)), dtype=torch.uint8)
@@ -91,7 +96,7 @@ class MadeFor:
             if checksum is not None and checksum != _checksum(about):
                 raise ValueError("its checksum does not fit")
             blocks = tuple(StreamBlocks(str(n), tuple(starts), int(c)) for n, starts, c in about.pop("blocks", ()))
-            return MadeFor(AttnResConfig(**about), blocks)
+            return MadeFor(RewriteConfig.class_in(about).from_data(about), blocks)
         except Exception as error:  # whatever stands there
             raise ConfigError(f"the state's config (attnres._extra_state) cannot be read: {error}") from error
 
@@ -102,7 +107,9 @@ class MadeFor:
 
 def _seen(made_for: MadeFor, blocks: StreamBlocks) -> tuple[Any, ...]:
     """What decides the sources of a stream's reads: blocks of one sublayer, and one block of `local`, are `full`."""
-    variant = made_for.config.variant
+    config = made_for.config
+    assert isinstance(config, AttnResConfig)
+    variant = config.variant
     one_each = variant == "block" and len(blocks.starts) == blocks.sublayers
     all_in_one = variant == "local" and len(blocks.starts) == 1
     if variant == "full" or one_each or all_in_one:
@@ -114,7 +121,29 @@ def _checksum(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def shown_config(config: AttnResConfig) -> str:
+def attention_config(config: RewriteConfig, what: str) -> AttnResConfig:
+    """A config of attention over depth, for what nothing else has.
+
+    Args:
+        config: Of a model.
+        what: What needs it, as the beginning of the error.
+
+    Raises:
+        ConfigError: It is of another topology.
+    """
+    if not isinstance(config, AttnResConfig):
+        raise ConfigError(
+            f"{what} is there for attention over depth, and this is {shown_config(config)}: give an AttnResConfig."
+        )
+    return config
+
+
+def differing_options(config: RewriteConfig, other: RewriteConfig) -> list[str]:
+    """The options, but for those of blocks and streams, in which two configs of one class differ."""
+    return [n for n in config.of_function if getattr(config, n) != getattr(other, n)]
+
+
+def shown_config(config: RewriteConfig) -> str:
     """A config in words, with the options that are not the defaults.
 
     Args:
@@ -123,9 +152,10 @@ def shown_config(config: AttnResConfig) -> str:
     Returns:
         What would make it again: `AttnResConfig(variant='block', output='sum', num_blocks=4)`.
     """
+    assert dataclasses.is_dataclass(config)
     given = [f"{f.name}={getattr(config, f.name)!r}" for f in dataclasses.fields(config) if _is_given(config, f)]
-    return f"AttnResConfig({', '.join(given)})"
+    return f"{type(config).__name__}({', '.join(given)})"
 
 
-def _is_given(config: AttnResConfig, field: Any) -> bool:
-    return field.name in ("variant", "output") or getattr(config, field.name) != field.default
+def _is_given(config: RewriteConfig, field: Any) -> bool:
+    return field.name in config.always_shown or getattr(config, field.name) != field.default

@@ -48,6 +48,30 @@ REFUSED = [
     ({"streams": None}, "streams"),
     ({"streams": ()}, "streams"),
     ({"streams": ("main", 3)}, "streams"),
+    ({"query": "dynamic"}, "query must be one of static, input; it is 'dynamic'"),
+    ({"weights": "relu"}, "weights must be one of softmax, sigmoid, static; it is 'relu'"),
+    ({"heads": 0}, "heads.*at least 1; it is 0"),
+    ({"heads": None}, "heads.*it is None"),
+    ({"heads": 2.0}, r"heads.*it is 2\.0"),
+    ({"source_bias": 1}, "source_bias must be True or False; it is 1"),
+    ({"value_norm": None, "output": "mean"}, "value_norm.*it is None"),
+    ({"key_norm": "no"}, "key_norm.*it is 'no'"),
+    ({"window_keeps_root": 0, "window": 2, "output": "mean"}, "window_keeps_root.*it is 0"),
+    ({"scale": 0.0}, r"scale.*above 0; it is 0\.0"),
+    ({"scale": -1}, "scale.*it is -1"),
+    ({"scale": float("nan")}, "scale.*nan"),
+    ({"scale": True}, "scale.*True"),
+    ({"window": 0}, "window.*at least 1; it is 0"),
+    ({"window": True}, "window.*it is True"),
+    *(
+        ({"weights": "static", **option}, f"weights='static'.*{next(iter(option))}=.* means nothing")
+        for option in ({"query": "input"}, {"heads": 2}, {"source_bias": True}, {"key_norm": False}, {"scale": 2.0})
+    ),
+    ({"window_keeps_root": False}, "window_keeps_root=False means nothing without a window"),
+    ({"variant": "local", "window": 4, "output": "mean"}, "variant='local'.*is a window already"),
+    ({"window": 1, "window_keeps_root": False, "output": "mean"}, "leaves one source to a read"),
+    ({"window": 8}, "window=8.*leaves out older terms.*output='sum' cannot start.*choose output='mean'"),
+    ({"value_norm": True}, "value_norm=True.*output='sum' cannot start as the original"),
 ]
 
 

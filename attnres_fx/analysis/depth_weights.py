@@ -17,7 +17,7 @@ from attnres_fx.analysis.weights_figure import Scale, draw_weights
 from attnres_fx.analysis.weights_html import weights_html
 from attnres_fx.analysis.written_back import written_back
 from attnres_fx.capture.isolated_run import seeded
-from attnres_fx.ops import depth_weights as weights_of
+from attnres_fx.ops.general import read_from_arguments
 from attnres_fx.shown import brief
 
 if TYPE_CHECKING:
@@ -101,10 +101,11 @@ def depth_weights(
             its current mode, on a clone: its buffers and the random state stay as they are.
         args: Positional arguments, as for calling it.
         kwargs: Keyword arguments.
-        per_token: Keep weights [S, ...] for every token instead of their average [S].
+        per_token: Keep weights [S, ...] for every token, with heads [S, ..., H], instead of their average [S].
 
     Returns:
-        The weights by read, in execution order; float32, or float64 for float64 sources.
+        The weights by read, in execution order; float32, or float64 for float64 sources. Sigmoid weights are divided
+        by their sum over the sources.
 
     Raises:
         AttachError: The model is neither converted nor attached.
@@ -130,10 +131,14 @@ class _Recorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         replacement = self.replacements.get(n.name)
         if replacement is not None:
-            sources, query, key_weight, eps, _ = self.fetch_args_kwargs_from_env(n)[0]
-            weights = weights_of(sources, query, key_weight, eps=eps)
+            sources, *arguments = self.fetch_args_kwargs_from_env(n)[0]
+            read, _ = read_from_arguments(*arguments)
+            weights = read.weights(sources)
+            weights = weights / weights.sum(0)  # of sigmoids; softmax weights add up to one already
             if not self.per_token:
                 weights = weights.flatten(1).mean(1)
+            elif read.form.heads == 1:
+                weights = weights.squeeze(-1)
             plan = replacement.plan
             back = written_back(plan, self.schedules[plan.stream])
             self.weights.append(ReadWeights(plan.read, plan.stream, plan.sources, weights, back))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from attnres_fx.backend.attachment import is_attached, unwrapped
+from attnres_fx.backend.attachment import is_attached, require_attached, unwrapped
 from attnres_fx.backend.converted_form import converted_form
 from attnres_fx.capture.isolated_run import isolated_clone
 from attnres_fx.conversion.calls import program_for
@@ -17,6 +17,7 @@ from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.errors import AttachError
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.mutation_order import written_attributes
+from attnres_fx.state_config import attention_config
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,15 @@ def with_reads(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] 
 
     Raises:
         AttachError: It is neither.
+        ConfigError: It has no attention over depth to look at.
     """
     model = unwrapped(model)
     if isinstance(model, ConvertedModel):
+        attention_config(model.report.config, asker)
         return model
-    if not is_attached(model):
+    if is_attached(model):
+        attention_config(require_attached(model).config, asker)
+    else:
         raise AttachError(
             f"{asker} takes a converted or an attached model, and {type(model).__name__} is neither: call "
             f"attnres_fx.convert(model, args, kwargs) first, and train what it returns."

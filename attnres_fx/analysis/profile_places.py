@@ -11,7 +11,7 @@ from attnres_fx.analysis.written_nodes import written_nodes
 from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.report_text import root_of
 from attnres_fx.passes import Stream, StreamSet, plan_depth_reads
-from attnres_fx.passes.rewrite.depth_attention import Replacement
+from attnres_fx.passes.rewrite.execution import Replacement
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan
 from attnres_fx.passes.rewrite.stream_states import StreamStates
 

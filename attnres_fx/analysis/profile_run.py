@@ -1,5 +1,6 @@
 """One run of a graph that measures what is written into its streams and what its reads see."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from attnres_fx.analysis.profile_places import Places, ReadPlace
-from attnres_fx.ops import depth_weights
+from attnres_fx.ops.general import read_from_arguments
 from attnres_fx.parameters import attribute_name
 from attnres_fx.passes.depth_source import Source
 
@@ -102,20 +103,28 @@ class _Probe(Interpreter):
     def _measured(self, read: ReadPlace, node: Node) -> Measured:
         vectors = [self._rows(s, read) for s in read.sources]
         norms = torch.stack([self._norms(s, v) for s, v in zip(read.sources, vectors, strict=True)])
-        weights = torch.ones_like(norms)
+        brought, factors = norms, [torch.ones_like(vectors[0][:, :1])] * len(vectors)
         if read.attends:
-            sources, query, key_weight, eps, gain = self.fetch_args_kwargs_from_env(node)[0]
-            weights = depth_weights(sources, query, key_weight, eps=eps).flatten(1) * gain
-        brought = weights * norms
+            factors = self._factors(node)
+            parts = [_wide(v) * f for v, f in zip(vectors, factors, strict=True)]
+            brought = torch.stack([torch.linalg.vector_norm(p, dim=-1) for p in parts])
         mixture = brought / brought.sum(0).clamp_min(_TINY)
         state = self._rows(read.node, read)
         if read.plan.read not in self.last:
             return Measured(_rms(self._state(read, state)), mixture)
-        own = _Shares(weights, state)
+        own = _Shares(factors, state)
         shares = [own.of(i, v) for i, v in enumerate(vectors)]
         for i, source in enumerate(read.plan.seen):
             self._note_parts(read, source, own, i, shares[i])
         return Measured(_rms(state), mixture, tuple(shares))
+
+    def _factors(self, node: Node) -> list[Tensor]:
+        """What a read multiplies each source by: S of [tokens, 1], or with heads [tokens, D]."""
+        sources, *arguments = self.fetch_args_kwargs_from_env(node)[0]
+        depth_read, gain = read_from_arguments(*arguments)
+        by_head = depth_read.coefficients(sources).flatten(1, -2) * gain
+        each = 1 if depth_read.form.heads == 1 else sources[0].shape[-1] // depth_read.form.heads
+        return list(by_head.repeat_interleave(each, -1))
 
     def _note_parts(self, read: ReadPlace, source: Source, own: "_Shares", at: int, share: float) -> None:
         """The shares of the sublayers that a source is the sum of, where they add up to that of the source."""
@@ -156,13 +165,13 @@ class _Probe(Interpreter):
 class _Shares:
     """How much of a state its sources have: `<c v, h> / <h, h>`, averaged over tokens."""
 
-    def __init__(self, weights: Tensor, state: Tensor) -> None:
-        self.weights, self.state = weights, _wide(state)
+    def __init__(self, factors: Sequence[Tensor], state: Tensor) -> None:
+        self.factors, self.state = factors, _wide(state)
         self.whole = self.state.square().sum(-1).clamp_min(_TINY)
         self.tokens = len(self.state)
 
     def of(self, source: int, vectors: Tensor) -> float:
-        return float((self.weights[source] * (_wide(vectors) * self.state).sum(-1) / self.whole).mean())
+        return float(((self.factors[source] * _wide(vectors) * self.state).sum(-1) / self.whole).mean())
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ class ReadWeights:
         stream: The residual stream it belongs to.
         sources: What each weight is on, oldest first: `v_0` (the root), `v_i` (sublayer i), `b_n` (block n),
             `b_n[:i]` (its first i sublayers), `c_n` (what block n receives).
-        weights: [S], averaged over tokens, or [S, ...] per token; they sum to one over S.
+        weights: [S], averaged over tokens and heads, or [S, ...] per token, with heads [S, ..., H]; they sum to one
+            over S.
         back: [S]: how many sublayers were written after each source; of a block, the mean over its sublayers.
     """
 

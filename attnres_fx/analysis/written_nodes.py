@@ -12,7 +12,7 @@ from torch.fx import Node
 from attnres_fx.passes.depth_source import Source
 from attnres_fx.passes.graph.nodes import tensor_of
 from attnres_fx.passes.graph.operations import op_name
-from attnres_fx.passes.rewrite.depth_attention import Replacement
+from attnres_fx.passes.rewrite.execution import Replacement
 
 
 def written_nodes(reads: Sequence[Replacement], count: int, nodes: Mapping[str, Node]) -> list[tuple[str, ...]]:

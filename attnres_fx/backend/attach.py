@@ -17,12 +17,13 @@ from attnres_fx.backend.attachment import ATTRIBUTE, AttachedParameters, read_ke
 from attnres_fx.backend.plain_runs import plain
 from attnres_fx.capture.capture import capture
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.conversion.around_forward import methods_that_add
 from attnres_fx.conversion.converted_model import ConvertedModel
-from attnres_fx.errors import AlreadyConvertedError, AttachError, ConfigError
+from attnres_fx.conversion.source_model import checked_config
+from attnres_fx.errors import AlreadyConvertedError, AttachError
 from attnres_fx.parameters import AttnResParameters
-from attnres_fx.passes import ReadPlan, analyze_, plan_depth_reads
+from attnres_fx.passes import ReadPlan, analyze_, topology_of
 from attnres_fx.passes.graph.module_paths import common_calls
 from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams
@@ -35,7 +36,7 @@ def attach(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    config: AttnResConfig | None = None,
+    config: RewriteConfig | None = None,
 ) -> AttnResParameters:
     """Register `model.attnres`, the queries and gains of an AttnRes form of a model, in place.
 
@@ -46,25 +47,25 @@ def attach(
         model: A module with code of its own. It is captured once, in its current mode, to find its reads.
         args: Positional example arguments.
         kwargs: Keyword example arguments.
-        config: Variant, blocks and output mode; `AttnResConfig()` by default.
+        config: What the streams become, as for `convert`; `AttnResConfig()` by default.
 
     Returns:
         `model.attnres`: for every read a query [D], a key gain [D] and, in post-norm streams of mode `"sum"`, a gate
-        [], in the dtype and on the device of the stream.
+        [], or what another topology has, in the dtype and on the device of the stream.
 
     Raises:
         AttachError: The model is attached already, or is not an `nn.Module` with code of its own.
         AlreadyConvertedError: It is a converted model.
         AttnResError: As `convert` raises where a model cannot be rewritten.
     """
-    config = AttnResConfig() if config is None else config
-    _check_attachable(model, config)
+    config = checked_config(config)
+    _check_attachable(model)
     mode: Mode = "train" if model.training else "eval"
     captured = capture(model, args, kwargs, modes=(mode,), python_runs=True)
     gm = next(iter(captured.graphs.values())).gm
     streams = analyze_(gm)
     selected = select_streams(streams, config, type(model).__name__)
-    plan = plan_depth_reads(streams, selected, config)
+    plan = topology_of(config).plan(streams, selected, config)
     parameters = make_parameters(gm.graph, captured.root, plan, config)
     attached = AttachedParameters(parameters, [read_key(r) for r in plan.reads], _homes(model, gm, plan))
     _attach_parts_(model, attached, methods_that_add(model, gm, plan))
@@ -91,9 +92,7 @@ def detach(model: nn.Module) -> None:
     delattr(model, ATTRIBUTE)
 
 
-def _check_attachable(model: Any, config: Any) -> None:
-    if not isinstance(config, AttnResConfig):
-        raise ConfigError(f"config must be an AttnResConfig; it is a {type(config).__name__}.")
+def _check_attachable(model: Any) -> None:
     if isinstance(model, ConvertedModel):
         raise AlreadyConvertedError("the model is converted already: attach the original, or torch.compile this.")
     if isinstance(model, OptimizedModule):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from attnres_fx.backend.compile_log import CompiledGraph, CompileLog, compile_log
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.errors import AttachError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import DepthReadPlan
@@ -39,22 +39,22 @@ class Attachment:
     Attributes:
         config: What the model was attached with.
         reads: Its reads, or those of the part, in the order of their tensors.
+        tensors: The names of each read's tensors, in their order.
         part: Path of the part in the model; empty for the model itself.
         homes: For each stream the path of the innermost module whose call runs all of it.
     """
 
-    config: AttnResConfig
+    config: RewriteConfig
     reads: tuple[ReadKey, ...]
+    tensors: tuple[tuple[str, ...], ...]
     part: str
     homes: tuple[tuple[str, str], ...]
 
     def to_text(self) -> str:
         """The description as JSON, equal for models that are attached alike."""
         reads = [dataclasses.astuple(r) for r in self.reads]
-        return json.dumps(
-            {"config": dataclasses.asdict(self.config), "reads": reads, "part": self.part, "homes": self.homes},
-            sort_keys=True,
-        )
+        about = {"config": self.config.to_data(), "reads": reads, "tensors": self.tensors}
+        return json.dumps({**about, "part": self.part, "homes": self.homes}, sort_keys=True)
 
     @staticmethod
     @functools.lru_cache(maxsize=64)
@@ -62,7 +62,9 @@ class Attachment:
         """The description that `to_text` wrote."""
         data = json.loads(text)
         reads = tuple(ReadKey(*r) for r in data["reads"])
-        return Attachment(AttnResConfig(**data["config"]), reads, data["part"], tuple(map(tuple, data["homes"])))
+        config = RewriteConfig.class_in(data["config"]).from_data(data["config"])
+        tensors, homes = (tuple(map(tuple, data[name])) for name in ("tensors", "homes"))
+        return Attachment(config, reads, tensors, data["part"], homes)
 
 
 class AttachedParameters(AttnResParameters):
@@ -96,9 +98,11 @@ class AttachedParameters(AttnResParameters):
         self._write_about()
 
     def _write_about(self) -> None:
-        homes = tuple(self.homes.items())
+        homes, names = tuple(self.homes.items()), [tuple(read.tensors()) for read in self.reads]
         self.abouts = {
-            path: Attachment(self.config, tuple(self.keys[i] for i in reads), path, homes).to_text()
+            path: Attachment(
+                self.config, tuple(self.keys[i] for i in reads), tuple(names[i] for i in reads), path, homes
+            ).to_text()
             for path, reads in self.parts.items()
         }
         self._logs |= {about: compile_log(about) for about in self.abouts.values()}
@@ -109,10 +113,9 @@ class AttachedParameters(AttnResParameters):
         return [g for about in self.abouts.values() for g in self._logs[about].graphs]
 
     def tensors(self, part: str = "") -> list[Tensor]:
-        """Query, key gain and gate of each read of a part, in the order of `keys`."""
+        """The tensors of each read of a part, in the order of `keys`."""
         reads = list(self.reads)
-        held = [reads[i] for i in self.parts[part]]
-        return [t for r in held for t in (r.query, r.key_weight, r.gate) if t is not None]
+        return [tensor for i in self.parts[part] for tensor in reads[i].tensors().values()]
 
     def parts_of(self, model: nn.Module) -> list[nn.Module]:
         """The parts of the attached model that these are the parameters of, itself aside."""

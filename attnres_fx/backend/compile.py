@@ -8,7 +8,7 @@ from torch import nn
 from attnres_fx.backend.attach import attach
 from attnres_fx.backend.attachment import is_attached, require_attached
 from attnres_fx.backend.dynamo_backend import attnres, checked_options
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.errors import AttachError, BackendError
 from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import Lowering
@@ -21,7 +21,7 @@ def compile(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    config: AttnResConfig | None = None,
+    config: RewriteConfig | None = None,
     inner: str = "inductor",
     mode: str | None = None,
     inductor: Mapping[str, Any] | None = None,

@@ -39,5 +39,6 @@ def converted_form(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             f"it and attach it anew."
         )
     for read, own in zip(reads, attached.reads, strict=True):
-        read.query, read.key_weight, read.gate = own.query, own.key_weight, own.gate
+        for name, tensor in own.tensors().items():
+            setattr(read, name, tensor)
     return converted.train(model.training)

@@ -6,7 +6,7 @@ from torch import nn
 
 from attnres_fx.backend.attachment import require_attached, unwrapped
 from attnres_fx.backend.compile_log import CompiledGraph
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.report_page import ReportPage, Shown
 from attnres_fx.shown import counted
 
@@ -25,13 +25,13 @@ class Explanation(Shown):
     """
 
     model: str
-    config: AttnResConfig
+    config: RewriteConfig
     reads: tuple[str, ...]
     graphs: list[CompiledGraph] = field(default_factory=list)
 
     def _page(self) -> ReportPage:
         head = (
-            f"{self.model}: attached, variant {self.config.variant}, output {self.config.output}, "
+            f"{self.model}: attached, {self.config.summary}, "
             f"{counted(len(self.reads), 'read')}, {counted(len(self.graphs), 'graph')} compiled"
         )
         rows = [

@@ -13,7 +13,7 @@ from attnres_fx.backend.matching import MatchedReads, match_reads
 from attnres_fx.backend.mismatch import no_marker_message
 from attnres_fx.errors import BackendError
 from attnres_fx.ops.marker import PARAMETERS
-from attnres_fx.passes import Lowering, find_streams, insert_depth_attention_pass, lower_, normalize_, run_pass
+from attnres_fx.passes import Lowering, find_streams, lower_, normalize_, run_pass, topology_of
 from attnres_fx.passes.graph.copying import copy_graph
 from attnres_fx.passes.graph.module_paths import name_modules_
 from attnres_fx.passes.graph.nodes import nodes_with_bodies, tensor_of
@@ -54,12 +54,12 @@ def rewrite_graph(gm: GraphModule, inner: str, lowering: Lowering) -> GraphModul
     matched = match_reads(copied, streams, handed)
     _check_placement(copied, matched)
     result = run_pass(
-        insert_depth_attention_pass,
+        topology_of(handed.config).insert,
         copied,
         streams=streams,
         plan=matched.plan,
-        eps=handed.config.eps,
-        fetch=lambda read, like: matched.weights[read.read],
+        config=handed.config,
+        fetch=lambda read, like, name: matched.weights[read.read].get(name),
     )
     lowered = lower_(copied, lowering, training=torch.is_grad_enabled())
     copied.recompile()
@@ -91,11 +91,18 @@ def _copied(gm: GraphModule) -> GraphModule:
 
 
 def _check_placement(gm: GraphModule, matched: MatchedReads) -> None:
-    """Queries must be where the sources are, in their dtype or in float32."""
+    """Queries must be where the sources are, in their dtype or in float32, and a bias has a number for each source."""
     nodes = {n.name: n for n in gm.graph.nodes}
     for read in matched.plan.reads:
-        source, query = tensor_of(nodes[read.site]), tensor_of(matched.weights[read.read].query)
+        weights = matched.weights[read.read]
+        source, query = tensor_of(nodes[read.site]), tensor_of(next(iter(weights.values())))
+        bias = tensor_of(weights["bias"]) if "bias" in weights else None
         assert source is not None and query is not None
+        if bias is not None and bias.shape != (read.num_sources,):
+            raise BackendError(
+                f"the read {read.read} of {read.stream} has {read.num_sources} sources here and a bias for "
+                f"{bias.numel()}: attach the part of the model that runs by itself, or leave source_bias out."
+            )
         if source.device != query.device:
             raise BackendError(
                 f"the read {read.read} of {read.stream} is on {source.device} and its query on {query.device}: move "

@@ -7,10 +7,9 @@ from torch.fx import GraphModule, Node
 
 from attnres_fx.backend.attached_class import HELD, registered_models
 from attnres_fx.backend.attachment import ATTRIBUTE, Attachment, ReadKey
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.errors import BackendError
 from attnres_fx.ops.marker import PARAMETERS
-from attnres_fx.passes import ReadParameters
 from attnres_fx.passes.graph.module_paths import ModulePaths, Steps, path_steps, paths_by_id
 
 
@@ -21,14 +20,14 @@ class HandedOver:
     Attributes:
         about: Description of the outermost of them, as text.
         config: What the model was attached with.
-        weights: Query, gain and gate of each read.
+        weights: The tensors of each read, by their names.
         homes: For each stream the path of the innermost module whose call runs all of it.
         calls: The nodes that hand over; they are to be erased.
     """
 
     about: str
-    config: AttnResConfig
-    weights: Mapping[ReadKey, ReadParameters]
+    config: RewriteConfig
+    weights: Mapping[ReadKey, Mapping[str, Node]]
     homes: Mapping[str, str]
     calls: tuple[Node, ...]
 
@@ -42,11 +41,11 @@ def handed_over(gm: GraphModule) -> HandedOver:
     calls = tuple(n for n in gm.graph.nodes if n.target is PARAMETERS)
     about = str(calls[0].args[1])
     first = Attachment.from_text(about)
-    weights: dict[ReadKey, ReadParameters] = {}
+    weights: dict[ReadKey, Mapping[str, Node]] = {}
     for call in calls:
         attachment = Attachment.from_text(str(call.args[1]))
         tensors: Sequence[Node] = call.args[0]  # type: ignore[assignment]
-        for key, held in _weights(attachment.reads, tensors):
+        for key, held in _weights(attachment, tensors):
             same = attachment.config == first.config and attachment.homes == first.homes
             if not same or weights.setdefault(key, held) != held:
                 raise BackendError(
@@ -56,12 +55,13 @@ def handed_over(gm: GraphModule) -> HandedOver:
     return HandedOver(about, first.config, weights, dict(first.homes), calls)
 
 
-def _weights(keys: Sequence[ReadKey], tensors: Sequence[Node]) -> Iterator[tuple[ReadKey, ReadParameters]]:
-    if len(tensors) != sum(2 + k.gated for k in keys):
-        raise BackendError(f"model.attnres holds {len(tensors)} tensors for {len(keys)} reads: attach the model anew.")
+def _weights(attachment: Attachment, tensors: Sequence[Node]) -> Iterator[tuple[ReadKey, Mapping[str, Node]]]:
+    if len(tensors) != sum(map(len, attachment.tensors)):
+        reads = len(attachment.reads)
+        raise BackendError(f"model.attnres holds {len(tensors)} tensors for {reads} reads: attach the model anew.")
     nodes = iter(tensors)
-    for key in keys:
-        yield key, ReadParameters(next(nodes), next(nodes), next(nodes) if key.gated else None)
+    for key, names in zip(attachment.reads, attachment.tensors, strict=True):
+        yield key, {name: next(nodes) for name in names}
 
 
 def module_paths(calls: Sequence[Node]) -> ModulePaths:

@@ -3,14 +3,14 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from attnres_fx.backend.attachment import ReadKey, read_key
 from attnres_fx.backend.handed_over import HandedOver, is_outside, runs_module
 from attnres_fx.backend.mismatch import mismatch_message
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import BackendError, ScheduleError
-from attnres_fx.passes import ReadParameters, ReadPlan, StreamSet, plan_depth_reads
+from attnres_fx.passes import ReadPlan, StreamSet, topology_of
 from attnres_fx.passes.streams.stream import Stream
 
 
@@ -20,11 +20,11 @@ class MatchedReads:
 
     Attributes:
         plan: Of this graph.
-        weights: Query, gain and gate of each of its reads, by the name that the read has in the plan.
+        weights: The tensors of each of its reads, by the name that the read has in the plan.
     """
 
     plan: ReadPlan
-    weights: Mapping[str, ReadParameters]
+    weights: Mapping[str, Mapping[str, Node]]
 
 
 def match_reads(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> MatchedReads:
@@ -57,11 +57,14 @@ def _plan(gm: GraphModule, streams: StreamSet, handed: HandedOver) -> ReadPlan:
         return not all(is_outside(nodes[t.written_by], handed.calls) for t in stream.terms if t.written_by in nodes)
 
     selected = tuple(filter(is_inside, streams.select(known) if known else ()))
+    plan = topology_of(handed.config).plan
     try:
-        return plan_depth_reads(streams, selected, handed.config)
+        return plan(streams, selected, handed.config)
     except ScheduleError:  # a part of the model has fewer sublayers; what its reads are does not depend on blocks
-        plain = AttnResConfig(variant="full", output=handed.config.output)
-        return plan_depth_reads(streams, selected, plain)
+        if not isinstance(handed.config, AttnResConfig):
+            raise
+        plain = replace(handed.config, variant="full", num_blocks=None, block_size=None, boundaries=None)
+        return plan(streams, selected, plain)
 
 
 def _under_attached_streams(actual: dict[ReadKey, str], attached: Sequence[ReadKey]) -> dict[ReadKey, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnres_fx._version import __version__
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import CONFIG_CLASS, RewriteConfig
 from attnres_fx.conversion.adapter_folder import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -62,7 +62,7 @@ class _Folder:
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the queries, key gains and gates of a model, and the config they are for, to a folder.
+    """Write what a conversion added to a model, and the config it is for, to a folder.
 
     The folder holds `attnres_config.json` and `attnres.safetensors`. What was there before is replaced as a whole: a
     full disk or a killed process leaves the old adapter, or the new one.
@@ -154,7 +154,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AttnResPar
     return attnres
 
 
-def adapter_config(folder: str | os.PathLike[str]) -> AttnResConfig:
+def adapter_config(folder: str | os.PathLike[str]) -> RewriteConfig:
     """The config that an adapter folder was made with.
 
     Args:
@@ -173,7 +173,7 @@ def adapter_config(folder: str | os.PathLike[str]) -> AttnResConfig:
         return _parsed(described)[0]
 
 
-def _owner(model: nn.Module, config: AttnResConfig | None) -> tuple[nn.Module, AttnResParameters]:
+def _owner(model: nn.Module, config: RewriteConfig | None) -> tuple[nn.Module, AttnResParameters]:
     """The module with reads of its own, which may be wrapped, and its reads."""
     found = [(m, m._modules.get("attnres")) for m in model.modules()]
     owners = [(m, a) for m, a in found if isinstance(a, AttnResParameters)]
@@ -188,9 +188,9 @@ def _owner(model: nn.Module, config: AttnResConfig | None) -> tuple[nn.Module, A
 
 
 def _described(owner: nn.Module, attnres: AttnResParameters) -> dict[str, Any]:
-    reads = tuple(ReadEntry(r.name, r.query.shape[0], r.gate is not None) for r in attnres.reads)
+    reads = tuple(ReadEntry(r.name, r.width, r.gate is not None) for r in attnres.reads)
     about = _Folder(FORMAT, __version__, reads, _base(owner), attnres.made_for.blocks)
-    described = {**dataclasses.asdict(attnres.config), **dataclasses.asdict(about)}
+    described = {**attnres.config.to_data(), **dataclasses.asdict(about)}
     return dict(json.loads(json.dumps(described)))
 
 
@@ -204,24 +204,27 @@ def _fingerprint(parameters: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
     return text_checksum(json.dumps(sorted([n, list(shape)] for n, shape in parameters)))
 
 
-def _parsed(described: dict[str, Any]) -> tuple[AttnResConfig, _Folder]:
+def _parsed(described: dict[str, Any]) -> tuple[RewriteConfig, _Folder]:
     """The config and the rest of what the folder says."""
     if described.get("format") != FORMAT:
         raise SaveError(f"it has format {described.get('format')!r:.40}; this version reads {FORMAT}")
-    options = {f.name for f in dataclasses.fields(AttnResConfig)}
-    config = from_plain(AttnResConfig, {n: described.get(n) for n in options}, CONFIG_FILE, error=SaveError)
+    kind = RewriteConfig.class_in(described)
+    assert dataclasses.is_dataclass(kind)
+    options = {*(f.name for f in dataclasses.fields(kind)), CONFIG_CLASS}
+    given = {n: v for n, v in described.items() if n in options}  # what older folders lack has its default
+    config = from_plain(RewriteConfig, given, CONFIG_FILE, error=SaveError)
     rest = {n: v for n, v in described.items() if n not in options}
     return config, from_plain(_Folder, rest, CONFIG_FILE, error=SaveError)
 
 
-def _compare(owner: nn.Module, attnres: AttnResParameters, config: AttnResConfig, folder: _Folder) -> None:
+def _compare(owner: nn.Module, attnres: AttnResParameters, config: RewriteConfig, folder: _Folder) -> None:
     """Raise SaveError for the first thing in which a model differs from the folder."""
     if different := MadeFor(config, folder.blocks).differences(attnres.made_for):
         raise SaveError(
             f"{different[0]} differs: the adapter was made with {shown_config(config)}, and this model with "
             f"{shown_config(attnres.config)}. Convert or attach the original with the adapter's config"
         )
-    own = [ReadEntry(r.name, r.query.shape[0], r.gate is not None) for r in attnres.reads]
+    own = [ReadEntry(r.name, r.width, r.gate is not None) for r in attnres.reads]
     for i, (theirs, ours) in enumerate(zip(folder.reads, own, strict=False)):
         if theirs != ours:
             raise SaveError(f"read {i + 1} differs: {_words(theirs)} in the adapter, {_words(ours)} in the model")

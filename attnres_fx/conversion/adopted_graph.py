@@ -11,7 +11,7 @@ from attnres_fx.capture.captured import CapturedGraph
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.conversion.captured_program import CapturedProgram, current_autocast
-from attnres_fx.passes.rewrite.depth_attention import Replacement
+from attnres_fx.passes.rewrite.execution import Replacement
 
 #: The child of a converted model that holds constants of its graphs.
 CONSTANTS = "_captured"

@@ -16,7 +16,7 @@ from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.derived_class import derived_class
 from attnres_fx.conversion.tensors_as_captured import TensorsAsCaptured
 from attnres_fx.parameters import AttnResParameters
-from attnres_fx.passes.rewrite.depth_attention import Replacement
+from attnres_fx.passes.rewrite.execution import Replacement
 
 
 def converted_model(

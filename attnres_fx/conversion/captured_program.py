@@ -21,7 +21,7 @@ from attnres_fx.conversion.without_gradients import refusing_backward
 from attnres_fx.errors import ArgumentError
 from attnres_fx.ops.dispatch import is_traced
 from attnres_fx.passes.graph.copying import copy_graph
-from attnres_fx.passes.rewrite.depth_attention import Replacement
+from attnres_fx.passes.rewrite.execution import Replacement
 
 Autocast = tuple[tuple[str, torch.dtype | None], ...]
 

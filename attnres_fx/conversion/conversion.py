@@ -12,7 +12,6 @@ from attnres_fx.capture.held_values import Library
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.signature import CallSignature
 from attnres_fx.capture.watched import WatchedValue
-from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.adopted_graph import CONSTANTS
 from attnres_fx.conversion.captured_program import CapturedProgram
 from attnres_fx.conversion.edits import EditGuard
@@ -21,7 +20,7 @@ from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.conversion.tensors_as_captured import TensorsAsCaptured
 from attnres_fx.errors import AttnResError, CheckError, EditedError, SaveError
 from attnres_fx.passes.lowering.lower import Lowering
-from attnres_fx.passes.rewrite.depth_attention import Replacement
+from attnres_fx.passes.rewrite.execution import Replacement
 
 #: The children that a conversion adds.
 ADDED = ("attnres", CONSTANTS)
@@ -76,7 +75,7 @@ class Conversion:
     guarded: dict[str, Any] = field(default_factory=dict)
     branches: tuple[str, ...] = ()
     recapture: Recapture | None = None
-    reconfigure: Callable[[Any, AttnResConfig], None] | None = None
+    reconfigure: Callable[[Any, Any], None] | None = None
     edits: EditGuard | None = None
     placement: Placement | None = None
     tensors: TensorsAsCaptured = field(default_factory=TensorsAsCaptured)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.conversion.conversion import Placement, placement_of
 from attnres_fx.conversion.verify import Check
 from attnres_fx.passes import Lowering
@@ -29,7 +29,7 @@ class ConversionCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    config: AttnResConfig
+    config: RewriteConfig
     dynamic_shapes: Any
     check: Check
     lowering: Lowering

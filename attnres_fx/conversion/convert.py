@@ -14,7 +14,7 @@ from attnres_fx.capture.capture import capture
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.isolated_run import Mode, outside_inference_mode
 from attnres_fx.capture.module_clone import uncompiled
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.conversion.around_forward import branches_of_root, methods_that_add
 from attnres_fx.conversion.assembly import converted_model
 from attnres_fx.conversion.conversion import ADDED, Conversion
@@ -40,7 +40,7 @@ from attnres_fx.passes import (
     StreamSet,
     analyze_,
     checked_lowering,
-    plan_depth_reads,
+    topology_of,
 )
 from attnres_fx.passes.rewrite.parameters import make_parameters
 from attnres_fx.passes.streams.selection import select_streams, why_left
@@ -54,7 +54,7 @@ def convert(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    config: AttnResConfig | None = None,
+    config: RewriteConfig | None = None,
     dynamic_shapes: Any = None,
     check: Check = True,
     lowering: Lowering | None = None,
@@ -67,7 +67,8 @@ def convert(
         args: Example arguments of one call, as a tuple; other batch sizes and lengths work where the model's code
             allows them.
         kwargs: Example keyword arguments, as a dict.
-        config: Variant, blocks and output mode; `AttnResConfig()` by default.
+        config: What the streams become: an `AttnResConfig` (variant, blocks, output mode), the default, or a
+            `HyperConnectionsConfig`.
         dynamic_shapes: As `torch.export.export` takes them; by default batch and sequence are free.
         check: Run original and result twice in each mode, at zero queries and from one random state, and compare
             outputs, gradients, buffers, and another batch and length where they are free (output `"sum"`).
@@ -151,7 +152,7 @@ def _unpickled(
     return converted
 
 
-def _converted(model: Model, captured: Captured, config: AttnResConfig, lowering: Lowering) -> ConvertedModel:
+def _converted(model: Model, captured: Captured, config: RewriteConfig, lowering: Lowering) -> ConvertedModel:
     """The captured model rewritten, in the mode it was in where that was captured; nothing is run."""
     analyses = _analyze(captured)
     plans = _plan(analyses, config, model_name(model))
@@ -187,14 +188,14 @@ def _analyze(captured: Captured) -> dict[Mode, StreamSet]:
     return {mode: analyze_(captured.graphs[mode].gm) for mode in first_mode.values()}
 
 
-def _plan(analyses: Mapping[Mode, StreamSet], config: AttnResConfig, model: str) -> dict[Mode, ReadPlan]:
+def _plan(analyses: Mapping[Mode, StreamSet], config: RewriteConfig, model: str) -> dict[Mode, ReadPlan]:
     selected = select_streams(next(iter(analyses.values())), config, model)
     require_same_reads(analyses, selected)
-    return {m: plan_depth_reads(s, same_streams(s, selected), config) for m, s in analyses.items()}
+    return {m: topology_of(config).plan(s, same_streams(s, selected), config) for m, s in analyses.items()}
 
 
 def _rewrite(
-    captured: Captured, analyses: Mapping[Mode, StreamSet], plans: Mapping[Mode, ReadPlan], config: AttnResConfig
+    captured: Captured, analyses: Mapping[Mode, StreamSet], plans: Mapping[Mode, ReadPlan], config: RewriteConfig
 ) -> tuple[AttnResParameters, dict[int, tuple[Replacement, ...]]]:
     """New parameters, which the graphs of all modes share, and the replacements in each graph, by its id."""
     mode, plan = next(iter(plans.items()))
@@ -217,7 +218,7 @@ def _report(
     captured: Captured,
     streams: StreamSet,
     plan: ReadPlan,
-    config: AttnResConfig,
+    config: RewriteConfig,
 ) -> ConversionReport:
     notes = [*captured.notes, *(f"no {m} graph: {shortened(why)}" for m, why in captured.failures.items())]
     if captured.cloned and (kept := yielded(captured.root)):

@@ -25,7 +25,7 @@ from attnres_fx.conversion.report import ConversionReport
 from attnres_fx.errors import ModeError, RewriteError
 from attnres_fx.parameters import AttnResParameters, check_state
 from attnres_fx.passes.lowering.lower import Lowering
-from attnres_fx.passes.rewrite.depth_attention import Replacement
+from attnres_fx.passes.rewrite.execution import Replacement
 
 
 class ConvertedModel(GraphRunner):

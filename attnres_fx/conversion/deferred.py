@@ -20,7 +20,7 @@ from attnres_fx.conversion.progress import Progress
 from attnres_fx.conversion.rewriting import modules_that_add, require_same_reads, rewrite_, same_streams
 from attnres_fx.conversion.size_check import bar_unchecked_ones
 from attnres_fx.conversion.verify import check_program
-from attnres_fx.passes import analyze_, plan_depth_reads
+from attnres_fx.passes import analyze_, topology_of
 
 #: Types of tensors that a tracer sees as what they are; others (sharded, quantised) are traced through stand-ins.
 _PLAIN = (Tensor, nn.Parameter, nn.UninitializedParameter, nn.Buffer)
@@ -65,7 +65,7 @@ class DeferredMode:
             streams = analyze_(graph.gm)
             selected = [s.stream for s in model.report.streams]
             require_same_reads({self.mode: streams}, selected)
-            plan = plan_depth_reads(streams, same_streams(streams, selected), self.call.config)
+            plan = topology_of(self.call.config).plan(streams, same_streams(streams, selected), self.call.config)
             model.report.follow(self.call.config, plan.streams)
             guard_forwards(model, model._attnres_conversion.guarded, modules_that_add(captured.root, graph.gm, plan))
             reads = rewrite_(graph.gm, streams, plan, model.attnres)

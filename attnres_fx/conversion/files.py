@@ -25,10 +25,11 @@ from attnres_fx.conversion.stored.program_parts import ProgramParts, program_of,
 from attnres_fx.conversion.stored.programs import ProgramReader, ProgramWriter
 from attnres_fx.conversion.stored.tensors import TensorReader, TensorTable
 from attnres_fx.errors import SaveError
-from attnres_fx.parameters import AttnResParameters, DepthRead
+from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.lowering.lower import Lowering
+from attnres_fx.passes.rewrite.topology import topology_of
 
-FORMAT = 3
+FORMAT = 4
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def save_parts(parts: ModelParts, target: Any) -> None:
         "failures": {m: w for m, w in failures.items() if m not in left},
         "report": to_plain(report, error=SaveError),
         "lowering": to_plain(parts.lowering, error=SaveError),
-        "reads": [[r.name, r.query.shape[0], r.gate is not None] for r in parts.attnres.reads],
+        "reads": [r.described() for r in parts.attnres.reads],
         "programs": programs,
         "tensors": tensors.entries,
         "checksums": tensors.checksums(),
@@ -232,10 +233,14 @@ def _noted(report: ConversionReport, missing: list[str]) -> ConversionReport:
 
 
 def _attnres(reads: Any, tensors: Mapping[str, Tensor], report: ConversionReport) -> AttnResParameters:
-    made = []
-    for name, width, gated in from_plain(tuple[tuple[str, int, bool], ...], reads, "reads", error=SaveError):
-        read = DepthRead(name, width, gated=gated, device="meta")
-        made.append(read)
+    make, made = topology_of(report.config).described_read, []
+    if not isinstance(reads, list):
+        raise SaveError(f"its reads are {reads!r:.60}, which is no list")
+    for described in reads:
+        try:
+            made.append(make(described, report.config))
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise SaveError(f"it describes a read as {described!r:.80}, which is none: {error}") from error
     attnres = AttnResParameters(made, report.config, tuple(s.blocks for s in report.streams))
     held = {n.removeprefix("attnres."): t for n, t in tensors.items() if n.startswith("attnres.")}
     expected = dict(attnres.named_parameters())

@@ -16,10 +16,10 @@ from attnres_fx.capture.signature import InputShape
 from attnres_fx.capture.size_guards import SizeGuards
 from attnres_fx.capture.transform_regions import outline_transforms_pass
 from attnres_fx.errors import CaptureError, SaveError
-from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.passes.graph.example_sizes import remember_example_sizes
 from attnres_fx.passes.graph.nodes import plain_size
-from attnres_fx.passes.rewrite.depth_attention import Replacement
+from attnres_fx.passes.rewrite.execution import Replacement
+from attnres_fx.passes.rewrite.topology import read_operators
 
 
 def export_flat(root: nn.Module, captured: CapturedGraph) -> torch.export.ExportedProgram:
@@ -94,7 +94,7 @@ def in_graph_order(gm: GraphModule, replacements: Sequence[Replacement]) -> list
 
 def reads_of_export(gm: GraphModule, replacements: Sequence[Replacement]) -> tuple[Replacement, ...]:
     """The reads of a graph that was exported again, in order; their nodes get the names that they had before."""
-    nodes = [n for n in gm.graph.nodes if n.target is DEPTH_ATTENTION]
+    nodes = [n for n in gm.graph.nodes if n.target in read_operators()]
     reads = []
     for node, read in zip(nodes, replacements, strict=True):
         node._rename(read.node)  # a plan knows what crosses a cut by its name

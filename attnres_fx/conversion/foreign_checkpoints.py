@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnres_fx.config import AttnResConfig
 from attnres_fx.conversion.checkpoint_styles import (
     SETTINGS_FILE,
     CheckpointStyle,
@@ -22,7 +23,7 @@ from attnres_fx.conversion.stored.whole_file import write_whole
 from attnres_fx.errors import SaveError
 from attnres_fx.parameters import AttnResParameters, DepthRead
 from attnres_fx.passes.schedule import plan_schedule
-from attnres_fx.state_config import shown_config
+from attnres_fx.state_config import attention_config, shown_config
 
 
 def load_foreign_(
@@ -40,6 +41,7 @@ def load_foreign_(
     Raises:
         SaveError: It does not fit the model, or is damaged.
     """
+    _require_plain_form(attention_config(attnres.config, f"style {style.name!r}"), style)
     config = style.config(settings, attnres.config.streams)
     reads = list(attnres.reads)
 
@@ -50,15 +52,25 @@ def load_foreign_(
                 f"model is read twice, before its attention and before its MLP"
             )
         _require_plain_read(reads[place], place, count)
-        return reads[place].query.shape[0]
+        return int(reads[place].width)
 
     pairs = read_pairs(folder, style, width_of)
     if config != attnres.config:
         reconfigure_(owner, attnres, config)
     with torch.no_grad():
         for read, (query, gain) in zip(reads, pairs, strict=True):
-            read.query.copy_(query)
-            read.key_weight.copy_(gain)
+            for own, loaded in ((read.query, query), (read.key_weight, gain)):
+                assert own is not None
+                own.copy_(loaded)
+
+
+def _require_plain_form(config: AttnResConfig, style: CheckpointStyle) -> None:
+    """Raise SaveError for reads in a form that the checkpoints of a style do not have."""
+    if config.form:
+        raise SaveError(
+            f"the reads of style {style.name!r} are plain ones, and the model has {shown_config(config)}: convert or "
+            f"attach the original without {config.form[0]}"
+        )
 
 
 def _require_plain_read(read: DepthRead, place: int, count: int) -> None:
@@ -88,20 +100,22 @@ def export_foreign(owner: nn.Module, attnres: AttnResParameters, folder: Path, s
     Raises:
         SaveError: The style cannot say what the model computes, or the folder cannot be written.
     """
-    style, reads, config = style_named(style_name), list(attnres.reads), attnres.config
+    style, reads = style_named(style_name), list(attnres.reads)
+    config = attention_config(attnres.config, f"style {style.name!r}")
     if config.output != "mean":
         raise SaveError(
             f"this {type(owner).__name__} has {shown_config(config)}: its reads are sums, and those of style "
             f"{style.name!r} are means. Their norms have an eps, so the same tensors would compute another function: "
             f"convert or attach with output='mean', and train that."
         )
+    _require_plain_form(config, style)
     if config.variant == "local":
         raise SaveError(f"style {style.name!r} has no {shown_config(config)}: it knows blocks whose sums stay sources.")
     if len(reads) % 2 or not reads:
         raise SaveError(f"style {style.name!r} has two reads a layer, and the model has {len(reads)} reads.")
     for place, read in enumerate(reads):
         _require_plain_read(read, place, len(reads))
-    settings = style.settings(_block_size(attnres), config.eps)
+    settings = style.settings(_block_size(len(reads), config), config.eps)
     settings = {**_settings_there(folder), **settings}
     pairs = [(_plain(read, "query"), _plain(read, "key_weight")) for read in reads]
     try:
@@ -116,14 +130,13 @@ def _plain(read: DepthRead, name: str) -> Tensor:
     return plain_tensor(f"attnres.reads.{read.name}.{name}", getattr(read, name))
 
 
-def _block_size(attnres: AttnResParameters) -> int:
-    """Sublayers of a block. Raises SaveError where blocks, the last aside, are not of one size."""
-    count = len(attnres.reads)
-    starts = plan_schedule(count, attnres.config).starts
+def _block_size(count: int, config: AttnResConfig) -> int:
+    """Sublayers of a block, of so many in all. Raises SaveError where blocks, the last aside, are not of one size."""
+    starts = plan_schedule(count, config).starts
     size = starts[1] if len(starts) > 1 else count
     if starts != tuple(range(0, count, size)):
         raise SaveError(
-            f"the blocks of {shown_config(attnres.config)} begin at {', '.join(map(str, starts))}, and such a "
+            f"the blocks of {shown_config(config)} begin at {', '.join(map(str, starts))}, and such a "
             f"checkpoint says one size for all but the last: convert or attach with block_size=."
         )
     return size

@@ -6,11 +6,11 @@ from typing import Any
 from attnres_fx.capture.capture import capture
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.module_clone import uncompiled
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.conversion.report import StreamReport
 from attnres_fx.conversion.source_model import Model, checked_config, model_name, refuse_converted
 from attnres_fx.errors import ScheduleError, StreamError
-from attnres_fx.passes import Stream, StreamSet, analyze_, plan_depth_reads
+from attnres_fx.passes import Stream, StreamSet, analyze_, topology_of
 from attnres_fx.passes.streams.selection import select_streams, why_left
 
 
@@ -19,7 +19,7 @@ def inspect(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    config: AttnResConfig | None = None,
+    config: RewriteConfig | None = None,
     dynamic_shapes: Any = None,
 ) -> StreamReport:
     """Find the residual streams of a model, and what `convert` would do with them; the model is left as it is.
@@ -47,13 +47,13 @@ def inspect(
     return _stream_report(found, config, model_name(model), tuple(captured.notes))
 
 
-def _stream_report(found: StreamSet, config: AttnResConfig, name: str, notes: tuple[str, ...]) -> StreamReport:
+def _stream_report(found: StreamSet, config: RewriteConfig, name: str, notes: tuple[str, ...]) -> StreamReport:
     """What a conversion would do, found out by doing it as far as the plan."""
     error = ""
     selected: tuple[Stream, ...] = ()
     try:
         selected = select_streams(found, config, name)
-        plan_depth_reads(found, selected, config)
+        topology_of(config).plan(found, selected, config)
     except (StreamError, ScheduleError) as raised:
         error, selected = f"{type(raised).__name__}: {raised}", ()
     done = tuple(s.name for s in selected)

@@ -14,9 +14,19 @@ from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
 from attnres_fx.errors import AttnResError, CheckError, ExampleError
+from attnres_fx.parameters import StreamRead
 from attnres_fx.passes.graph.mutation_order import written_attributes
 from attnres_fx.passes.graph.nodes import value_of
 from attnres_fx.shown import shortened
+
+
+def _start_anew_(read: StreamRead) -> None:
+    """Give a read new parameters as a conversion makes them, in place; under a parametrization its original."""
+    for path, parameter in list(read.named_parameters()):
+        *inside, last = path.split(".")
+        name = inside[-1] if inside and inside[0] == "parametrizations" else last
+        holder = read.get_submodule(".".join(inside))
+        holder._parameters[last] = nn.Parameter(read.initial(name).to(parameter).expand_as(parameter).clone())
 
 
 class Pair:
@@ -36,11 +46,8 @@ class Pair:
         for path, module in self.original.named_modules():
             if path in modules:  # a symbolic trace calls modules that look at their mode
                 modules[path].training = module.training
-        for name, parameter in list(self.root._modules["attnres"].named_parameters()):  # type: ignore[union-attr]
-            *path, last = name.split(".")
-            fresh = torch.ones_like(parameter) if last == "key_weight" else torch.zeros_like(parameter)
-            holder = self.root.get_submodule(".".join(["attnres", *path]))
-            holder._parameters[last] = nn.Parameter(fresh)
+        for read in self.root._modules["attnres"].reads:  # type: ignore[union-attr]
+            _start_anew_(read)
         tables = {c.place for c in program.unkept if c.table}  # another size, and the same rows
         named = (*self.original.named_parameters(), *self.original.named_buffers())
         self.names = [n for n, _ in named if n not in tables]

@@ -9,7 +9,8 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from attnres_fx.errors import AttnResError
+from attnres_fx.config import CONFIG_CLASS, RewriteConfig
+from attnres_fx.errors import AttnResError, ConfigError
 
 _SCALARS = (bool, int, float, str, type(None))
 
@@ -30,6 +31,8 @@ def to_plain(value: Any, *, error: type[AttnResError], kind: Any = None) -> Any:
     """
     if kind is Any:
         return _tagged(value, error)
+    if isinstance(value, RewriteConfig):
+        return {n: to_plain(v, error=error) for n, v in value.to_data().items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = _hints(type(value))
         fields = (f.name for f in dataclasses.fields(value) if f.init)
@@ -62,6 +65,8 @@ def from_plain(kind: Any, value: Any, at: str, *, error: type[AttnResError]) -> 
     """
     if kind is Any:
         return _untagged(value, at, error)
+    if kind is RewriteConfig:
+        return _config(value, at, error)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _record(kind, value, at, error)
     reader = _READERS.get(get_origin(kind))
@@ -75,6 +80,19 @@ def from_plain(kind: Any, value: Any, at: str, *, error: type[AttnResError]) -> 
     if type(value) is kind:
         return value
     raise _mismatch(kind, value, at, error)
+
+
+def _config(value: Any, at: str, error: type[AttnResError]) -> RewriteConfig:
+    """A config of the class that the data names."""
+    if not isinstance(value, dict):
+        raise _mismatch(RewriteConfig, value, at, error)
+    try:
+        kind = RewriteConfig.class_in(value)
+    except ConfigError as unknown:
+        raise error(f"{at}: {unknown}") from unknown
+    config = _record(kind, {n: v for n, v in value.items() if n != CONFIG_CLASS}, at, error)
+    assert isinstance(config, RewriteConfig)
+    return config
 
 
 def _record(kind: Any, value: Any, at: str, error: type[AttnResError]) -> Any:

@@ -9,11 +9,11 @@ from torch import nn
 from attnres_fx.capture.captured import Captured
 from attnres_fx.capture.captured_module import capture_module
 from attnres_fx.capture.isolated_run import Mode
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.rewriting import rewrite_
 from attnres_fx.errors import ArgumentError, AttnResError, ExampleError
-from attnres_fx.passes import Replacement, analyze_, plan_depth_reads
+from attnres_fx.passes import Replacement, analyze_, topology_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Recapturing:
         config: Of the conversion.
     """
 
-    config: AttnResConfig
+    config: RewriteConfig
 
     def __call__(
         self,
@@ -44,7 +44,8 @@ class Recapturing:
             graph = captured.graphs[mode]
             streams = analyze_(graph.gm)
             names = {s.stream.name for s in converted.report.streams}
-            plan = plan_depth_reads(streams, tuple(s for s in streams.streams if s.name in names), self.config)
+            selected = tuple(s for s in streams.streams if s.name in names)
+            plan = topology_of(self.config).plan(streams, selected, self.config)
             have, want = {r.read for r in plan.reads}, set(converted.attnres.reads.names)
             if have != want:
                 raise ArgumentError(_other_reads(sorted(have - want), sorted(want - have)))

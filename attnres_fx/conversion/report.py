@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import AttnResConfig, RewriteConfig
 from attnres_fx.conversion.report_text import (
     choice_lines,
     converted_rows,
@@ -40,7 +40,7 @@ class StreamReport(Shown):
     streams: tuple[Stream, ...]
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
-    config: AttnResConfig = field(default_factory=AttnResConfig)
+    config: RewriteConfig = field(default_factory=AttnResConfig)
     converted: tuple[str, ...] = ()
     left: tuple[tuple[Stream, str], ...] = ()
     error: str = ""
@@ -96,7 +96,7 @@ class ConversionReport(Shown):
     """
 
     model: str
-    config: AttnResConfig
+    config: RewriteConfig
     streams: tuple[StreamPlan, ...]
     left: tuple[tuple[Stream, str], ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -117,7 +117,7 @@ class ConversionReport(Shown):
 
     @property
     def num_parameters(self) -> int:
-        """Parameters added: queries, key gains and gates."""
+        """Elements of all parameters added."""
         return sum(s.num_parameters for s in self.streams)
 
     def add_mode(self, mode: str) -> None:
@@ -130,7 +130,7 @@ class ConversionReport(Shown):
         self._set("deferred", tuple(m for m in self.deferred if m != mode))
         self.add_note(f"no {mode} graph: {shortened(why)}")
 
-    def follow(self, config: AttnResConfig, streams: tuple[StreamPlan, ...]) -> None:
+    def follow(self, config: RewriteConfig, streams: tuple[StreamPlan, ...]) -> None:
         """Say what a program was rewritten with, where that is another config than before."""
         if config != self.config:
             self._set("config", config)
@@ -156,14 +156,14 @@ class ConversionReport(Shown):
 
     def _page(self) -> ReportPage:
         head = (
-            f"{self.model}: {counted(len(self.streams), 'stream')} read by attention over depth, "
+            f"{self.model}: {counted(len(self.streams), 'stream')} {self.config.does}, "
             f"{counted(self.num_reads, 'read')}, {self.num_parameters:,} parameters added"
         )
-        options = f"variant {self.config.variant}, output {self.config.output}, modes {'/'.join(self.modes)}"
+        options = f"{self.config.summary}, modes {'/'.join(self.modes)}"
         if self.deferred:
             options += f" ({'/'.join(self.deferred)} when first needed)"
         if self.difference is not None:
-            options += f", outputs differ by {self.difference:.1e} at zero queries"
+            options += f", outputs differ by {self.difference:.1e} {self.config.at_start}"
         lines = [*left_lines(self.left, self.refusals), *note_lines(self.notes)]
         return ReportPage((head, options), converted_rows(self.streams), lines)
 

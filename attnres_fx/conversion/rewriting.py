@@ -1,5 +1,6 @@
 """A captured model's graphs analysed, planned and rewritten: the same reads in every graph."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -11,13 +12,12 @@ from attnres_fx.errors import RewriteError
 from attnres_fx.parameters import AttnResParameters, attribute_name
 from attnres_fx.passes import (
     DepthReadPlan,
-    ReadParameters,
     ReadPlan,
     Replacement,
     Stream,
     StreamSet,
-    insert_depth_attention_pass,
     run_pass,
+    topology_of,
 )
 from attnres_fx.passes.graph.module_paths import module_at, module_path
 from attnres_fx.passes.graph.nodes import fake_parameter, insert_attribute, tensor_of
@@ -71,28 +71,19 @@ def rewrite_(
 ) -> tuple[Replacement, ...]:
     """Execute a read plan on an analysed graph with these parameters, in place."""
     gm.add_module("attnres", parameters)
-    result = run_pass(
-        insert_depth_attention_pass,
-        gm,
-        streams=streams,
-        plan=plan,
-        eps=parameters.config.eps,
-        fetch=lambda read, like: _fetch(gm.graph, parameters, read, like),
-    )
+    config = parameters.config
+    fetch = functools.partial(_fetch, gm.graph, parameters)
+    result = run_pass(topology_of(config).insert, gm, streams=streams, plan=plan, config=config, fetch=fetch)
     run_pass(outline_recomputed_pass, gm)
     restore_autograd_pass(gm)
     return result.replaced
 
 
-def _fetch(graph: Graph, parameters: AttnResParameters, read: DepthReadPlan, like: Node) -> ReadParameters:
-    module = parameters.reads[read.read]
+def _fetch(graph: Graph, parameters: AttnResParameters, read: DepthReadPlan, like: Node, name: str) -> Node | None:
+    held = parameters.reads[read.read].tensors().get(name)
     value = tensor_of(like)
     assert value is not None
-
-    def attribute(name: str) -> Node:
-        held = getattr(module, name)
-        fake = fake_parameter(value, tuple(held.shape), held.dtype)
-        return insert_attribute(graph, f"attnres.reads.{attribute_name(read.read)}.{name}", like=like, value=fake)
-
-    gate = attribute("gate") if module.gate is not None else None
-    return ReadParameters(attribute("query"), attribute("key_weight"), gate)
+    if held is None:
+        return None
+    fake = fake_parameter(value, tuple(held.shape), held.dtype)
+    return insert_attribute(graph, f"attnres.reads.{attribute_name(read.read)}.{name}", like=like, value=fake)

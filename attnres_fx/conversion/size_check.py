@@ -30,7 +30,7 @@ def check_other_sizes(pair: Pair, captured: Captured, *, gradients: bool) -> Non
         CheckError: They differ at sizes that the program takes.
     """
     program, converted = pair.program, pair.converted
-    gradients, exact = gradients and not program.lost, converted.report.config.output == "sum"
+    gradients, exact = gradients and not program.lost, converted.report.config.keeps_function
     places = free_places(program.shapes)
     now = _sizes_now(program, pytree.tree_leaves((captured.args, captured.kwargs)))
     checked = {s for s, n in now.items() if n == 1}

@@ -87,18 +87,29 @@ def depth_attention(
 
 def check_read(sources: Sequence[Tensor], query: Tensor, key_weight: Tensor | None, eps: float) -> None:
     """Raise OperatorError where a read cannot be computed from these; the message names what does not fit."""
+    check_sources(sources, eps)
+    weights = {"query": query} if key_weight is None else {"query": query, "key_weight": key_weight}
+    for name, weight in weights.items():
+        _require_tensor(name, weight)
+    for name, weight in weights.items():
+        _check_weight(name, weight, sources[0])
+
+
+def check_sources(sources: Sequence[Tensor], eps: float) -> None:
+    """Raise OperatorError for sources that no read takes, and for such an eps."""
     if not sources:
         raise OperatorError("depth_attention got an empty list of sources: it needs at least one.")
     if not 0 <= eps < math.inf:
         raise OperatorError(f"depth_attention: eps is {eps}; it must be a finite number that is not negative.")
-    weights = {"query": query} if key_weight is None else {"query": query, "key_weight": key_weight}
-    for name, value in {**{f"source {i}": s for i, s in enumerate(sources)}, **weights}.items():
-        if not isinstance(value, Tensor):
-            raise OperatorError(f"depth_attention: {name} is a {type(value).__name__}; it must be a tensor.")
+    for i, source in enumerate(sources):
+        _require_tensor(f"source {i}", source)
     for i, source in enumerate(sources):
         _check_source(i, source, sources[0])
-    for name, weight in weights.items():
-        _check_weight(name, weight, sources[0])
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise OperatorError(f"depth_attention: {name} is a {type(value).__name__}; it must be a tensor.")
 
 
 def _check_source(i: int, source: Tensor, first: Tensor) -> None:
@@ -124,6 +135,11 @@ def _check_weight(name: str, weight: Tensor, source: Tensor) -> None:
             f"depth_attention: {name} is {weight.dtype} {tuple(weight.shape)}; "
             f"for sources {tuple(source.shape)} it must be floating point ({source.shape[-1]},)."
         )
+    check_device(name, weight, source)
+
+
+def check_device(name: str, weight: Tensor, source: Tensor) -> None:
+    """Raise OperatorError for a weight that is elsewhere than the sources."""
     if weight.device != source.device:
         raise OperatorError(
             f"depth_attention: {name} is on {weight.device} and the sources on {source.device}: "

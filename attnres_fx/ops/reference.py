@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from attnres_fx.ops.dtypes import compute_dtype, result_dtype
-from attnres_fx.ops.read_style import folded_gain
 from attnres_fx.ops.read_tensors import ReadOptions, ReadTensors
 from attnres_fx.ops.recompute import gradients_again
 
@@ -37,33 +36,6 @@ def row_logits(
     pairs = [row_logit(s, logit_weight, eps) for s in sources]
     logits = torch.cat([logit for _, logit in pairs], -1)
     return [scale for scale, _ in pairs], logits if bias is None else logits + bias.to(logits.dtype)
-
-
-def depth_weights(
-    sources: Sequence[Tensor],
-    query: Tensor,
-    key_weight: Tensor | None,
-    *,
-    eps: float = 1e-6,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """The attention over depth that `depth_attention` mixes with.
-
-    Args:
-        sources: S >= 1 floating tensors [..., D] of one shape and device.
-        query: [D].
-        key_weight: [D], or None.
-        eps: added to the mean square of a source.
-        bias: [S], added to the logits.
-        scale: multiplies the products of query and keys.
-
-    Returns:
-        [S, ...], float32 (float64 for float64 sources), summing to one over S. Nothing is checked.
-    """
-    dtype = compute_dtype(sources)
-    logit_weight = query.to(dtype) * folded_gain(query, key_weight, scale, dtype).to(dtype)
-    return torch.softmax(row_logits(sources, logit_weight, eps, bias)[1], -1).movedim(-1, 0)
 
 
 def definition(tensors: ReadTensors[Tensor], options: ReadOptions) -> Tensor:

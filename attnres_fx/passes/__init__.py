@@ -22,7 +22,9 @@ from attnres_fx.passes.normalize.rejoin_rows import rejoin_rows_pass
 from attnres_fx.passes.normalize.undo_reshapes import undo_reshapes_pass
 from attnres_fx.passes.normalize.unfold_row_writes import unfold_row_writes_pass
 from attnres_fx.passes.normalize.unfuse_additions import unfuse_additions_pass
-from attnres_fx.passes.rewrite.depth_attention import Replacement, insert_depth_attention_pass
+from attnres_fx.passes.rewrite.depth_attention import insert_depth_attention_pass
+from attnres_fx.passes.rewrite.execution import Replacement, execute_plan
+from attnres_fx.passes.rewrite.hyper_connections import HyperConnectionsConfig, insert_hyper_connections_pass
 from attnres_fx.passes.rewrite.insertion import ReadParameters
 from attnres_fx.passes.rewrite.read_plan import (
     BlockEnd,
@@ -32,6 +34,7 @@ from attnres_fx.passes.rewrite.read_plan import (
     TermPlan,
     plan_depth_reads,
 )
+from attnres_fx.passes.rewrite.topology import Topology, register_topology, topology_of
 from attnres_fx.passes.schedule import DepthSchedule, plan_schedule
 from attnres_fx.passes.streams.analysis import analyze_
 from attnres_fx.passes.streams.finding import find_streams
@@ -43,6 +46,7 @@ __all__ = [
     "BlockReads",
     "DepthReadPlan",
     "DepthSchedule",
+    "HyperConnectionsConfig",
     "Lowering",
     "NormFusion",
     "PassResult",
@@ -59,9 +63,11 @@ __all__ = [
     "SumFusion",
     "Term",
     "TermPlan",
+    "Topology",
     "analyze_",
     "checked_lowering",
     "choose_phases",
+    "execute_plan",
     "find_streams",
     "functionalize_mutations_pass",
     "fuse_norms_pass",
@@ -69,6 +75,7 @@ __all__ = [
     "inline_regions_pass",
     "insert_call",
     "insert_depth_attention_pass",
+    "insert_hyper_connections_pass",
     "lower_",
     "normalize_",
     "op_name",
@@ -78,10 +85,12 @@ __all__ = [
     "plan_schedule",
     "plan_sum_fusions",
     "propagate_values_",
+    "register_topology",
     "rejoin_rows_pass",
     "remove_dead_code_pass",
     "run_pass",
     "split_new_rows_pass",
+    "topology_of",
     "two_phase_pass",
     "undo_reshapes_pass",
     "unfold_row_writes_pass",

@@ -10,14 +10,15 @@ class Source:
 
     Args:
         kind: `"root"` (v_0), `"sublayer"` (the output of sublayer `start`), `"block"` (the sum of all of block
-            `block`), `"partial"` (the sum of the sublayers of block `block` written so far) or `"summary"` (what
-            block `block` receives: the read at the end of the block before it).
+            `block`), `"partial"` (the sum of the sublayers of block `block` written so far), `"summary"` (what block
+            `block` receives: the read at the end of the block before it) or `"copy"` (number `start` of the copies
+            that hyper-connections carry).
         block: Index of the block.
         start: The first sublayer it sums; with `stop` a half-open range, empty for the root and for a summary.
         stop: The sublayer after the last one it sums.
     """
 
-    kind: Literal["root", "sublayer", "block", "partial", "summary"]
+    kind: Literal["root", "sublayer", "block", "partial", "summary", "copy"]
     block: int = 0
     start: int = 0
     stop: int = 0
@@ -34,11 +35,34 @@ class Source:
             "block": f"b_{self.block + 1}",
             "partial": f"b_{self.block + 1}[:{self.stop - self.start}]",
             "summary": f"c_{self.block + 1}",
+            "copy": f"x_{self.start + 1}",
         }
         return names[self.kind]
 
 
 ROOT = Source("root")
+
+
+@dataclass(frozen=True)
+class Window:
+    """The newest sources, beyond which a read does not look.
+
+    Args:
+        size: How many.
+        keeps_root: Whether the root is seen beside them.
+    """
+
+    size: int
+    keeps_root: bool = True
+
+    def seen(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        """What is left of sources that stand oldest first, the root before all others."""
+        newest = sources[-self.size :]
+        return (ROOT, *newest) if self.keeps_root and ROOT not in newest else newest
+
+    def count(self, num_sources: int) -> int:
+        """`len(seen(sources))` of so many sources."""
+        return min(num_sources, self.size + self.keeps_root)
 
 
 class SourceSpan(NamedTuple):

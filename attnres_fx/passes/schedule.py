@@ -14,7 +14,7 @@ from typing import Literal
 
 from attnres_fx.config import AttnResConfig, Variant
 from attnres_fx.errors import ScheduleError
-from attnres_fx.passes.depth_source import ROOT, Source, SourceSpan
+from attnres_fx.passes.depth_source import ROOT, Source, SourceSpan, Window
 
 DEFAULT_BLOCKS = 8
 
@@ -27,11 +27,13 @@ class DepthSchedule:
         variant: The variant the sources follow.
         starts: First sublayer of each block, from 0; `starts[0] == 0`.
         num_sublayers: L.
+        window: What a read sees of its sources; None for all. Not in the variant `local`.
     """
 
     variant: Variant
     starts: tuple[int, ...]
     num_sublayers: int
+    window: Window | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -106,6 +108,11 @@ class DepthSchedule:
                 f"read position {position} does not exist: {self.num_sublayers} sublayers have "
                 f"{self.num_sublayers + 1} read positions."
             )
+        every = self._every_source(position)
+        return every if self.window is None else self.window.seen(every)
+
+    def _every_source(self, position: int) -> tuple[Source, ...]:
+        """The sources of a read without a window."""
         if position == 0:
             return (ROOT,)
         if self.variant == "full":
@@ -143,8 +150,10 @@ class DepthSchedule:
             return 1
         block = self.block_of_read(position)
         if self.variant == "full":
-            return position + 1
-        return position - self.starts[block] + 1 if self.variant == "local" else block + 2
+            every = position + 1
+        else:
+            every = position - self.starts[block] + 1 if self.variant == "local" else block + 2
+        return every if self.window is None else self.window.count(every)
 
     def summary_at(self, position: int) -> Source | None:
         """The summary that the read at `position` makes for the next block.
@@ -216,6 +225,10 @@ class DepthSchedule:
                 kind: Literal["sublayer", "block"] = "sublayer" if self.variant == "full" else "block"
                 found.append(SourceSpan(Source(kind, block, own.start, own.stop), own.stop - 1, end))
                 found += (SourceSpan(Source("partial", block, own.start, i + 1), i, i + 1) for i in own[:-1])
+        if self.window is not None:
+            # A source that has left the window is seen by no later read, so it crosses no later cut.
+            last = {source: cut for cut in range(1, self.num_sublayers) for source in self.sources(cut)}
+            found = [span._replace(last=min(span.last, last.get(span.source, 0))) for span in found]
         return tuple(span for span in found if span.last > span.maker)
 
     def maker_of(self, source: Source) -> int:
@@ -233,19 +246,6 @@ class DepthSchedule:
         return position == self.num_sublayers or position in self.starts
 
 
-def forward_passes(num_sources: int) -> int:
-    """Passes over one source's bytes that a fused read of S sources makes: it reads each and writes one, S + 1."""
-    return num_sources + 1
-
-
-def backward_passes(num_sources: int) -> int:
-    """Passes over one source's bytes that a read's backward makes, 3 S + 1.
-
-    It reads the incoming gradient once, and each source with the gradient it has so far, and writes each gradient.
-    """
-    return 3 * num_sources + 1
-
-
 def plan_schedule(num_sublayers: int, config: AttnResConfig) -> DepthSchedule:
     """Blocks and connectivity of a stream of `num_sublayers` sublayers.
 
@@ -261,7 +261,12 @@ def plan_schedule(num_sublayers: int, config: AttnResConfig) -> DepthSchedule:
     """
     if num_sublayers < 1:
         raise ScheduleError(f"a stream needs at least one sublayer; this one has {num_sublayers}.")
-    return DepthSchedule(config.variant, _block_starts(num_sublayers, config), num_sublayers)
+    return DepthSchedule(config.variant, _block_starts(num_sublayers, config), num_sublayers, window_of(config))
+
+
+def window_of(config: AttnResConfig) -> Window | None:
+    """The window that a config asks for."""
+    return None if config.window is None else Window(config.window, config.window_keeps_root)
 
 
 def _block_starts(count: int, config: AttnResConfig) -> tuple[int, ...]:

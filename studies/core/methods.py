@@ -7,13 +7,28 @@ from attnres_fx.demo.text import Text
 
 RESIDUAL = "residual"
 
+#: Methods that have blocks of so many sublayers.
+BLOCKS = {f"block of {n}": ax.AttnResConfig(variant="block", block_size=n) for n in (1, 2, 4, 6, 8, 12, 24)}
+
+#: One thing at a time that reads of blocks of 4 do otherwise, and a window over the outputs of all sublayers.
+ABLATIONS = {
+    "no key norm": ax.AttnResConfig(block_size=4, key_norm=False),
+    "input query": ax.AttnResConfig(block_size=4, query="input"),
+    "4 heads": ax.AttnResConfig(block_size=4, heads=4),
+    "sigmoid": ax.AttnResConfig(block_size=4, weights="sigmoid"),
+    "source bias": ax.AttnResConfig(block_size=4, source_bias=True),
+    "window of 8": ax.AttnResConfig(block_size=1, window=8, output="mean"),
+}
+
 #: None: the model as it is. By default a block has an eighth of the sublayers.
 METHODS: dict[str, ax.AttnResConfig | None] = {
     RESIDUAL: None,
     "block": ax.AttnResConfig(variant="block"),
     "full": ax.AttnResConfig(variant="full"),
     "local": ax.AttnResConfig(variant="local"),
-    **{f"block of {n}": ax.AttnResConfig(variant="block", block_size=n) for n in (1, 2, 4, 6, 8, 12, 24)},
+    "static": ax.AttnResConfig(variant="block", weights="static"),
+    **BLOCKS,
+    **ABLATIONS,
 }
 
 

@@ -21,6 +21,6 @@ def test_the_code_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     torch.compiler.reset()
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
     assert blocks
-    names: dict = {}
+    names: dict = {"__name__": "page"}  # functions that a graph calls must be in some module
     for block in blocks:
         exec(compile(block, str(page), "exec"), names)

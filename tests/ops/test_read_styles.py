@@ -9,9 +9,14 @@ import torch
 from torch import nn
 
 from attnres_fx.errors import OperatorError
-from attnres_fx.ops import depth_attention, depth_attention_batch, depth_attention_fused, depth_attention_merge
+from attnres_fx.ops import (
+    depth_attention,
+    depth_attention_batch,
+    depth_attention_fused,
+    depth_attention_merge,
+    depth_weights,
+)
 from attnres_fx.ops.operator import DEPTH_ATTENTION
-from attnres_fx.ops.reference import depth_weights
 from tests.support.operator_oracle import oracle_weights, worst_ratio
 from tests.support.paths import ROOT
 from tests.support.read_styles import (

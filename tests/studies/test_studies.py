@@ -10,7 +10,7 @@ import torch
 from attnres_fx.demo.small_gpt import SmallGPT
 from studies import blocks, figures, gain, gain_answer, retrofit, routing, shapes
 from studies.core import command
-from studies.core.methods import METHODS
+from studies.core.methods import ABLATIONS, METHODS
 from studies.core.results import FOLDER, Results
 from studies.core.runs import Run
 from studies.core.sizes import SIZES
@@ -134,7 +134,7 @@ def parameters(config):
 
 
 def test_the_learning_rate_of_each_method_is_its_own_best(tmp_path, monkeypatch):
-    best = {"residual": 6e-3, "block": 3e-3, "local": 12e-3, "full": 3e-3}
+    best = {"residual": 6e-3, "block": 3e-3, "local": 12e-3, "full": 3e-3, "static": 6e-3}
 
     def do_run(run, size, **_):
         return {"run": asdict(run), "loss": abs(run.lr - best[run.method])}
@@ -143,7 +143,7 @@ def test_the_learning_rate_of_each_method_is_its_own_best(tmp_path, monkeypatch)
     runs = command.do_study(gain.STUDY, "cpu", tmp_path).runs.values()
     assert {(r["run"]["method"], r["run"]["lr"]) for r in runs if r["run"]["seed"] == 2} == set(best.items())
     assert {r["run"]["steps"] for r in runs if r["run"]["method"] == "residual"} == {800, 1200}
-    assert len(runs) == 4 * 5 + 3
+    assert len(runs) == 5 * 5 + 3
 
 
 def test_kinds_of_tokens_are_a_partition():
@@ -167,3 +167,11 @@ def test_every_arm_has_a_rival_that_is_trained_as_long_for_the_same_thing():
 def test_blocks_of_every_size_are_in_the_table():
     assert set(blocks.sizes_of_blocks().values()) == {1, 2, 4, 6, 8, 12, 24}
     assert set(blocks.sizes_of_blocks()) < set(METHODS)
+
+
+def test_what_a_read_does_otherwise_is_compared_with_the_same_blocks():
+    for name, config in ABLATIONS.items():
+        assert METHODS[name] is config
+        assert config.block_size == (1 if config.window else 4)
+    runs = blocks.plan(SIZES["cpu"], None)
+    assert {r.method for r in runs} >= {"residual", "block of 1", "block of 4", *ABLATIONS}

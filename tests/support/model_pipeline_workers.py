@@ -155,6 +155,21 @@ HELD = {
     "two": {f"gpt {name}": ("gpt", EVERY, config) for name, config in CONFIGS.items()},
     "four": {f"gpt {name}": ("gpt", EVERY[1:], config) for name, config in CONFIGS.items()},
 }
+#: Reads that no kernel has, a window that sources leave, and weights that are no function of the input.
+FORMS = {
+    "window": {
+        "variant": "full",
+        "window": 2,
+        "query": "input",
+        "heads": 4,
+        "source_bias": True,
+        "value_norm": True,
+        "weights": "sigmoid",
+        "output": "mean",
+    },
+    "static": {"weights": "static", "num_blocks": 2},
+}
+HELD["two"] |= {f"shared {name}": ("shared", SOME, config) for name, config in FORMS.items()}
 for suite, kinds in {"two": ("llama", "t5", "shared"), "four": ("llama", "t5")}.items():
     HELD[suite] |= {kind: (kind, SOME, {"num_blocks": 2}) for kind in kinds}
     CASES[suite] |= {name: partial(against_one_process, *held) for name, held in HELD[suite].items()}

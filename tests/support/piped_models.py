@@ -89,8 +89,9 @@ def convert(kind, **config):
         converted = ax.convert(model, kwargs=example, config=ax.AttnResConfig(**config), check=False)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for read in converted.attnres.reads:
-                read.query.normal_(std=0.5, generator=generator)
+            for name, parameter in converted.attnres.named_parameters():
+                if not name.endswith("key_weight"):
+                    parameter.normal_(std=0.5, generator=generator)
         _converted[key] = converted.train(), kwargs, batch(model)[1]
     converted, kwargs, target = _converted[key]
     converted.zero_grad()

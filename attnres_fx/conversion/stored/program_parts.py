@@ -22,8 +22,8 @@ from attnres_fx.conversion.stored.guards import guards_from_data, guards_to_data
 from attnres_fx.conversion.stored.programs import ProgramReader, ProgramWriter
 from attnres_fx.conversion.stored.structures import StructureReader, structure_to_data
 from attnres_fx.errors import AttnResError, SaveError
-from attnres_fx.ops.operator import DEPTH_ATTENTION
-from attnres_fx.passes.rewrite.depth_attention import Replacement
+from attnres_fx.passes.rewrite.execution import Replacement
+from attnres_fx.passes.rewrite.topology import read_operators
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ def _check(at: str, gm: GraphModule, about: _About, out_spec: Any, root: nn.Modu
     if unknown := {s.kind for s in about.shapes if s is not None} - _KINDS:
         raise SaveError(f"an input of the {at} program is of the kind {min(unknown)!r:.40}")
     for read in about.reads:
-        if read.node not in known or known[read.node].target is not DEPTH_ATTENTION:
+        if read.node not in known or known[read.node].target not in read_operators():
             raise SaveError(f"the {at} program has no node {read.node!r:.60} for the read {read.read!r:.60}")
     _check_outputs(at, outputs, out_spec, about.writes, root)
 

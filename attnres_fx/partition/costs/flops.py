@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
+from attnres_fx.ops.general import DEPTH_ATTENTION_GENERAL
 from attnres_fx.partition.costs.unit_graph import (
     DEVICE,
     computes,
@@ -134,6 +135,16 @@ def count_flops(
         if computes(node):
             total += _count(node, differentiable, memo)
     return total
+
+
+def projection_flops(node: Node, *, differentiable: frozenset[Node]) -> Flops:
+    """Operations of the query's projection in a depth read; none where the query is one vector for all tokens."""
+    query = held_value(node.args[1]) if isinstance(node.args[1], Node) else None
+    if node.target is not DEPTH_ATTENTION_GENERAL or query is None or query.dim() != 2:
+        return Flops()
+    newest: Any = node.args[0][-1]  # type: ignore[index]
+    product = 2 * math.prod(hint(s) for s in held_value(newest).shape) * hint(query.shape[0])
+    return Flops(product, product * len(differentiable.intersection((newest, node.args[1]))))
 
 
 def _count(node: Node, differentiable: frozenset[Node], memo: dict[Any, Flops]) -> Flops:

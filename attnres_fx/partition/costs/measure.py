@@ -6,7 +6,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from attnres_fx.partition.costs.activations import saved_bytes
-from attnres_fx.partition.costs.flops import Flops, count_flops
+from attnres_fx.partition.costs.flops import Flops, count_flops, projection_flops
 from attnres_fx.partition.costs.model_costs import CarriedValue, ModelCosts, StreamCost, SublayerCost
 from attnres_fx.partition.costs.unit_graph import (
     GraphFacts,
@@ -24,7 +24,8 @@ def measure_costs(gm: GraphModule, chain: Chain, *, carried: Iterable[CarriedVal
     """Costs of every unit of a chain, from the metadata of its nodes.
 
     Flops are counted as `costs/flops.py` says, activations as `activations.saved_bytes` says; depth reads are in
-    neither. Units of one structure are measured once. Parameters include those of the unit's reads.
+    neither, but for the projection that makes a query from the input. Units of one structure are measured once.
+    Parameters include those of the unit's reads.
 
     Args:
         gm: A converted model's graph in aten operations, on any device, `meta` too; symbolic sizes count as in the
@@ -71,7 +72,9 @@ class _MeasuredUnits:
         if body.key not in self.by_structure:
             flops = count_flops(body.nodes, differentiable=self.facts.differentiable, memo=self.calls)
             self.by_structure[body.key] = flops, saved_bytes(body, name)
-        return self.by_structure[body.key]
+        flops, kept = self.by_structure[body.key]
+        reads = (n for n in nodes if is_read(n))
+        return sum((projection_flops(n, differentiable=self.facts.differentiable) for n in reads), flops), kept
 
 
 def _place(unit: int, num_sublayers: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnres_fx.partition.costs.cut_bytes import BlockLayouts, crossing_sources
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts, StreamCost, SublayerCost
-from attnres_fx.passes.schedule import backward_passes, forward_passes
+from attnres_fx.passes.lowering.block_cost import backward_passes, forward_passes
 
 PICOSECONDS = 10**12
 

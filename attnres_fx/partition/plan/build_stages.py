@@ -19,6 +19,7 @@ from attnres_fx.partition.split.chained_model import (
 )
 from attnres_fx.partition.split.stages import Stages
 from attnres_fx.passes import Lowering
+from attnres_fx.state_config import attention_config
 
 
 def build_stages(
@@ -52,7 +53,7 @@ def build_stages(
     if not isinstance(plan, Plan):
         raise PlanError(f"plan must be a Plan; it is a {type(plan).__name__}. Read a file with attnres_fx.load_plan.")
     converted = model if isinstance(model, ConvertedModel) else _convert(model, plan, args, kwargs, check, lowering)
-    plan.check_config(converted.report.config)
+    plan.check_config(attention_config(converted.report.config, "build_stages"))
     chains = chains_of(converted)
     chained = next(iter(chains.values()))
     plan.check_model(fingerprint(name_of(converted), chained))

@@ -14,7 +14,7 @@ from attnres_fx.partition.checked_values import checked_amount, checked_count
 from attnres_fx.partition.plan.plan import Plan
 from attnres_fx.partition.planner.objective import Partition, evaluate
 from attnres_fx.partition.planner.request import PlanRequest, check_request
-from attnres_fx.passes.schedule import plan_schedule
+from attnres_fx.passes.schedule import plan_schedule, window_of
 
 _HINT = "plan again instead of editing the file."
 #: Of a partition, what the costs and options alone do not give.
@@ -62,6 +62,7 @@ def _check_partition(plan: Plan) -> None:
         pipeline_schedule=options.schedule,
         device=plan.device,
         variant=plan.config.variant,
+        window=window_of(plan.config),
         block_layouts=plan.block_layouts,
         starts=partition.starts,
         align=options.align,

@@ -20,6 +20,7 @@ from attnres_fx.partition.simulate.timeline import Timeline, simulate
 from attnres_fx.partition.split.routes import StageValue
 from attnres_fx.passes.schedule import DepthSchedule
 from attnres_fx.report_page import ReportPage, Shown
+from attnres_fx.state_config import differing_options
 
 
 @dataclass(frozen=True, repr=False)
@@ -153,15 +154,14 @@ class Plan(Shown):
             config: The config that it was converted with.
 
         Raises:
-            PlanError: The variant, the output or eps differs.
+            PlanError: They differ in more than the way they ask for blocks.
         """
-        for name in ("variant", "output", "eps"):
+        for name in differing_options(self.config, config)[:1]:
             ours, theirs = getattr(self.config, name), getattr(config, name)
-            if ours != theirs:
-                raise PlanError(
-                    f"the plan was made for {name}={ours!r} and the model was converted with {name}={theirs!r}: plan "
-                    f"again for this model, or convert the original with the plan's config."
-                )
+            raise PlanError(
+                f"the plan was made for {name}={ours!r} and the model was converted with {name}={theirs!r}: plan "
+                f"again for this model, or convert the original with the plan's config."
+            )
 
     # --- files
 

@@ -27,7 +27,8 @@ from attnres_fx.partition.planner.request import OPTIMIZER_FACTOR, PlanRequest
 from attnres_fx.partition.planner.search import find_partition
 from attnres_fx.partition.split.chained_model import ChainedGraph
 from attnres_fx.partition.split.split_chain import refuse_empty_stages, split_chain
-from attnres_fx.state_config import shown_config
+from attnres_fx.passes.schedule import window_of
+from attnres_fx.state_config import attention_config, shown_config
 
 
 def plan(
@@ -111,6 +112,7 @@ def plan(
         pipeline_schedule=options.schedule,
         device=device,
         variant=config.variant,
+        window=window_of(config),
         block_layouts=None if free else {s.name: layouts[s.name] for s in costs.streams},
         num_blocks=_counts(num_blocks, config) if free else None,
         starts=pinned_starts,
@@ -170,7 +172,7 @@ def _is_whole(value: Any) -> bool:
 def _config_of(model: Model, config: AttnResConfig | None) -> tuple[AttnResConfig, bool]:
     """The conversion to plan for, and whether it says where blocks begin."""
     if isinstance(model, ConvertedModel):
-        own = model.report.config
+        own = attention_config(model.report.config, "a pipeline plan")
         if config is not None and config != own:
             raise PlanError(
                 f"the model was converted with {shown_config(own)}, and config is {shown_config(config)}: leave config "

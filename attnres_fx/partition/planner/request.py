@@ -13,6 +13,7 @@ from attnres_fx.partition.costs.in_flight import in_flight
 from attnres_fx.partition.costs.model_costs import DeviceSpeed, ModelCosts
 from attnres_fx.partition.costs.traffic import check_starts
 from attnres_fx.partition.pipeline_schedule import check_schedule
+from attnres_fx.passes.depth_source import Window
 from attnres_fx.passes.schedule import DEFAULT_BLOCKS, DepthSchedule
 
 #: Gradient and AdamW's two moments, each as large as the parameter.
@@ -33,6 +34,7 @@ class PlanRequest:
         pipeline_schedule: As PyTorch names it.
         device: Speeds of every rank.
         variant: Which sources a read sees.
+        window: Which of those; None for all.
         block_layouts: Blocks of each stream by its name, where they are given; None chooses them (one stream), or
             takes each stream's only ones (`full`).
         num_blocks: With free blocks, how many, or (fewest, most).
@@ -52,6 +54,7 @@ class PlanRequest:
     pipeline_schedule: str = "1F1B"
     device: DeviceSpeed = field(default_factory=DeviceSpeed)
     variant: Variant = "block"
+    window: Window | None = None
     block_layouts: BlockLayouts | None = None
     num_blocks: int | tuple[int, int] | None = None
     starts: tuple[int, ...] | None = None
@@ -82,8 +85,12 @@ class PlanRequest:
     def known_layouts(self) -> BlockLayouts | None:
         """Blocks of every stream where there is no choice, else None."""
         if self.variant == "full":
-            return {s.name: DepthSchedule("full", tuple(range(s.count)), s.count) for s in self.costs.streams}
+            return {s.name: self.layout(tuple(range(s.count)), s.count) for s in self.costs.streams}
         return self.block_layouts
+
+    def layout(self, starts: tuple[int, ...], count: int) -> DepthSchedule:
+        """Blocks that begin at these of `count` sublayers, read as is asked for."""
+        return DepthSchedule(self.variant, starts, count, self.window)
 
     @cached_property
     def block_counts(self) -> range:
@@ -189,7 +196,7 @@ def _check_blocks(request: PlanRequest) -> None:
 def _check_layouts(request: PlanRequest, layouts: BlockLayouts) -> None:
     for stream in request.costs.streams:
         layout = layouts.get(stream.name)
-        if layout is None or (layout.variant, layout.num_sublayers) != (request.variant, stream.count):
+        if layout is None or layout != request.layout(layout.starts, stream.count):
             raise PlanError(
                 f"the stream {stream.name!r} needs blocks of variant {request.variant!r} over its {stream.count} "
                 f"sublayers; given is {layout}."

@@ -21,7 +21,7 @@ from attnres_fx.partition.planner.cut_search import NEVER, CutSearch
 from attnres_fx.partition.planner.interleaved_search import InterleavedSearch, search_interleaved
 from attnres_fx.partition.planner.objective import Partition, evaluate, units_of
 from attnres_fx.partition.planner.request import PlanRequest, check_request
-from attnres_fx.passes.schedule import DepthSchedule, even_starts
+from attnres_fx.passes.schedule import even_starts
 
 #: How much slower than the fastest plan one may be that is aligned, or has more even blocks: a share.
 TOLERANCE = 0.02
@@ -114,7 +114,7 @@ def _all_choices(request: PlanRequest) -> Iterator[BlockLayouts]:
 
 def _layouts(request: PlanRequest, starts: tuple[int, ...]) -> BlockLayouts:
     (stream,) = request.costs.streams
-    return {stream.name: DepthSchedule(request.variant, starts, stream.count)}
+    return {stream.name: request.layout(starts, stream.count)}
 
 
 def _some_choices(request: PlanRequest) -> Iterator[_SearchResult]:

@@ -1,6 +1,5 @@
 """What all ranks of a pipeline must have alike, compared before it matters."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ def facts_of(stages: Stages, plan: Plan, **options: Any) -> dict[str, str]:
     """
     made_for = stages.made_for
     facts: dict[str, Any] = {"attnres_fx": __version__, "torch": torch.__version__}
-    facts |= dataclasses.asdict(made_for.config) | {"blocks": [(b.stream, b.starts) for b in made_for.blocks]}
+    facts |= made_for.config.to_data() | {"blocks": [(b.stream, b.starts) for b in made_for.blocks]}
     facts |= {"schedule": str(plan.schedule), "num_microbatches": plan.num_microbatches}
     facts |= {"values that travel": ", ".join(f"{v.name} from {v.produced} to {v.used}" for v in stages.values)}
     return {name: str(value) for name, value in (facts | options).items()}

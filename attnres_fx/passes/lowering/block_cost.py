@@ -5,10 +5,21 @@ Pure arithmetic, no graph and no torch. U is one pass over [N, D]: as many bytes
 
 from dataclasses import dataclass
 
-from attnres_fx.passes.schedule import backward_passes, forward_passes
-
 #: Phase-1 outputs may take this share of what the block keeps for backward anyway.
 MEMORY_SHARE = 0.2
+
+
+def forward_passes(num_sources: int) -> int:
+    """Passes over one source's bytes that a fused read of S sources makes: it reads each and writes one, S + 1."""
+    return num_sources + 1
+
+
+def backward_passes(num_sources: int) -> int:
+    """Passes over one source's bytes that a read's backward makes, 3 S + 1.
+
+    It reads the incoming gradient once, and each source with the gradient it has so far, and writes each gradient.
+    """
+    return 3 * num_sources + 1
 
 
 @dataclass(frozen=True)

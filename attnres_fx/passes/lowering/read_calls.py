@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from attnres_fx.ops.epilogue import FUSED_FIELDS, Epilogue, NormKind
 from attnres_fx.ops.fused import DEPTH_ATTENTION_FUSED
+from attnres_fx.ops.general import DEPTH_ATTENTION_GENERAL, READ_OPERATORS
 from attnres_fx.ops.kernels import described
 from attnres_fx.ops.operator import DEPTH_ATTENTION
 from attnres_fx.ops.phases import DEPTH_ATTENTION_BATCH, DEPTH_ATTENTION_MERGE
@@ -23,13 +24,14 @@ from attnres_fx.passes.graph.operations import has_side_effects, has_trait, op_n
 #: Every operator that a graph which reads through depth attention may hold.
 OPERATORS = frozenset(
     {
-        DEPTH_ATTENTION,
+        *READ_OPERATORS,
         DEPTH_ATTENTION_FUSED,
         DEPTH_ATTENTION_BATCH,
         DEPTH_ATTENTION_MERGE,
         DEPTH_ATTENTION_THREADED,
     }
 )
+_NO_KERNEL = "aten, by the inner compiler (no kernel has this form of a read)"
 _READS = (DEPTH_ATTENTION, DEPTH_ATTENTION_FUSED, DEPTH_ATTENTION_MERGE)
 
 
@@ -122,7 +124,7 @@ def insert_outputs(
 
 
 def as_depth_read(node: Node) -> DepthReadCall | None:
-    """A node as a read; None for every other node, phase 1 among them."""
+    """A node as a read that the passes may lower; None for every other node, phase 1 and general reads among them."""
     if node.target not in _READS or node.op != "call_function" or node.kwargs:
         return None
     if node.target is DEPTH_ATTENTION:
@@ -146,7 +148,8 @@ def known_tensor(node: Node) -> torch.Tensor:
 def kernels_of(gm: GraphModule) -> set[str]:
     """What the reads of a graph run on, in words."""
     calls = [c for n in gm.graph.nodes if (c := as_depth_read(n)) is not None and have_values(c.sources)]
-    return {described([known_tensor(s) for s in c.sources]) for c in calls}
+    general = any(n.target is DEPTH_ATTENTION_GENERAL for n in gm.graph.nodes)
+    return {described([known_tensor(s) for s in c.sources]) for c in calls} | {_NO_KERNEL for _ in range(general)}
 
 
 def have_values(nodes: Sequence[Any]) -> bool:

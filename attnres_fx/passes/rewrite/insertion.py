@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch.fx import Node
 
+from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import RewriteError
+from attnres_fx.ops.general import DEPTH_ATTENTION_GENERAL, general_arguments
 from attnres_fx.ops.operator import DEPTH_ATTENTION
+from attnres_fx.ops.read_form import ReadForm
+from attnres_fx.ops.read_style import ReadStyle
 from attnres_fx.passes.graph.emit import emit
 from attnres_fx.passes.graph.nodes import fake_like, insert_call, tensor_of
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan
@@ -21,18 +26,20 @@ class ReadParameters:
     """The nodes that hold the parameters of a read.
 
     Attributes:
-        query: The query, [D].
-        key_weight: The key gain, [D].
+        query: The query, [D] or [D, D]; None with static weights.
+        key_weight: The key gain, [D]; None with static weights.
         gate: The gate, [], of a read on a post-norm stream.
+        bias: [S], one number a source.
     """
 
-    query: Node
-    key_weight: Node
+    query: Node | None
+    key_weight: Node | None
     gate: Node | None = None
+    bias: Node | None = None
 
 
 def insert_read(
-    read: DepthReadPlan, site: Node, sources: Sequence[Node], parameters: ReadParameters, eps: float
+    read: DepthReadPlan, site: Node, sources: Sequence[Node], parameters: ReadParameters, config: AttnResConfig
 ) -> tuple[Node, Node]:
     """Insert a read at the graph's insertion point.
 
@@ -41,7 +48,7 @@ def insert_read(
         site: The node whose value it replaces.
         sources: The nodes of the plan's sources, each [..., D], whatever dimension of the site the features are in.
         parameters: The nodes of its parameters.
-        eps: Added to the mean square of a source.
+        config: eps, and the form of the read.
 
     Returns:
         The node that takes the place of the site, and the depth-attention node; without a gate they are one.
@@ -51,19 +58,40 @@ def insert_read(
     """
     values = [v for v in map(tensor_of, sources) if v is not None]
     out = fake_like(values[0], reduce(torch.promote_types, (v.dtype for v in values)))
-    args = (list(sources), parameters.query, parameters.key_weight, eps, read.gain)
-    node = insert_call(site.graph, DEPTH_ATTENTION, args, like=site, value=out)
+    target, options = _operator(parameters, config)
+    args = (list(sources), parameters.query, parameters.key_weight, config.eps, read.gain, *options)
+    node = insert_call(site.graph, target, args, like=site, value=out)
     mixed = node
     if read.dimension != LAST:
         mixed = turn_rows(site.graph, node, -1, read.dimension, like=site)
-        turned = tensor_of(mixed)
-        assert turned is not None
-        out = turned
+    return moved_by_gate(read, site, mixed, parameters.gate), node
+
+
+def moved_by_gate(read: DepthReadPlan, site: Node, mixed: Node, gate: Node | None) -> Node:
+    """What takes the place of a state on a post-norm stream: `r + g * (mixed - r)`, exactly r while the gate is zero.
+
+    Args:
+        read: What was planned; without a gate the result is `mixed`.
+        site: The node whose value is r.
+        mixed: What was read.
+        gate: The node of the gate, [].
+
+    Raises:
+        RewriteError: The read is gated and has no gate.
+    """
     if not read.gated:
-        return mixed, node
-    if parameters.gate is None:
+        return mixed
+    if gate is None:
         raise RewriteError(f"the read {read.read!r} is on a post-norm stream and needs a gate.")
-    # r + g * (read - r): exactly r while the gate is zero.
+    out = tensor_of(mixed)
     difference = emit(site.graph, "sub", (mixed, site), like=site, value=out)
-    scaled = emit(site.graph, "mul", (difference, parameters.gate), like=site, value=out)
-    return emit(site.graph, "add", (site, scaled), like=site, value=out), node
+    scaled = emit(site.graph, "mul", (difference, gate), like=site, value=out)
+    return emit(site.graph, "add", (site, scaled), like=site, value=out)
+
+
+def _operator(parameters: ReadParameters, config: AttnResConfig) -> tuple[Any, tuple[Any, ...]]:
+    """The operator that has the form of a read, the one with kernels where it can, and its last arguments."""
+    style, form = ReadStyle(parameters.bias, config.scale, config.value_norm), ReadForm.of(config)
+    if form == ReadForm() and config.query == "static" and config.has_queries:
+        return DEPTH_ATTENTION, style.to_arguments()
+    return DEPTH_ATTENTION_GENERAL, general_arguments(style, form)

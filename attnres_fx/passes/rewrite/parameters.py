@@ -5,14 +5,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph
 
-from attnres_fx.config import AttnResConfig
-from attnres_fx.parameters import AttnResParameters, DepthRead
+from attnres_fx.config import RewriteConfig
+from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.graph.nodes import tensor_of
 from attnres_fx.passes.rewrite.read_plan import ReadPlan
+from attnres_fx.passes.rewrite.topology import topology_of
 
 
-def make_parameters(graph: Graph, root: nn.Module, plan: ReadPlan, config: AttnResConfig) -> AttnResParameters:
-    """Queries, key gains and gates for the planned reads, in the dtype most of the model's weights have."""
+def make_parameters(graph: Graph, root: nn.Module, plan: ReadPlan, config: RewriteConfig) -> AttnResParameters:
+    """The parameters of the planned reads, in the dtype most of the model's weights have."""
     by_name = {n.name: n for n in graph.nodes}
     dtype = _parameter_dtype(root)
     made = []
@@ -20,7 +21,8 @@ def make_parameters(graph: Graph, root: nn.Module, plan: ReadPlan, config: AttnR
         value = tensor_of(by_name[read.site])
         assert value is not None
         device = _device(value, root)
-        made.append(DepthRead(read.read, read.width, gated=read.gated, dtype=dtype or value.dtype, device=device))
+        make_read = topology_of(config).make_read
+        made.append(make_read(read, config, dtype=dtype or value.dtype, device=device))
     return AttnResParameters(made, config, plan.blocks)
 
 

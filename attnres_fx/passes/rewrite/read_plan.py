@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
-from attnres_fx.config import AttnResConfig, Output
+from attnres_fx.config import AttnResConfig
+from attnres_fx.errors import ConfigError
 from attnres_fx.passes.depth_source import ROOT, Source
 from attnres_fx.passes.graph.result import defects_named
 from attnres_fx.passes.schedule import DepthSchedule, plan_schedule
@@ -35,13 +36,17 @@ class DepthReadPlan:
         seen: Its sources in the chain, oldest first.
         extras: Terms outside the chain that it sees as well, by the addition that writes each.
         block: Index of the block it belongs to.
-        gain: What the mixture is multiplied by: S for output `"sum"`, 1 for `"mean"` (arXiv 2603.15031, section 3).
+        gain: What the mixture is multiplied by. For output `"sum"` S, and 2 where a source's weight is a sigmoid, which
+            starts at a half; 1 for `"mean"` (arXiv 2603.15031, section 3).
         gated: Whether it moves a post-norm state through a gate. Where its sources add up to the state it needs none:
             there neither gate nor query would get a gradient from a fresh start.
-        width: D, the elements of its query and of its key gain.
+        width: D, the size of the dimension that holds the features.
+        num_parameters: Elements of all that is added for it.
         summary: What the next block receives, where the read stands at the end of a block of `local`.
         makes_summary: Whether the next block receives this read; of several at one end, only the first makes it.
         dimension: Which dimension of the site holds the features; -1 for the last.
+        writes: Whether what is added for it also writes the output of the sublayer before it, as the first read behind
+            each sublayer does with hyper-connections.
     """
 
     stream: str
@@ -56,9 +61,16 @@ class DepthReadPlan:
     gain: float
     gated: bool
     width: int
+    num_parameters: int
     summary: Source | None = None
     makes_summary: bool = False
     dimension: int = -1
+    writes: bool = False
+
+    @property
+    def num_sources(self) -> int:
+        """S."""
+        return len(self.seen) + len(self.extras)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -74,11 +86,6 @@ class DepthReadPlan:
     def extra_groups(self) -> tuple[str, ...]:
         """The labels of the sources outside the chain."""
         return tuple(map(_extra_label, self.extras))
-
-    @property
-    def num_parameters(self) -> int:
-        """Elements of query, key gain and gate."""
-        return 2 * self.width + self.gated
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ class StreamPlan:
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all queries, key gains and gates of the stream."""
+        """Elements of all that is added for the stream."""
         return sum(read.num_parameters for read in self.reads)
 
 
@@ -189,11 +196,20 @@ def _plan(
     streams: StreamSet, selected: tuple[Stream, ...], config: AttnResConfig, block_layouts: Mapping[str, DepthSchedule]
 ) -> ReadPlan:
     plans = tuple(
-        _plan_stream(
-            s, block_layouts.get(s.name) or plan_schedule(s.num_sublayers, config), config.output, streams.sums
-        )
+        _plan_stream(s, block_layouts.get(s.name) or plan_schedule(s.num_sublayers, config), config, streams.sums)
         for s in selected
     )
+    return in_execution_order(streams, selected, plans)
+
+
+def in_execution_order(streams: StreamSet, selected: Sequence[Stream], plans: tuple[StreamPlan, ...]) -> ReadPlan:
+    """The plan of a graph from those of its streams.
+
+    Args:
+        streams: All streams of the graph.
+        selected: Those that are rewritten.
+        plans: One for each of them, with a read for each of its depth reads.
+    """
     order = {node.name: i for i, node in enumerate(streams.sums.nodes)}
     # By the site that analysis gives: a read at a block's end stands at its state, and counts where it stood before.
     sites = [(order[read.site], plan) for s, p in zip(selected, plans, strict=True) for read, plan in _paired(s, p)]
@@ -204,22 +220,29 @@ def _paired(stream: Stream, plan: StreamPlan) -> list[tuple[Read, DepthReadPlan]
     return list(zip(stream.depth_reads, plan.reads, strict=True))
 
 
-def _plan_stream(stream: Stream, schedule: DepthSchedule, output: Output, sums: FormalSums) -> StreamPlan:
-    reads = [_plan_read(stream, read, schedule, output) for read in stream.depth_reads]
+def _plan_stream(stream: Stream, schedule: DepthSchedule, config: AttnResConfig, sums: FormalSums) -> StreamPlan:
+    if stream.depth_reads and stream.width % config.heads:
+        raise ConfigError(
+            f"heads={config.heads} does not divide the width {stream.width} of the stream {stream.name!r}: choose a "
+            f"number of heads that does."
+        )
+    reads = [_plan_read(stream, read, schedule, config) for read in stream.depth_reads]
     by_name = {node.name: node for node in sums.nodes}
     reads = [replace(r, dimension=sums.features.dimension(by_name[r.site])) for r in reads]
     makers = _summary_makers(stream, reads, sums)
     reads = [replace(read, makes_summary=i in makers) for i, read in enumerate(reads)]
     return StreamPlan(
-        stream, schedule, tuple(reads), _plan_terms(stream, schedule), _unread_ends(stream, schedule, reads)
+        stream, schedule, tuple(reads), plan_terms(stream, schedule), _unread_ends(stream, schedule, reads)
     )
 
 
-def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Output) -> DepthReadPlan:
+def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, config: AttnResConfig) -> DepthReadPlan:
     seen = schedule.sources(read.position)
     # A read that sees more than the chain goes on with cannot stand for the chain.
     summary = None if read.extras else schedule.summary_at(read.position)
-    summed = output == "sum"
+    summed = config.output == "sum"
+    num_sources = len(seen) + len(read.extras)
+    even = 2.0 if config.weights == "sigmoid" else float(num_sources)  # one over a weight at the start
     gated = summed and stream.post_norm and (bool(read.extras) or not schedule.sees_whole_state(read.position))
     return DepthReadPlan(
         stream=stream.name,
@@ -232,11 +255,18 @@ def _plan_read(stream: Stream, read: Read, schedule: DepthSchedule, output: Outp
         seen=seen,
         extras=read.extras,
         block=schedule.block_of_read(read.position),
-        gain=float(len(seen) + len(read.extras)) if summed and not gated else 1.0,
+        gain=even if summed and not gated else 1.0,
         gated=gated,
         width=stream.width,
+        num_parameters=_num_parameters(stream.width, gated, num_sources, config),
         summary=summary,
     )
+
+
+def _num_parameters(width: int, gated: bool, num_sources: int, config: AttnResConfig) -> int:
+    """Elements of query, key gain, gate and bias."""
+    query = width**2 if config.query == "input" else width
+    return config.has_queries * (query + width) + gated + config.has_biases * num_sources
 
 
 def _carried_on(stream: Stream, sums: FormalSums) -> set[str]:
@@ -273,7 +303,7 @@ def _summary_makers(stream: Stream, reads: Sequence[DepthReadPlan], sums: Formal
     return makers
 
 
-def _plan_terms(stream: Stream, schedule: DepthSchedule) -> tuple[TermPlan, ...]:
+def plan_terms(stream: Stream, schedule: DepthSchedule) -> tuple[TermPlan, ...]:
     terms = [
         TermPlan(t.written_by, None if t.sublayer is None else schedule.group_of(t.sublayer)) for t in stream.terms
     ]

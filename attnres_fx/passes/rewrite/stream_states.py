@@ -27,6 +27,7 @@ class StreamStates:
         self.graph = graph
         self._sums = sums
         self._post_norm = plan.stream.post_norm
+        self._window = plan.schedule.window
         self._by_name: dict[str, Node] = {n.name: n for n in graph.nodes}
         self._roots = self._site_before_each_root(plan.stream)
         self.nodes = sorted(n for n, r in sums.root.items() if r in self._roots)
@@ -71,8 +72,9 @@ class StreamStates:
 
         Where the chain goes on from a summary already, they are the sources of the whole block.
         """
-        built = self.builder.nodes(self.builder.whole.get(site, self.builder.tables[site]))
-        if set(built) != set(read.groups):
+        entries = self.builder.whole.get(site, self.builder.tables[site]).resolved()
+        missing = set(read.groups) - set(entries)
+        if missing or (self._window is None and len(entries) != len(set(read.groups))):
             if self._has_summaries:
                 raise RewriteError(
                     f"a state of the stream {read.stream!r} that was set aside joins it again before {read.read!r} (at "
@@ -80,15 +82,19 @@ class StreamStates:
                     f"by then, which the other state does not have: use variant 'block' or 'full', or blocks that do "
                     f"not end in between."
                 )
-            actual, planned = (" ".join(sorted(map(str, groups))) for groups in (built, read.groups))
+            actual, planned = (" ".join(sorted(map(str, groups))) for groups in (entries, read.groups))
             raise RewriteError(
                 f"the read {read.read!r} of {read.stream!r} was planned with the sources {planned} and the graph has "
                 f"{actual} at {site.name!r}: plan the reads of the graph that is rewritten."
             )
-        nodes = [built[group] for group in read.groups]
+        nodes = [self.builder.build(entries[group]) for group in read.groups]
         if read.dimension == LAST:
             return nodes
         return [self.builder.apply(RowsLast(read.dimension, site), node) for node in nodes]
+
+    def behind(self, site: Node) -> Node:
+        """The node before which what is read at a state is inserted."""
+        return site.next
 
     def consumed(self, read: DepthReadPlan) -> list[tuple[Node, Node]]:
         """The consumers of a read, each with what it takes of the state: the state itself, or a row map of it."""

@@ -1,12 +1,12 @@
 """Which of the streams found are rewritten."""
 
-from attnres_fx.config import AttnResConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.errors import AlreadyConvertedError, NoStreamError, NotAdditiveError, StreamError, StreamWidthError
 from attnres_fx.passes.streams.remarks import remarks
 from attnres_fx.passes.streams.stream import Stream, StreamSet
 
 
-def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tuple[Stream, ...]:
+def select_streams(streams: StreamSet, config: RewriteConfig, name: str) -> tuple[Stream, ...]:
     """The streams that a config asks for.
 
     Args:
@@ -35,7 +35,7 @@ def select_streams(streams: StreamSet, config: AttnResConfig, name: str) -> tupl
     raise NoStreamError(_no_stream_message(streams, why, name))
 
 
-def why_left(stream: Stream, config: AttnResConfig) -> str:
+def why_left(stream: Stream, config: RewriteConfig) -> str:
     """Why a stream is not among those that a config asks for."""
     if stream.nested_in is not None and config.streams == "main":
         return f"inside a sublayer of {stream.nested_in!r}; streams='all' converts it too"

@@ -7,7 +7,6 @@ from torch import nn
 import attnres_fx as ax
 from attnres_fx.errors import AlreadyConvertedError
 from attnres_fx.passes import (
-    ReadParameters,
     analyze_,
     find_streams,
     insert_depth_attention_pass,
@@ -43,21 +42,19 @@ def inserting(variant="full", streams=None, selected=None):
         config = ax.AttnResConfig(variant=variant, **({} if variant == "full" else {"num_blocks": 2}))
         plan = plan_depth_reads(found, found.streams if selected is None else selected, config)
 
-        def fetch(read, like):
-            made = []
-            for kind, value in (("query", torch.zeros(8)), ("key", torch.ones(8)), ("gate", torch.zeros(()))):
-                if kind == "gate" and not read.gated:
-                    continue
-                name = f"{kind}_{read.position}"
-                gm.register_parameter(name, nn.Parameter(value))
-                made.append(insert_attribute(gm.graph, name, like=like, value=value))
-            return ReadParameters(*made)
+        def fetch(read, like, tensor):
+            value = {"query": torch.zeros(8), "key_weight": torch.ones(8), "gate": torch.zeros(())}[tensor]
+            if tensor == "gate" and not read.gated:
+                return None
+            name = f"{tensor.removesuffix('_weight')}_{read.position}"
+            gm.register_parameter(name, nn.Parameter(value))
+            return insert_attribute(gm.graph, name, like=like, value=value)
 
         return insert_depth_attention_pass(
             gm,
             streams=found,
             plan=plan,
-            eps=1e-6,
+            config=config,
             fetch=fetch,
         )
 

@@ -210,5 +210,9 @@ def test_a_plan_of_other_sources_than_the_graph_has_is_refused():
     wrong = replace(stream, reads=(first, *stream.reads[1:]))
     with pytest.raises(RewriteError, match="was planned with the sources"):
         insert_depth_attention_pass(
-            gm, streams=streams, plan=ReadPlan((wrong,), wrong.reads), eps=1e-6, fetch=lambda read, like: None
+            gm,
+            streams=streams,
+            plan=ReadPlan((wrong,), wrong.reads),
+            config=config,
+            fetch=lambda read, like, name: next(iter(gm.graph.nodes)),
         )
