@@ -10,7 +10,7 @@ from studies.core.runs import Run
 from studies.core.sizes import Size
 from studies.gain_answer import draw, tables
 
-METHODS = ("residual", "block", "local", "full", "static")
+METHODS = ("residual", "block", "local", "full", "static", "mhc")
 #: How long the residual model is trained too, over the length of all methods.
 LONGER = 1.5
 

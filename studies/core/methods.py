@@ -21,12 +21,13 @@ ABLATIONS = {
 }
 
 #: None: the model as it is. By default a block has an eighth of the sublayers.
-METHODS: dict[str, ax.AttnResConfig | None] = {
+METHODS: dict[str, ax.AttnResConfig | ax.HyperConnectionsConfig | None] = {
     RESIDUAL: None,
     "block": ax.AttnResConfig(variant="block"),
     "full": ax.AttnResConfig(variant="full"),
     "local": ax.AttnResConfig(variant="local"),
     "static": ax.AttnResConfig(variant="block", weights="static"),
+    "mhc": ax.HyperConnectionsConfig(),
     **BLOCKS,
     **ABLATIONS,
 }
