@@ -8,7 +8,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: One colour a method, in every figure; what is not here is grey.
-COLOURS = {"residual": "#444444", "block": "#d1495b", "full": "#00798c", "local": "#edae49", "static": "#6a4c93"}
+COLOURS = {
+    "residual": "#444444",
+    "block": "#d1495b",
+    "full": "#00798c",
+    "local": "#edae49",
+    "static": "#6a4c93",
+    "mhc": "#6b8e23",
+}
 GREY = "#999999"
 
 

@@ -77,7 +77,7 @@ def test_the_file_is_data_that_other_programs_read(tmp_path):
     one.save(tmp_path / "model.file")
     with safe_open(tmp_path / "model.file", framework="pt") as file:
         assert torch.equal(file.get_tensor("mixes.0.weight"), one.mixes[0].weight)
-        assert json.loads(file.metadata()["attnres_fx"])["format"] == 3
+        assert json.loads(file.metadata()["attnres_fx"])["format"] == 4
 
 
 def test_files_of_torch_save_are_refused_by_name(tmp_path):

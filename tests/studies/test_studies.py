@@ -134,7 +134,7 @@ def parameters(config):
 
 
 def test_the_learning_rate_of_each_method_is_its_own_best(tmp_path, monkeypatch):
-    best = {"residual": 6e-3, "block": 3e-3, "local": 12e-3, "full": 3e-3, "static": 6e-3}
+    best = {"residual": 6e-3, "block": 3e-3, "local": 12e-3, "full": 3e-3, "static": 6e-3, "mhc": 3e-3}
 
     def do_run(run, size, **_):
         return {"run": asdict(run), "loss": abs(run.lr - best[run.method])}
@@ -143,7 +143,7 @@ def test_the_learning_rate_of_each_method_is_its_own_best(tmp_path, monkeypatch)
     runs = command.do_study(gain.STUDY, "cpu", tmp_path).runs.values()
     assert {(r["run"]["method"], r["run"]["lr"]) for r in runs if r["run"]["seed"] == 2} == set(best.items())
     assert {r["run"]["steps"] for r in runs if r["run"]["method"] == "residual"} == {800, 1200}
-    assert len(runs) == 5 * 5 + 3
+    assert len(runs) == 6 * 5 + 3
 
 
 def test_kinds_of_tokens_are_a_partition():
