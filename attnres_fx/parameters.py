@@ -1,176 +1,19 @@
-"""The modules that hold what a conversion adds: queries, key gains and gates, or what another topology has."""
+"""What a conversion adds to a model, as one module: its reads, and the config that they were made for."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from attnres_fx.config import AttnResConfig, RewriteConfig
+from attnres_fx.config import RewriteConfig
 from attnres_fx.errors import ConfigError
-from attnres_fx.shown import brief
 from attnres_fx.state_config import MadeFor, StreamBlocks, shown_config
+from attnres_fx.stream_reads import DepthReads, StreamRead
 
 #: The name of the config in the state of a model.
 STATE_KEY = "attnres._extra_state"
-
-
-class StreamRead(nn.Module):
-    """Parameters of one place where a stream is read: the base of `DepthRead` and of other topologies' modules.
-
-    Args:
-        name: Of the read.
-        width: D, the elements of the stream's last dimension.
-
-    Attributes:
-        name: Of the read.
-        width: D.
-        gate: A scalar, on reads that move a post-norm state; None on others.
-        tensor_names: The attributes that may hold a parameter, in the order in which a graph is given them.
-    """
-
-    tensor_names: ClassVar[tuple[str, ...]] = ()
-    gate: nn.Parameter | None
-
-    def __init__(self, name: str, width: int) -> None:
-        super().__init__()
-        self.name = name
-        self.width = width
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What the read has of `tensor_names`, in that order."""
-        held = {name: getattr(self, name) for name in self.tensor_names}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
-
-    def initial(self, name: str) -> torch.Tensor:
-        """What a parameter is when a conversion made it.
-
-        Args:
-            name: One of `tensors()`.
-
-        Returns:
-            A new tensor of its shape.
-        """
-        raise NotImplementedError
-
-    def start_(self) -> None:
-        """Set every parameter to what a conversion starts with, in place."""
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                tensor.copy_(self.initial(name))
-
-    def described(self) -> list[Any]:
-        """What makes the same module again, as plain data: the name, D, whether there is a gate, and what follows."""
-        return [self.name, self.width, self.gate is not None]
-
-
-class DepthRead(StreamRead):
-    """Parameters of one read.
-
-    Args:
-        name: Of the read.
-        width: D, the elements of the stream's rows.
-        gated: Whether the read has a gate.
-        config: Which parameters it has; None for a query and a key gain.
-        num_sources: S, of a read with a bias.
-        dtype: Of all of them; by default torch's default dtype.
-        device: Where they are; by default torch's default device.
-
-    Attributes:
-        name: Of the read.
-        width: D.
-        query: [D], of `query="input"` [D, D], zero at first; None with static weights.
-        key_weight: [D], one at first; None with static weights.
-        gate: A scalar, zero at first, on reads of a post-norm stream in mode `"sum"`; None on others.
-        bias: [S], zero at first, with `source_bias` or static weights; None on others.
-    """
-
-    tensor_names = ("query", "key_weight", "gate", "bias")
-
-    def __init__(
-        self,
-        name: str,
-        width: int,
-        *,
-        gated: bool = False,
-        config: AttnResConfig | None = None,
-        num_sources: int = 0,
-        dtype: torch.dtype | None = None,
-        device: Any = None,
-    ) -> None:
-        super().__init__(name, width)
-        config = config or AttnResConfig()
-
-        def held(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-
-        query = (width, width) if config.query == "input" else (width,)
-        self.query = held(*query) if config.has_queries else None
-        self.key_weight = held(width) if config.has_queries else None
-        self.gate = held() if gated else None
-        self.bias = held(num_sources) if config.has_biases else None
-        self.start_()
-
-    def initial(self, name: str) -> torch.Tensor:
-        """One for the key gain, zero for all else: see `StreamRead.initial`."""
-        held: torch.Tensor = getattr(self, name)
-        return torch.ones_like(held) if name == "key_weight" else torch.zeros_like(held)
-
-    def described(self) -> list[Any]:
-        """See `StreamRead.described`; of a read with a bias, how many sources it is for follows."""
-        return [*super().described(), *([] if self.bias is None else [len(self.bias)])]
-
-    def extra_repr(self) -> str:
-        kinds = [", gated" if self.gate is not None else "", ", biased" if self.bias is not None else ""]
-        return f"{self.name!r}, width={self.width}" + "".join(kinds)
-
-
-class DepthReads(nn.Module):
-    """The modules of all reads in execution order; indexed by position or by read name.
-
-    Args:
-        reads: In execution order, with distinct names.
-    """
-
-    def __init__(self, reads: Sequence[StreamRead]) -> None:
-        super().__init__()
-        for read in reads:
-            self.add_module(attribute_name(read.name), read)
-
-    def __repr__(self) -> str:
-        return brief(super().__repr__(), "see .names", 2_000)
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._modules.values())
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        if isinstance(key, str):
-            return self._modules[attribute_name(key)]
-        return list(self)[key]
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and attribute_name(name) in self._modules
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The name of every read, in execution order."""
-        return tuple(read.name for read in self)
-
-    def keys(self) -> tuple[str, ...]:
-        """The same as `names`, as a dict has it."""
-        return self.names
-
-    def values(self) -> tuple[Any, ...]:
-        """The reads, in execution order."""
-        return tuple(self)
-
-    def items(self) -> tuple[tuple[str, Any], ...]:
-        """Name and read, in execution order."""
-        return tuple((read.name, read) for read in self)
 
 
 class AttnResParameters(nn.Module):
@@ -332,15 +175,3 @@ def convert_state(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, 
             )
         converted[key] = attnres.made_for.to_tensor()
     return converted
-
-
-def attribute_name(read: str) -> str:
-    """A read's name as the name of a module, which can hold no dots.
-
-    Args:
-        read: Name of the read.
-
-    Returns:
-        The name with `__` for each dot.
-    """
-    return read.replace(".", "__")

@@ -11,8 +11,9 @@ from torch import nn
 
 import attnres_fx as ax
 from attnres_fx.conversion.rewriting import rewrite_
-from attnres_fx.parameters import AttnResParameters, DepthRead
+from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import analyze_, plan_depth_reads, propagate_values_
+from attnres_fx.stream_reads import DepthRead
 
 
 class Stack(nn.Module):

@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from attnres_fx.analysis.profile_places import Places, ReadPlace
 from attnres_fx.ops.general import read_from_arguments
-from attnres_fx.parameters import attribute_name
 from attnres_fx.passes.depth_source import Source
+from attnres_fx.stream_reads import attribute_name
 
 _TINY = torch.finfo(torch.float32).tiny
 

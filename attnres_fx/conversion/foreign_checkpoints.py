@@ -21,9 +21,10 @@ from attnres_fx.conversion.stored.container import write_container
 from attnres_fx.conversion.stored.tensors import plain_tensor
 from attnres_fx.conversion.stored.whole_file import write_whole
 from attnres_fx.errors import SaveError
-from attnres_fx.parameters import AttnResParameters, DepthRead
+from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes.schedule import plan_schedule
 from attnres_fx.state_config import attention_config, shown_config
+from attnres_fx.stream_reads import DepthRead
 
 
 def load_foreign_(

@@ -14,10 +14,10 @@ from attnres_fx.conversion.comparison import VerifyReport, differences_of
 from attnres_fx.conversion.converted_model import ConvertedModel
 from attnres_fx.conversion.trial import BackwardError, Outcome, outcome_of
 from attnres_fx.errors import AttnResError, CheckError, ExampleError
-from attnres_fx.parameters import StreamRead
 from attnres_fx.passes.graph.mutation_order import written_attributes
 from attnres_fx.passes.graph.nodes import value_of
 from attnres_fx.shown import shortened
+from attnres_fx.stream_reads import StreamRead
 
 
 def _start_anew_(read: StreamRead) -> None:

@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 from attnres_fx.capture.isolated_run import Mode
 from attnres_fx.capture.restore import restore_autograd_pass
 from attnres_fx.errors import RewriteError
-from attnres_fx.parameters import AttnResParameters, attribute_name
+from attnres_fx.parameters import AttnResParameters
 from attnres_fx.passes import (
     DepthReadPlan,
     ReadPlan,
@@ -22,6 +22,7 @@ from attnres_fx.passes import (
 from attnres_fx.passes.graph.module_paths import module_at, module_path
 from attnres_fx.passes.graph.nodes import fake_parameter, insert_attribute, tensor_of
 from attnres_fx.passes.rewrite.outline_regions import outline_recomputed_pass
+from attnres_fx.stream_reads import attribute_name
 
 
 def same_streams(streams: StreamSet, selected: Sequence[Stream]) -> tuple[Stream, ...]:

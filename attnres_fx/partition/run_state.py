@@ -5,6 +5,7 @@ In a checkpoint folder they are `run.step`, `run.random.<processes>.<rank>.<devi
 
 import io
 import logging
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -117,11 +118,11 @@ def _require_stateful(name: str, other: Any) -> None:
 
 def _in_bytes(name: str, state: Any) -> Tensor:
     file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
     try:
+        torch.save(state, file)
+        file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception as error:  # whatever is in it
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
         raise SaveError(
             f"the state of {name!r} holds more than numbers, texts, tensors and lists of them, which a checkpoint "
             f"could not give back: {error}"

@@ -26,13 +26,13 @@ from attnres_fx.passes.rewrite.depth_attention import insert_depth_attention_pas
 from attnres_fx.passes.rewrite.execution import Replacement, execute_plan
 from attnres_fx.passes.rewrite.hyper_connections import HyperConnectionsConfig, insert_hyper_connections_pass
 from attnres_fx.passes.rewrite.insertion import ReadParameters
+from attnres_fx.passes.rewrite.planning import plan_depth_reads
 from attnres_fx.passes.rewrite.read_plan import (
     BlockEnd,
     DepthReadPlan,
     ReadPlan,
     StreamPlan,
     TermPlan,
-    plan_depth_reads,
 )
 from attnres_fx.passes.rewrite.topology import Topology, register_topology, topology_of
 from attnres_fx.passes.schedule import DepthSchedule, plan_schedule

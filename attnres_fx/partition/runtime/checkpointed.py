@@ -1,5 +1,6 @@
 """Checkpoints of a pipeline: this rank's part of a save or a load."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ from attnres_fx.partition.pending_save import PendingSave
 from attnres_fx.partition.run_state import Loaded, Stateful, run_state
 
 
-class Checkpointed:
+class Checkpointed(ABC):
     """What has parts on several ranks that are saved and loaded together. Every rank calls every method."""
 
     def __init__(self) -> None:
         self._pending: PendingSave | None = None
         self._save_group: dist.ProcessGroup | None = None
 
+    @abstractmethod
     def _checkpoint_parts(self) -> checkpoint.Parts:
         """This rank's."""
-        raise NotImplementedError
 
     def save(
         self,

@@ -19,13 +19,14 @@ from torch.fx import GraphModule, Node
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import RewriteError
 from attnres_fx.ops.general import READ_OPERATORS
-from attnres_fx.parameters import DepthRead
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.rewrite.execution import Replacement, execute_plan
 from attnres_fx.passes.rewrite.insertion import ReadParameters, insert_read
-from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan, plan_depth_reads
+from attnres_fx.passes.rewrite.planning import plan_depth_reads
+from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan
 from attnres_fx.passes.rewrite.topology import FetchParameter, Topology, checked_entries, register_topology
 from attnres_fx.passes.streams.stream import StreamSet
+from attnres_fx.stream_reads import DepthRead
 
 
 def insert_depth_attention_pass(

@@ -13,10 +13,10 @@ from torch.fx import GraphModule, Node
 
 from attnres_fx.config import RewriteConfig
 from attnres_fx.errors import ConfigError
-from attnres_fx.parameters import StreamRead
 from attnres_fx.passes.graph.result import PassResult
 from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan
 from attnres_fx.passes.streams.stream import Stream, StreamSet
+from attnres_fx.stream_reads import StreamRead
 
 #: Inserts, at the graph's insertion point, the node that holds one parameter of a read, by the parameter's name; None
 #: where the read has none of that name. The node it is called with is the one whose metadata and value it takes after.

@@ -92,14 +92,18 @@ def test_step_scheduler_and_random_state_come_back(tmp_path):
 
 def test_what_has_no_plain_state_is_refused_before_anything_is_written(tmp_path):
     class Odd:
+        def __init__(self, held=None):
+            self.held = held
+
         def state_dict(self):
-            return {"function": trained}
+            return {"held": self.held}
 
         def load_state_dict(self, state):
             pass
 
-    with pytest.raises(SaveError, match="the state of 'odd' holds more than numbers"):
-        save_checkpoint(tmp_path / "c", trained(0)[0], others={"odd": Odd()})
+    for held in (trained, lambda: None, Odd()):  # pickled by name, not at all, and as an object
+        with pytest.raises(SaveError, match="the state of 'odd' holds more than numbers"):
+            save_checkpoint(tmp_path / "c", trained(0)[0], others={"odd": Odd(held)})
     with pytest.raises(AttnResError, match=r"others\['seven'\] is a int, which has no state_dict"):
         save_checkpoint(tmp_path / "c", trained(0)[0], others={"seven": 7})
     assert not (tmp_path / "c").exists()

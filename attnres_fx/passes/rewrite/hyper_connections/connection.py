@@ -4,11 +4,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnres_fx.parameters import StreamRead
 from attnres_fx.passes.rewrite.hyper_connections.config import HyperConnectionsConfig
-from attnres_fx.passes.rewrite.read_plan import DepthReadPlan
+from attnres_fx.stream_reads import StreamRead
 
 #: The share of a read, at the start, of the copy that it reads most; the others share the rest.
 MOST = 0.7
@@ -64,11 +63,8 @@ class HyperConnection(StreamRead):
     ) -> None:
         super().__init__(name, width)
         self.copies, self.constrained, self.place = config.copies, config.constrained, place
-        shapes = parameter_shapes(width, config, place=place, writes=writes, gated=gated)
-        for tensor in self.tensor_names:
-            made = nn.Parameter(torch.empty(shapes[tensor], dtype=dtype, device=device)) if tensor in shapes else None
-            self.register_parameter(tensor, made)
-        self.start_()
+        shapes = connection_shapes(width, config, place=place, writes=writes, gated=gated)
+        self.hold_(shapes, dtype=dtype, device=device)
 
     def initial(self, name: str) -> Tensor:
         """See `StreamRead.initial` and the class."""
@@ -99,7 +95,7 @@ class HyperConnection(StreamRead):
         return f"{self.name!r}, width={self.width}, {writes} {self.copies} copies{gated}"
 
 
-def parameter_shapes(
+def connection_shapes(
     width: int, config: HyperConnectionsConfig, *, place: int, writes: bool, gated: bool
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of a connection's parameters; for the arguments see `HyperConnection`."""
@@ -115,11 +111,6 @@ def parameter_shapes(
         shapes[f"{name}_weight"] = (math.prod(shape), copies * width) if constrained else (*each, width)
         shapes[f"{name}_scale"] = ()
     return shapes | ({"gate": ()} if gated else {})
-
-
-def connection_shapes(read: DepthReadPlan, config: HyperConnectionsConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters of a planned read."""
-    return parameter_shapes(read.width, config, place=read.position, writes=read.writes, gated=read.gated)
 
 
 def _logit(share: float) -> float:

@@ -1,13 +1,10 @@
 """What hyper-connections make of the streams of a graph, as data."""
 
-import math
-from dataclasses import replace
-
 from attnres_fx.passes.depth_source import Source
 from attnres_fx.passes.graph.result import defects_named
 from attnres_fx.passes.rewrite.hyper_connections.config import HyperConnectionsConfig
 from attnres_fx.passes.rewrite.hyper_connections.connection import connection_shapes
-from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan, StreamPlan, in_execution_order, plan_terms
+from attnres_fx.passes.rewrite.read_plan import DepthReadPlan, ReadPlan, StreamPlan, TermPlan
 from attnres_fx.passes.schedule import DepthSchedule
 from attnres_fx.passes.streams.formal_sum import FormalSums
 from attnres_fx.passes.streams.stream import Read, Stream, StreamSet
@@ -31,7 +28,7 @@ def plan_hyper_connections(
         RewriteError: Planning raised an error that is not one of the library's; it is the cause.
     """
     with defects_named("planning the hyper-connections"):
-        return in_execution_order(streams, selected, tuple(_plan_stream(s, config, streams.sums) for s in selected))
+        return ReadPlan.of_streams(streams, tuple(_plan_stream(s, config, streams.sums) for s in selected))
 
 
 def copy_sources(count: int) -> tuple[Source, ...]:
@@ -49,29 +46,23 @@ def _plan_stream(stream: Stream, config: HyperConnectionsConfig, sums: FormalSum
         _plan_read(stream, r, config, sums.features.dimension(nodes[r.site]), writes=first[r.position] is r)
         for r in stream.depth_reads
     ]
-    return StreamPlan(stream, schedule, tuple(reads), plan_terms(stream, schedule))
+    return StreamPlan(stream, schedule, tuple(reads), TermPlan.of_stream(stream, schedule))
 
 
 def _plan_read(
     stream: Stream, read: Read, config: HyperConnectionsConfig, dimension: int, *, writes: bool
 ) -> DepthReadPlan:
-    planned = DepthReadPlan(
-        stream=stream.name,
-        read=read.name,
-        site=read.site,
-        state=read.state,
-        consumers=read.consumers,
-        position=read.position,
+    # The copies add the sublayers up beside the norms: at the first norm they are what it sees anyway.
+    gated = stream.post_norm and (bool(read.extras) or read.position > 1)
+    writes = writes and read.position > 0
+    return DepthReadPlan.of_read(
+        stream,
+        read,
         seen=copy_sources(config.copies),
-        extras=read.extras,
         block=max(read.position - 1, 0),
         gain=1.0,
-        # The copies add the sublayers up beside the norms: at the first norm they are what it sees anyway.
-        gated=stream.post_norm and (bool(read.extras) or read.position > 1),
-        width=stream.width,
-        num_parameters=0,
+        gated=gated,
+        shapes=connection_shapes(stream.width, config, place=read.position, writes=writes, gated=gated),
         dimension=dimension,
-        writes=writes and read.position > 0,
+        writes=writes,
     )
-    elements = sum(map(math.prod, connection_shapes(planned, config).values()))
-    return replace(planned, num_parameters=elements)
