@@ -1,83 +1,11 @@
 """Which source each read sees, against a simulation that writes sublayers one at a time."""
 
-from collections.abc import Iterator
-from itertools import combinations, pairwise
-
 import pytest
 
 from attnres_fx.config import AttnResConfig
 from attnres_fx.errors import ConfigError, ScheduleError
-from attnres_fx.passes.schedule import DepthSchedule, plan_schedule
-
-Reads = list[list[str]]
-
-
-def simulate(variant: str, sizes: list[int]) -> tuple[Reads, Reads]:
-    """Sources of every read, and what lies on a cut after each number of sublayers, by the design's names.
-
-    Keeps v_0, the completed blocks and the current partial sum (or the summary and this block's outputs)
-    and writes one sublayer after another.
-    """
-    reads, cuts = [["v_0"]], [["v_0"]]
-    last = len(sizes)
-    past, own, written = ["v_0"], 0, 0
-    for block, size in enumerate(sizes, start=1):
-        for _ in range(size):
-            written, own = written + 1, own + 1
-            if variant == "full":
-                past.append(f"v_{written}")
-                reads.append(list(past))
-            elif variant == "local":
-                reads.append(past + [f"v_{i}" for i in range(written - own + 1, written + 1)])
-            elif own == size:
-                reads.append([*past, f"b_{block}"])
-            else:
-                reads.append([*past, f"b_{block}[:{own}]"])
-            cuts.append(list(reads[-1]))
-        own = 0
-        if variant == "block":
-            past.append(f"b_{block}")
-        if variant == "local" and block < last:
-            past = [f"c_{block + 1}"]
-            cuts[-1] = list(past)
-    return reads, cuts
-
-
-def chunks(count: int, size: int) -> list[int]:
-    return [size] * (count // size) + [count % size] * (count % size > 0)
-
-
-def dealt(count: int, blocks: int) -> list[int]:
-    """Sizes of blocks to which sublayers are dealt like cards."""
-    return [len(range(i, count, blocks)) for i in range(blocks)]
-
-
-def groupings(count: int) -> Iterator[tuple[dict, list[int]]]:
-    """Options that give blocks to `count` sublayers, and the block sizes they mean."""
-    yield {}, chunks(count, (count + 7) // 8)
-    for n in range(1, count + 3):
-        yield {"block_size": n}, chunks(count, n)
-    for n in range(1, count + 1):
-        yield {"num_blocks": n}, dealt(count, n)
-    for cuts in range(count if count <= 6 else 3):
-        for starts in combinations(range(1, count), cuts):
-            edges = (0, *starts, count)
-            yield {"boundaries": starts}, [b - a for a, b in pairwise(edges)]
-
-
-def cases(*variants: str, longest: int = 14) -> Iterator[tuple[str, list[int], DepthSchedule]]:
-    for variant in variants:
-        for count in range(1, longest + 1):
-            for options, sizes in [({}, [1] * count)] if variant == "full" else groupings(count):
-                yield variant, sizes, plan_schedule(count, AttnResConfig(variant=variant, **options))
-
-
-def names(sources) -> list[str]:
-    return [str(s) for s in sources]
-
-
-def sublayers(source) -> list[int]:
-    return list(range(source.start, source.stop))
+from attnres_fx.passes.schedule import plan_schedule
+from tests.support.depth_simulation import cases, names, simulate, sublayers
 
 
 @pytest.mark.parametrize("variant", ["full", "block", "local"])
@@ -238,46 +166,6 @@ def test_a_read_runs_where_its_sublayer_does_and_on_the_earlier_side_at_a_local_
         for variant, options in {"full": {}, "block": {"block_size": 2}, "local": {"block_size": 2}}.items()
     }
     assert readers == {"full": [0, 1, 2, 3, 3], "block": [0, 1, 2, 3, 3], "local": [0, 1, 1, 3, 3]}
-
-
-WINDOWS = [(1, True), (2, True), (2, False), (3, False), (5, True)]
-
-
-def windowed(variant: str, window: int, keeps_root: bool) -> Iterator[tuple[Reads, DepthSchedule]]:
-    """What every read sees of the sources of a simulation, and the schedule of the same window."""
-    for _, sizes, plain in cases(variant, longest=9):
-        expected = []
-        for every in simulate(variant, sizes)[0]:
-            newest = every[max(len(every) - window, 0) :]
-            expected.append(["v_0", *newest] if keeps_root and "v_0" not in newest else newest)
-        options = {"window": window, "window_keeps_root": keeps_root, "output": "mean"}
-        blocks = {} if variant == "full" else {"boundaries": plain.starts[1:]}
-        yield expected, plan_schedule(sum(sizes), AttnResConfig(variant=variant, **blocks, **options))
-
-
-@pytest.mark.parametrize("variant", ["full", "block"])
-@pytest.mark.parametrize(("window", "keeps_root"), WINDOWS)
-def test_a_windowed_read_sees_the_newest_of_its_sources_and_the_root_if_it_is_kept(variant, window, keeps_root):
-    for expected, schedule in windowed(variant, window, keeps_root):
-        positions = range(schedule.num_sublayers + 1)
-        assert [names(schedule.sources(p)) for p in positions] == expected
-        assert [schedule.num_sources(p) for p in positions] == [len(e) for e in expected]
-
-
-@pytest.mark.parametrize("variant", ["full", "block"])
-@pytest.mark.parametrize(("window", "keeps_root"), WINDOWS)
-def test_a_cut_carries_what_a_later_windowed_read_sees_or_builds_on(variant, window, keeps_root):
-    for _, schedule in windowed(variant, window, keeps_root):
-        for cut in range(1, schedule.num_sublayers):
-            needed = set()
-            for position in range(cut, schedule.num_sublayers + 1):
-                for source in schedule.sources(position):
-                    if source.stop <= cut:
-                        needed.add((source.start, source.stop))
-                    elif source.start < cut:  # of a sum that goes on, what it has so far
-                        needed.add((source.start, cut))
-            assert {(s.start, s.stop) for s in schedule.carried(cut)} == needed
-            assert {s.source for s in schedule.spans if s.maker < cut <= s.last} == set(schedule.carried(cut))
 
 
 def test_full_over_two_hundred_sublayers_has_l_plus_one_sources_at_each_read():

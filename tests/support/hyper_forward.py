@@ -2,14 +2,11 @@
 
 import torch
 
+import attnres_fx as ax
 
-def spread(converted, seed=0):
-    """Every added parameter at random, so that copies, weights and gates all matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in converted.attnres.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.5)
-    return converted
+
+def hyper(**options):
+    return ax.HyperConnectionsConfig(**{"copies": 3, **options})
 
 
 def doubly_stochastic(logits, steps):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import attnres_fx as ax
-from attnres_fx.errors import AlreadyConvertedError, ConfigError, OperatorError
+from attnres_fx.errors import AlreadyConvertedError, ConfigError
 from attnres_fx.passes import analyze_, insert_hyper_connections_pass, topology_of
 from attnres_fx.passes.graph.nodes import insert_attribute
 from tests.support.families import FAMILIES
-from tests.support.hyper_forward import by_hand, spread, weights_of, written
+from tests.support.hyper_forward import by_hand, hyper
 from tests.support.papers_forward import (
     IDS,
     gpt2,
@@ -22,30 +22,8 @@ from tests.support.papers_forward import (
     llama_sublayers,
 )
 from tests.support.pass_checks import graph_text
+from tests.support.read_forms import randomized
 from tests.support.stream_text import captured, dedented, rows, toy
-
-KINDS = [
-    {"constrained": True, "dynamic": True},
-    {"constrained": True, "dynamic": False},
-    {"constrained": False, "dynamic": True},
-    {"constrained": False, "dynamic": False},
-]
-
-
-def hyper(**options):
-    return ax.HyperConnectionsConfig(**{"copies": 3, **options})
-
-
-def connection(config, *, place=2, writes=True, width=8):
-    (read,) = [
-        r for r in topology_of(config).plan(*_toy_streams(config)).reads if (r.position == place and r.writes == writes)
-    ]
-    return topology_of(config).make_read(read, config, dtype=torch.float64)
-
-
-def _toy_streams(config):
-    found = analyze_(captured(toy(two_layers), (rows(),), "symbolic"))
-    return found, found.streams, config
 
 
 def two_layers(m, x):
@@ -141,64 +119,6 @@ def test_reads_take_most_of_one_copy_after_another():
         torch.testing.assert_close(read.pre.sigmoid().sum(), torch.tensor(1.0))
 
 
-# --- operators ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", KINDS, ids=lambda o: " ".join(n for n, on in o.items() if on) or "plain")
-def test_the_operators_equal_the_definition_on_stacked_copies(options):
-    config = hyper(**options)
-    module = connection(config)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
-    copies = torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True)
-    branch = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
-    held = module.tensors()
-
-    def run(copies, branch):
-        each = [c.contiguous() for c in copies.unbind(-2)]
-        kinds = {k: [held.get(f"{k}{part}") for part in ("", "_weight", "_scale")] for k in ("pre", "post", "carry")}
-        options = (config.constrained, config.sinkhorn_steps, config.eps)
-        after = torch.ops.attnres_fx.hyper_write(each, branch, *kinds["post"], *kinds["carry"], *options)
-        return torch.ops.attnres_fx.hyper_read(after, *kinds["pre"], config.constrained, config.eps)
-
-    def expected(copies, branch):
-        after = written(module, copies, branch, config)
-        return torch.einsum("...j,...jd->...d", weights_of(module, "pre", after, config), after)
-
-    tensors = [copies, branch, *held.values()]
-    found, wanted = run(copies, branch), expected(copies, branch)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    weights = torch.randn_like(wanted)
-    pairs = zip(
-        torch.autograd.grad((found * weights).sum(), tensors),
-        torch.autograd.grad((wanted * weights).sum(), tensors),
-        strict=True,
-    )
-    for one, other in pairs:
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    mapped = torch.vmap(run)(copies, branch)
-    torch.testing.assert_close(mapped, wanted, rtol=1e-12, atol=1e-12)
-
-
-def test_the_operators_compute_in_float32_under_autocast():
-    module = connection(hyper()).float()
-    copies = [torch.randn(2, 5, 8).bfloat16() for _ in range(3)]
-    plain = torch.ops.attnres_fx.hyper_read(copies, module.pre, module.pre_weight, module.pre_scale, True, 1e-6)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = torch.ops.attnres_fx.hyper_read(copies, module.pre, module.pre_weight, module.pre_scale, True, 1e-6)
-    assert plain.dtype == torch.bfloat16 and torch.equal(plain, cast)
-
-
-def test_shapes_that_do_not_fit_are_named():
-    copies = [torch.randn(2, 8)] * 3
-    with pytest.raises(OperatorError, match=r"pre is \(2,\); for these copies it is \(3,\)"):
-        torch.ops.attnres_fx.hyper_read(copies, torch.ones(2), None, None, True, 1e-6)
-    with pytest.raises(OperatorError, match="copy 1"):
-        torch.ops.attnres_fx.hyper_read([torch.randn(2, 8), torch.randn(2, 4)], torch.ones(2), None, None, True, 1e-6)
-
-
 # --- models ------------------------------------------------------------------------------------------
 
 
@@ -211,7 +131,7 @@ def test_shapes_that_do_not_fit_are_named():
 def test_a_model_equals_hyper_connections_written_by_hand_on_its_submodules(model, parts, constrained):
     original = model(2).double()
     config = hyper(constrained=constrained)
-    converted = spread(ax.convert(original, (IDS,), config=config, check=False))
+    converted = randomized(ax.convert(original, (IDS,), config=config, check=False))
     found = converted(IDS).logits
     wanted = by_hand(parts(original), list(converted.attnres.reads), config)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
@@ -243,7 +163,7 @@ class ChannelsFirst(nn.Module):
 def test_features_in_another_dimension_are_weighed_there():
     torch.manual_seed(0)
     model, x = ChannelsFirst().double(), torch.randn(2, 6, 5, dtype=torch.float64)
-    converted = spread(ax.convert(model, (x,), config=hyper()))
+    converted = randomized(ax.convert(model, (x,), config=hyper()))
 
     def first(h):
         return h.transpose(1, 2)
@@ -285,7 +205,7 @@ def test_copies_become_different_and_then_everything_learns():
 
 def test_the_backend_computes_the_same():
     original = llama(2)
-    converted = spread(ax.convert(original, (IDS,), config=hyper()))
+    converted = randomized(ax.convert(original, (IDS,), config=hyper()))
     attached = copy.deepcopy(original)
     ax.compile(attached, (IDS,), config=hyper(), inner="eager")
     attached.attnres.load_state_dict(converted.attnres.state_dict())
@@ -295,7 +215,7 @@ def test_the_backend_computes_the_same():
 
 def test_train_mode_export_and_a_compiled_model_compute_the_same():
     original = gpt2(1)
-    converted = spread(ax.convert(original, (IDS,), config=hyper()))
+    converted = randomized(ax.convert(original, (IDS,), config=hyper()))
     wanted = converted(IDS).logits
     exported = torch.export.export(converted, (IDS,), strict=False)
     torch.testing.assert_close(exported.module()(IDS).logits, wanted)
@@ -303,7 +223,7 @@ def test_train_mode_export_and_a_compiled_model_compute_the_same():
     for module in original.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    trained = spread(ax.convert(original.train(), (IDS,), config=hyper()))
+    trained = randomized(ax.convert(original.train(), (IDS,), config=hyper()))
     torch.testing.assert_close(trained(IDS).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -312,7 +232,7 @@ def test_train_mode_export_and_a_compiled_model_compute_the_same():
 
 def test_a_saved_model_and_an_adapter_come_back(tmp_path):
     original = gpt2(1)
-    converted = spread(ax.convert(original, (IDS,), config=hyper()))
+    converted = randomized(ax.convert(original, (IDS,), config=hyper()))
     wanted = converted(IDS).logits
     converted.save(tmp_path / "model.attnres")
     loaded = ax.load(tmp_path / "model.attnres")
@@ -343,19 +263,3 @@ def test_what_is_there_for_depth_attention_alone_says_so():
         ax.plan(converted, (IDS,), num_stages=2)
     with pytest.raises(AlreadyConvertedError):
         ax.convert(converted.graph_module("eval"), (IDS,))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"copies": 1}, "copies must be a whole number of at least 2"),
-        ({"copies": 0, "constrained": False}, "at least 1"),
-        ({"constrained": 1}, "constrained must be True or False"),
-        ({"sinkhorn_steps": 0}, "sinkhorn_steps"),
-        ({"eps": -1}, "eps must be a finite number"),
-        ({"streams": ()}, "HyperConnectionsConfig.streams"),
-    ],
-)
-def test_options_that_mean_nothing_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        ax.HyperConnectionsConfig(**options)
