@@ -79,21 +79,18 @@ def find_interruptions(streams: Sequence[Stream], chains: Sequence[StreamChain])
         chains: The nodes of each.
 
     Returns:
-        For each stream that begins where others end, those that have not been told of before, else the first of them;
-        several that are joined there share what is said of them.
+        For each stream that begins where others end all of those; several that are joined there share what is said of
+        them.
     """
     if len(chains) < 2:
         return []
     ways = _ways_from_ends(chains)
     interruptions: list[Interruption] = []
-    told: set[int] = set()
     for i, chain in enumerate(chains):
         root = chain.parts[0].root
         found = (w for w in ways.get(root, ()) if w.stream != i and not w.begins_anew(root))
         beside = (w for w in found if streams[w.stream].nested_in == streams[i].nested_in)
         ended = sorted((w for w in beside if not _encloses(chains[w.stream], chain)), key=lambda w: w.stream)
-        ended = [w for w in ended if w.stream not in told] or ended[:1]
-        told.update(w.stream for w in ended)
         for first in dict.fromkeys(w.first for w in ended):
             joined = [w for w in ended if w.first is first]
             refusal = _refusal(first, [streams[w.stream] for w in joined], streams[i])
