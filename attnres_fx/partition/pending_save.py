@@ -5,9 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from attnres_fx.partition.checkpoint import write_state
 from attnres_fx.partition.checkpoint_folder import FolderWriter
@@ -26,7 +24,7 @@ class PendingSave:
 
     def __init__(self, path: str | Path, state: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
         self.path = path
-        copied = _staged(path, state)
+        copied = FolderWriter(path).stage(dict(state))  # memory of its own, on the CPU
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="attnres_fx save")
         self._written: Future[None] = self._thread.submit(write_state, path, copied, group=group)
         self._thread.shutdown(wait=False)
@@ -42,14 +40,3 @@ class PendingSave:
             SaveError: A rank could not write its part; the checkpoint that was there is as it was.
         """
         self._written.result()
-
-
-def _staged(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state in memory of its own, on the CPU; PyTorch copies what is elsewhere, and leaves what is there."""
-    with torch.no_grad():
-        own = {k: v.detach().clone() if _is_on_cpu(v) else v for k, v in state.items()}
-    return dict(FolderWriter(path).stage(own))
-
-
-def _is_on_cpu(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu"
