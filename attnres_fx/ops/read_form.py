@@ -12,16 +12,14 @@ Sources are taken one by one and never stacked; only row statistics [S, ..., H] 
 Source: arXiv 2603.15031, the ablations.
 """
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnres_fx.config import AttnResConfig
-from attnres_fx.ops.dtypes import compute_dtype, result_dtype
+from attnres_fx.ops.dtypes import compute_dtype, result_dtype, without_autocast
 from attnres_fx.ops.read_style import ReadStyle
 
 
@@ -104,36 +102,25 @@ class GeneralRead:
     def _logit_weight(self, newest: Tensor, narrow: torch.dtype) -> Tensor:
         """Query times key gain, [D] or [..., D], in the dtype of the newest source."""
         assert self.query is not None
-        query: Tensor = self.query.to(newest.dtype)
-        if self.query.dim() == 2:
-            normed = newest * self._scale(newest)
-            with _without_autocast(newest.device.type):
-                projected: Tensor = torch.nn.functional.linear(normed.to(narrow), self.query.to(narrow))
-            query = projected.to(newest.dtype)
+        per_token = self.query.dim() == 2
+        query = self._projected(self.query, newest, narrow) if per_token else self.query.to(newest.dtype)
         return query if self.key_weight is None else query * self.key_weight.to(newest.dtype)
 
-    def _projected(self, newest: Tensor, narrow: torch.dtype) -> Tensor:
+    def _projected(self, weight: Tensor, newest: Tensor, narrow: torch.dtype) -> Tensor:
         """The query of each token, [..., D].
 
         A matrix product in the dtype of the sources, whatever autocast says: backward computes it again, where autocast
         is off.
         """
-        assert self.query is not None
         normed = newest * self._scale(newest)
-        with _without_autocast(newest.device.type):
-            query: Tensor = torch.nn.functional.linear(normed.to(narrow), self.query.to(narrow))
+        with without_autocast(newest.device):
+            query: Tensor = torch.nn.functional.linear(normed.to(narrow), weight.to(narrow))
         return query.to(newest.dtype)
 
     def _by_head(self, rows: Tensor) -> Tensor:
         """[..., D] as [..., H, D / H]."""
         parts: Tensor = rows.unflatten(-1, (self.form.heads, -1))
         return parts
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def depth_weights(

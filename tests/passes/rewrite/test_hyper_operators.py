@@ -77,6 +77,13 @@ def test_the_operators_compute_in_float32_under_autocast():
     assert plain.dtype == torch.bfloat16 and torch.equal(plain, cast)
 
 
+def test_copies_without_data_have_a_shape():
+    module = connection(hyper()).to("meta")
+    copies = [torch.empty(2, 5, 8, device="meta", dtype=torch.float64) for _ in range(3)]
+    read = torch.ops.attnres_fx.hyper_read(copies, module.pre, module.pre_weight, module.pre_scale, True, 1e-6)
+    assert read.is_meta and read.shape == (2, 5, 8)
+
+
 def test_shapes_that_do_not_fit_are_named():
     copies = [torch.randn(2, 8)] * 3
     with pytest.raises(OperatorError, match=r"pre is \(2,\); for these copies it is \(3,\)"):

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnres_fx.errors import OperatorError
-from attnres_fx.ops.dtypes import compute_dtype, result_dtype
+from attnres_fx.ops.dtypes import compute_dtype, result_dtype, without_autocast
 from attnres_fx.ops.operator import library
 
 library.define(
@@ -112,7 +112,7 @@ def _hyper_read(
     eps: float,
 ) -> Tensor:
     _check("hyper_read", copies, {"pre": (pre, (len(copies),))})
-    with torch.autocast(copies[0].device.type, enabled=False):
+    with without_autocast(copies[0].device):
         rows = _rows(copies, constrained, eps)
         weights = Weights(pre, pre_weight, pre_scale).unbounded(rows, constrained)
         weights = weights.sigmoid() if constrained else weights
@@ -135,7 +135,7 @@ def _hyper_write(
     count = len(copies)
     shapes = {"post": (post, (count,)), "carry": (carry, (count, count)), "branch": (branch, copies[0].shape)}
     _check("hyper_write", copies, shapes)
-    with torch.autocast(copies[0].device.type, enabled=False):
+    with without_autocast(copies[0].device):
         rows = _rows(copies, constrained, eps)
         writes = Weights(post, post_weight, post_scale).unbounded(rows, constrained)
         writes = 2 * writes.sigmoid() if constrained else writes
